@@ -1,0 +1,243 @@
+"""The decoder of the Llama, Mistral, Qwen2 and Qwen3 families, which reads text and thinks.
+
+`read` is one causal, document-masked pass over packed text; `think` runs thought tokens that see that text up to their
+anchor and their own thought. Parameter names are those of the families' Hugging Face checkpoints without the leading
+`model.`, so that import and export rename nothing.
+
+Shapes: B rows, N text positions, M anchors, K thoughts, S new tokens of a thought, T all tokens of a thought so far,
+W width, H query heads, G key-value heads, D head size, V vocabulary, `_` leading axes of any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import text_attention, thought_attention
+from models.precision import Linear, accumulation_dtype
+from models.rope import inverse_frequencies, rotate, rotation
+from models.thoughts import Anchors, Text
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What distinguishes the supported models. Sizes in units, not bytes."""
+
+    vocab_size: int  # rows of the embedding, which may exceed the tokenizer's size
+    width: int
+    ffn_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None  # texts longer than this are refused, not windowed
+    family: str = "llama"  # llama, mistral, qwen2 or qwen3: the architecture named on export
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly")
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of the input."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+@dataclass
+class TextState:
+    """What thoughts need of a text that was read.
+
+    hidden_BNW: final-norm output. keys, values: per layer [B, N, G, D], keys already rotated. All carry gradient.
+    """
+
+    text: Text
+    hidden_BNW: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def detached(self) -> TextState:
+        return TextState(
+            self.text, self.hidden_BNW.detach(), [k.detach() for k in self.keys], [v.detach() for v in self.values]
+        )
+
+
+class ThoughtCache:
+    """Static buffers for the keys and values of thoughts that are being sampled: per layer [B, K, T, M, G, D]."""
+
+    def __init__(self, config: DecoderConfig, B: int, K: int, T: int, M: int, like: Tensor):
+        shape = (config.layers, B, K, T, M, config.kv_heads, config.head_dim)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def extend(self, layer: int, k_BKSMGD: Tensor, v_BKSMGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes behind what is there and returns all keys and values so far; `length` moves on after the last layer."""
+        end = self.length + k_BKSMGD.shape[2]
+        self.keys[layer][:, :, self.length : end] = k_BKSMGD
+        self.values[layer][:, :, self.length : end] = v_BKSMGD
+        if layer == len(self.keys) - 1:
+            self.length = end
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        H, G, D = config.heads, config.kv_heads, config.head_dim
+        self.head_dim = D
+        self.q_proj = Linear(config.width, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, G * D, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, G * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, config.width, bias=config.out_bias)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
+
+    def project(self, x_W: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [_, H, D] and keys [_, G, D], and values [_, G, D], of x [_, W]."""
+        q, k, v = (
+            projection(x_W).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.ffn_width, bias=config.mlp_bias)
+        self.up_proj = Linear(config.width, config.ffn_width, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x_W: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_W)) * self.up_proj(x_W))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_W: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        """x [_, W] → [_, W]; `attend(q, k, v)` is the attention over whatever these tokens may see."""
+        attended = attend(*self.self_attn.project(self.input_layernorm(x_W), cos, sin))
+        x_W = x_W + self.self_attn.o_proj(attended.flatten(-2))
+        return x_W + self.mlp(self.post_attention_layernorm(x_W))
+
+
+class Decoder(nn.Module):
+    """The language model. Parameters are the masters (fp32; fp64 in tests); activations are in `compute_dtype`."""
+
+    def __init__(self, config: DecoderConfig, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.rms_norm_eps)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
+        inverse, self.rope_factor = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
+        )
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+        self.attention_backend: str | None = None
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights of the config's standard deviation, zero biases, unit norms."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    @property
+    def head_weight_VW(self) -> Tensor:
+        """The language-model head, in the masters' dtype."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 vocabulary ids [...] → [..., W] in the compute dtype."""
+        embedded = self.embed_tokens(tokens)
+        return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
+
+    def read(self, text: Text) -> TextState:
+        """One causal pass over packed text, documents apart. Raises ValueError for rows the model cannot hold."""
+        self._check_positions(text.shape[1])
+        x = self.embed(text.tokens_BN)
+        cos, sin = self._rotation(text.position_BN, x.dtype)
+        keys, values = [], []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k)
+            values.append(v)
+            return text_attention(q, k, v, text, self.attention_backend)
+
+        for block in self.layers:
+            x = block(x, cos, sin, attend)
+        return TextState(text, self.norm(x), keys, values)
+
+    def think(
+        self, x_BKSMW: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache | None = None
+    ) -> Tensor:
+        """Final-norm hidden states [B, K, S, M, W] of thought tokens given as embeddings.
+
+        Without a cache the S tokens are whole thoughts and everything is differentiable, the text's keys and values
+        included. With a cache they continue the thoughts in it.
+        """
+        written, S = (0 if cache is None else cache.length), x_BKSMW.shape[2]
+        self._check_positions(state.text.shape[1] + written + S)
+        steps_S = torch.arange(written + 1, written + S + 1, device=x_BKSMW.device)
+        position_BKSM = anchors.position_BM[:, None, None, :] + steps_S[:, None]
+        cos, sin = self._rotation(position_BKSM, x_BKSMW.dtype)
+
+        x = x_BKSMW
+        for layer, block in enumerate(self.layers):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                if cache is not None:
+                    k, v = cache.extend(layer, k, v)
+                return thought_attention(
+                    q, k, v, state.keys[layer], state.values[layer], anchors, self.attention_backend
+                )
+
+            x = block(x, cos, sin, attend)
+        return self.norm(x)
+
+    def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = rotation(position, self.inverse_frequencies, self.rope_factor, dtype)
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def _check_positions(self, length: int) -> None:
+        window = self.config.sliding_window
+        if window is not None and length > window:
+            raise ValueError(f"{length} positions exceed the model's sliding window of {window}; use shorter rows")
+        if length > self.config.max_positions:
+            raise ValueError(f"{length} positions exceed the model's {self.config.max_positions}; use shorter rows")

@@ -1,0 +1,98 @@
+"""Log-probs and samples from hidden states, without ever holding [tokens × vocabulary] logits.
+
+Both work through the rows in chunks; the differentiable one computes each chunk's logits again in backward.
+
+Shapes: R rows (tokens), C rows of a chunk, W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.precision import accumulation_dtype, working_copy
+
+# Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB.
+CHUNK_ELEMENTS = 2**25
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _logits(hidden_CW: Tensor, weight_VW: Tensor, temperature: float, banned_V: Tensor | None) -> Tensor:
+    logits_CV = F.linear(hidden_CW, weight_VW).to(accumulation_dtype(hidden_CW.dtype))
+    if temperature != 1.0:
+        logits_CV = logits_CV / temperature
+    if banned_V is not None:
+        logits_CV = logits_CV.masked_fill(banned_V, float("-inf"))
+    return logits_CV
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_RW, weight_VW, targets_R, temperature, banned_V):
+        copy = working_copy(weight_VW, hidden_RW.dtype)
+        logprobs_R = hidden_RW.new_empty(len(targets_R), dtype=accumulation_dtype(hidden_RW.dtype))
+        lse_R = torch.empty_like(logprobs_R)
+        for c in _chunks(len(targets_R), len(weight_VW)):
+            logits_CV = _logits(hidden_RW[c], copy, temperature, banned_V)
+            lse_R[c] = logits_CV.logsumexp(-1)
+            logprobs_R[c] = logits_CV.gather(-1, targets_R[c, None])[:, 0] - lse_R[c]
+        ctx.save_for_backward(hidden_RW, copy, targets_R, lse_R, banned_V)
+        ctx.temperature, ctx.master_dtype = temperature, weight_VW.dtype
+        return logprobs_R
+
+    @staticmethod
+    def backward(ctx, grad_R):
+        hidden_RW, copy, targets_R, lse_R, banned_V = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_RW) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(copy, dtype=ctx.master_dtype) if ctx.needs_input_grad[1] else None
+        for c in _chunks(len(targets_R), len(copy)):
+            logits_CV = _logits(hidden_RW[c], copy, ctx.temperature, banned_V)
+            # d logprob / d logits = (onehot − softmax) / temperature
+            grad_CV = (logits_CV - lse_R[c, None]).exp_().mul_(-grad_R[c, None] / ctx.temperature)
+            grad_CV.scatter_add_(-1, targets_R[c, None], grad_R[c, None] / ctx.temperature)
+            grad_CV = grad_CV.to(copy.dtype)
+            if grad_hidden is not None:
+                grad_hidden[c] = grad_CV @ copy
+            if grad_weight is not None:
+                grad_weight += grad_CV.t() @ hidden_RW[c]
+        return grad_hidden, grad_weight, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor, weight_VW: Tensor, targets: Tensor, temperature: float = 1.0, banned_V: Tensor | None = None
+) -> Tensor:
+    """log softmax(hidden @ weightᵀ / temperature)[target] of each row, in fp32 (fp64 for fp64).
+
+    hidden [..., W] in the compute dtype, targets int64 [...] → [...]. Ids where bool `banned_V` [V] is set have
+    probability zero and must not be targets. Cross-entropy is its negative.
+    """
+    flat = _TokenLogprobs.apply(hidden.flatten(0, -2), weight_VW, targets.flatten(), temperature, banned_V)
+    return flat.view(targets.shape)
+
+
+@torch.no_grad()
+def sample_tokens(
+    hidden: Tensor, weight_VW: Tensor, uniforms: Tensor, temperature: float, banned_V: Tensor | None = None
+) -> Tensor:
+    """One token per row by inverting the distribution function at that row's uniform; greedy at temperature 0.
+
+    hidden [..., W], uniforms fp32 in (0, 1) [...] → int64 [...].
+    """
+    hidden_RW, uniforms_R = hidden.flatten(0, -2), uniforms.flatten()
+    copy = working_copy(weight_VW, hidden.dtype)
+    tokens_R = torch.empty(len(uniforms_R), dtype=torch.int64, device=hidden.device)
+    for c in _chunks(len(uniforms_R), len(copy)):
+        logits_CV = _logits(hidden_RW[c], copy, temperature or 1.0, banned_V)
+        if temperature == 0:
+            tokens_R[c] = logits_CV.argmax(-1)
+            continue
+        cumulative_CV = (logits_CV - logits_CV.amax(-1, keepdim=True)).exp_().cumsum(-1)
+        threshold_C1 = uniforms_R[c, None].to(cumulative_CV.dtype) * cumulative_CV[:, -1:]
+        # The first token whose cumulated mass exceeds the threshold, hence never one of mass zero.
+        tokens_R[c] = torch.searchsorted(cumulative_CV, threshold_C1, right=True)[:, 0]
+    return tokens_R.view(uniforms.shape)

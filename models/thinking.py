@@ -1,0 +1,108 @@
+"""A decoder that thinks: the language model with what thinking adds to it.
+
+Shapes: B rows, N text positions, M anchors, K thoughts, S tokens of a thought, W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.decoder import Decoder, TextState, ThoughtCache
+from models.precision import Linear
+from models.thoughts import END, START, Anchors, Text, Thoughts
+
+
+class Delimiters(nn.Module):
+    """Embeddings of start- and end-of-thought, stored divided by `SCALE` and multiplied by it in use.
+
+    Under Adam, whose steps do not depend on the gradient's size, that is a learning rate SCALE times the model's
+    (Quiet-STaR, 2403.09629 appendix A). They have no vocabulary ids, so no text can contain and no sampler draw them.
+    """
+
+    SCALE = 100.0
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.start_W = nn.Parameter(torch.zeros(width))
+        self.end_W = nn.Parameter(torch.zeros(width))
+
+    @torch.no_grad()
+    def init_from(self, embedding_W: Tensor) -> None:
+        """Both start as one embedding, in Quiet-STaR that of the first sub-token of `---`."""
+        self.start_W.copy_(embedding_W / self.SCALE)
+        self.end_W.copy_(embedding_W / self.SCALE)
+
+
+class MixingHead(nn.Module):
+    """The weight w of a thought's prediction against the text's own (Quiet-STaR §4.3); w is not bounded.
+
+    A three-layer MLP on [text hidden ; thought hidden] whose last layer starts at zero, so a fresh head gives w = 0:
+    "ignore the thought". The first layer is held as its two halves, so that the text's is computed once per position
+    and not once per thought.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.from_text = Linear(width, width, bias=False)
+        self.from_thought = Linear(width, width)
+        self.hidden = Linear(width, width)
+        self.out = Linear(width, 1, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """As torch initialises linear layers, the first one as the single layer of 2W inputs that it is."""
+        W = self.hidden.in_features
+        for weight, fan_in in ((self.from_text, 2 * W), (self.from_thought, 2 * W), (self.hidden, W)):
+            for parameter in weight.parameters():
+                parameter.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        self.out.weight.zero_()
+
+    def forward(self, text_W: Tensor, thought_W: Tensor) -> Tensor:
+        """Broadcasting hidden states [..., W] → w [...], fp32."""
+        first = (self.from_text(text_W) + self.from_thought(thought_W)).relu()
+        second = self.hidden(first).relu()
+        return self.out(second.to(self.out.weight.dtype))[..., 0]
+
+
+class ThinkingModel(nn.Module):
+    """Decoder, delimiters, mixing head; what an objective does not use is None."""
+
+    def __init__(self, decoder: Decoder, delimiters: bool = False, mixing_head: bool = False):
+        super().__init__()
+        self.decoder = decoder
+        self.delimiters = Delimiters(decoder.config.width) if delimiters else None
+        self.mixing_head = MixingHead(decoder.config.width) if mixing_head else None
+        # Ids no thought may contain: control tokens and embedding rows without a token.
+        self.register_buffer("banned_V", torch.zeros(decoder.config.vocab_size, dtype=torch.bool), persistent=False)
+
+    def ban(self, tokenizer_size: int, control_ids: tuple[int, ...]) -> None:
+        """Keeps control tokens and ids beyond the tokenizer's size out of every thought."""
+        self.banned_V[tokenizer_size:] = True
+        self.banned_V[list(control_ids)] = True
+
+    @property
+    def head_weight_VW(self) -> Tensor:
+        return self.decoder.head_weight_VW
+
+    def read(self, text: Text) -> TextState:
+        """See Decoder.read."""
+        return self.decoder.read(text)
+
+    def embed_thoughts(self, tokens_BKSM: Tensor) -> Tensor:
+        """Embeddings [B, K, S, M, W] of thought tokens, delimiters included; PAD is embedded as id 0."""
+        x = self.decoder.embed(tokens_BKSM.clamp(min=0))
+        if self.delimiters is None:
+            return x
+        for value, embedding_W in ((START, self.delimiters.start_W), (END, self.delimiters.end_W)):
+            x = torch.where((tokens_BKSM == value)[..., None], (embedding_W * Delimiters.SCALE).to(x.dtype), x)
+        return x
+
+    def think(self, thoughts: Thoughts, state: TextState) -> Tensor:
+        """Hidden states [B, K, S, M, W] of whole thoughts in one differentiable pass; see Decoder.think."""
+        return self.decoder.think(self.embed_thoughts(thoughts.tokens_BKSM), thoughts.anchors, state)
+
+    def continue_thoughts(self, tokens_BKSM: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache) -> Tensor:
+        """Hidden states [B, K, S, M, W] of the next S tokens of the thoughts in the cache, which they join."""
+        return self.decoder.think(self.embed_thoughts(tokens_BKSM), anchors, state, cache)

@@ -1,0 +1,149 @@
+"""Text and the thoughts anchored in it: the one data structure of every objective.
+
+Text is a trunk, thoughts are branches off it. A thought hangs on an *anchor*, the last text position it may see, and
+its k-th token (k = 1 for the first) stands at the position id of its anchor plus k.
+
+Shapes: B rows, N text positions of a row, M anchors of a row, K thoughts of an anchor, S tokens of a thought.
+The thought axis order is [B, K, S, M]: for anchors at every position, a slice over M then looks like a row of text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Values in `Thoughts.tokens_BKSM` that are not vocabulary ids.
+START, END, PAD = -1, -2, -3
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Packed rows of documents.
+
+    tokens_BN: int64 vocabulary ids.
+    document_BN: int64, which document of its row a token belongs to; -1 on padding, which must close the row.
+    position_BN: int64, position within the document, 0 at its first token.
+    sample_id_B: int64, the row's number in the stream; keys the random draws of the row's thoughts.
+    """
+
+    tokens_BN: Tensor
+    document_BN: Tensor
+    position_BN: Tensor
+    sample_id_B: Tensor
+
+    @staticmethod
+    def from_rows(tokens_BN: Tensor, sample_id_B: Tensor | None = None) -> Text:
+        """Rows that hold one document each and no padding."""
+        B, N = tokens_BN.shape
+        position_BN = torch.arange(N, device=tokens_BN.device).expand(B, N)
+        if sample_id_B is None:
+            sample_id_B = torch.arange(B, device=tokens_BN.device)
+        return Text(tokens_BN, torch.zeros_like(tokens_BN), position_BN, sample_id_B)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens_BN.shape[0], self.tokens_BN.shape[1]
+
+    def to(self, device: torch.device | str) -> Text:
+        return Text(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def rows(self, part: slice) -> Text:
+        return Text(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(row, start, end) of every document. Synchronises with the host once per text."""
+        spans = []
+        for row, documents in enumerate(self.document_BN.tolist()):
+            start = 0
+            for n in range(1, len(documents) + 1):
+                if n == len(documents) or documents[n] != documents[start]:
+                    if documents[start] >= 0:
+                        spans.append((row, start, n))
+                    start = n
+        return spans
+
+    @cached_property
+    def whole_rows(self) -> bool:
+        """Whether every row is one document without padding."""
+        return self.spans == [(row, 0, self.shape[1]) for row in range(self.shape[0])]
+
+    @cached_property
+    def document_start_BN(self) -> Tensor:
+        """int64, row index of the first token of the document at each position."""
+        return torch.arange(self.shape[1], device=self.tokens_BN.device) - self.position_BN
+
+    def targets(self, ahead: int) -> tuple[Tensor, Tensor]:
+        """The token `ahead` positions later: ids [B, N] (0 where there is none) and whether there is one [B, N].
+
+        There is one where that position lies in the row and in the same document.
+        """
+        if ahead < 1:
+            raise ValueError(f"ahead must be at least 1, got {ahead}")
+        ids_BN = torch.zeros_like(self.tokens_BN)
+        valid_BN = torch.zeros_like(self.tokens_BN, dtype=torch.bool)
+        if ahead < self.shape[1]:
+            same = self.document_BN[:, ahead:] == self.document_BN[:, :-ahead]
+            valid_BN[:, :-ahead] = same & (self.document_BN[:, ahead:] >= 0)
+            ids_BN[:, :-ahead] = torch.where(valid_BN[:, :-ahead], self.tokens_BN[:, ahead:], 0)
+        return ids_BN, valid_BN
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """The text positions that thoughts hang on.
+
+    text: the rows they lie in.
+    index_BM: int64, position in the row; -1 for "no text at all" (the thought sees itself alone).
+    dense: every position of the row is an anchor, in order (M = N); lets attention treat a slice as a row of text.
+    """
+
+    text: Text
+    index_BM: Tensor
+    dense: bool = False
+
+    @staticmethod
+    def everywhere(text: Text) -> Anchors:
+        B, N = text.shape
+        return Anchors(text, torch.arange(N, device=text.tokens_BN.device).expand(B, N), dense=True)
+
+    @cached_property
+    def prefixes(self) -> list[tuple[int, int, int, int]]:
+        """(row, anchor number, start, end) of the text each anchor sees, for those that see any.
+
+        Synchronises with the host once.
+        """
+        start_BN, document_BN = self.text.document_start_BN.tolist(), self.text.document_BN.tolist()
+        return [
+            (row, m, start_BN[row][n], n + 1)
+            for row, anchors in enumerate(self.index_BM.tolist())
+            for m, n in enumerate(anchors)
+            if n >= 0 and document_BN[row][n] >= 0
+        ]
+
+    @cached_property
+    def position_BM(self) -> Tensor:
+        """int64, position id of each anchor within its document, -1 where there is none."""
+        if self.dense:
+            return self.text.position_BN
+        position_BM = self.text.position_BN.gather(1, self.index_BM.clamp(min=0))
+        return torch.where(self.index_BM >= 0, position_BM, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Thoughts:
+    """Thoughts of all anchors, each written from slot 0 on, padding only behind.
+
+    tokens_BKSM: int64 vocabulary ids, START and END for the delimiters, PAD behind the end.
+    anchors: the positions they hang on.
+    """
+
+    tokens_BKSM: Tensor
+    anchors: Anchors
+
+    def followed_by(self, tokens_BKTM: Tensor) -> Thoughts:
+        """The same thoughts with T more tokens each; all of them must fill their S slots."""
+        return Thoughts(torch.cat([self.tokens_BKSM, tokens_BKTM], dim=2), self.anchors)

@@ -1,0 +1,107 @@
+"""What every objective is: (model, text, rng) → loss and metrics, without trainer, ranks or logging.
+
+Losses are sums divided by *global* counts. `denominators` gives a text's own counts; whoever cuts a batch into ranks
+and micro-batches adds them up first and hands the totals in, so that the update does not depend on the cut.
+
+Shapes: B rows, N text positions, M anchors, K thoughts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from models.thoughts import Text, Thoughts
+
+Denominators = dict[str, Tensor]
+
+
+class Mean(NamedTuple):
+    """A metric that is a mean, kept as its sum and count so that ranks and micro-batches add up."""
+
+    sum: Tensor
+    count: Tensor | float
+
+    @staticmethod
+    def over(values: Tensor, where: Tensor) -> Mean:
+        """The mean of `values` where the bool `where` (broadcast) is set."""
+        where = where.expand_as(values)
+        return Mean((values.detach().double() * where).sum(), where.sum().double())
+
+
+@dataclass
+class ThoughtRecord:
+    """Thoughts with what they earned, for people to read: reward and advantage [B, K, M]."""
+
+    thoughts: Thoughts
+    reward_BKM: Tensor
+    advantage_BKM: Tensor
+
+
+@dataclass
+class ObjectiveOutput:
+    """loss: scalar with gradient, already divided by the global counts. flops: spent so far and by its backward."""
+
+    loss: Tensor
+    metrics: dict[str, Mean]
+    flops: int
+    record: ThoughtRecord | None = None
+
+
+@dataclass
+class TokenScores:
+    """NLL in nats of each token's successor [B, N], where `valid_BN`; without thoughts and, if the objective thinks, with."""
+
+    text_nll_BN: Tensor
+    valid_BN: Tensor
+    thought_nll_BN: Tensor | None = None
+    thoughts: Thoughts | None = None
+    flops: int = 0
+
+
+class Objective(ABC):
+    """A pretraining objective. Subclasses say which parts of a ThinkingModel they use."""
+
+    uses_delimiters = False
+    uses_mixing_head = False
+
+    @abstractmethod
+    def denominators(self, text: Text) -> Denominators:
+        """The counts that this text's losses are divided by; they add up over the parts of a batch.
+
+        Raises ValueError for a text the objective cannot be applied to.
+        """
+
+    @abstractmethod
+    def __call__(
+        self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
+    ) -> ObjectiveOutput:
+        """Loss and metrics of a text; `denominators` defaults to the text's own."""
+
+    @abstractmethod
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:
+        """Scores of held-out text, without gradient."""
+
+
+def divide(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, and 0 where there was nothing to count."""
+    return total / count.clamp(min=1).to(total.dtype)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Base of the objectives' settings."""
+
+    def problems(self) -> list[str]:
+        """Every setting that cannot be, one line each, naming the way out."""
+        return []
+
+
+def at_least(minimum: float, **values: float | None) -> list[str]:
+    return [f"{name} must be at least {minimum}, got {value}" for name, value in values.items() if value is not None and value < minimum]
+

@@ -1,0 +1,232 @@
+"""Quiet-STaR (Zelikman et al., arXiv 2403.09629): a thought at every token, paid by the text that follows.
+
+At every text position j, in parallel: `start`, L sampled tokens, `end`, and A − 1 true tokens, so that the thought
+predicts the A tokens x_{j+1} … x_{j+A}. A mixing head weighs its prediction against the text's own. A thought is
+rewarded by how much the mixed prediction improves on the text's, against the other thoughts of the same position.
+
+Shapes: B rows, N text positions (each an anchor), K thoughts of a position, S = L + 1 + A tokens of a thought,
+A tokens predicted after it, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.flops import Ledger
+from models.logprobs import token_logprobs
+from models.philox import Rng
+from models.rollout import rollout
+from models.thinking import ThinkingModel
+from models.thoughts import END, Anchors, Text, Thoughts
+from objectives.base import (
+    Denominators,
+    Mean,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveOutput,
+    ThoughtRecord,
+    TokenScores,
+    at_least,
+    divide,
+)
+from objectives.credit import group_mean_advantage, positive_part, reinforce
+
+DELIMITER_NAMES = {
+    "paper": ("<|startofthought|>", "<|endofthought|>"),
+    "public_code": ("<|startthought|>", "<|endthought|>"),
+}
+
+
+@dataclass(frozen=True)
+class QuietStarConfig(ObjectiveConfig):
+    """Settings of Quiet-STaR; defaults are the paper's (12, 4) run.
+
+    Where paper and public code (ezelikman/quiet-star at 892446b) differ, `variant` names whom to follow; where the
+    paper is silent both follow the code:
+
+    - delimiter names: `<|startofthought|>` (paper), `<|startthought|>` (code);
+    - thoughts at evaluation: greedy (paper), sampled (code);
+    - positions in the policy loss: all that have a token to predict (paper, Algorithm 1), or the first N − 1 − A of a
+      row, padding included (code, which leaves out one position whose A tokens are all there).
+
+    The paper's mixing weight is one minus the code's; w here is the code's, the weight of the thought.
+    """
+
+    length: int | None = None  # L, sampled tokens of a thought; 9 unless n_ahead says otherwise
+    lookahead: int | None = None  # A, true tokens predicted after a thought; 4 unless n_ahead_talk says otherwise
+    n_ahead: int | None = None  # the code's count for L: L = n_ahead - 3
+    n_ahead_talk: int | None = None  # the code's name for A
+    thoughts: int = 2  # K, thoughts of a position
+    temperature: float = 1.0  # of sampling
+    policy_temperature: float = 3.0  # of the log-probs in the policy loss
+    policy_weight: float = 1e6
+    text_nll_weight: float = 0.5
+    thought_nll_weight: float = 0.5
+    variant: Literal["paper", "public_code"] = "paper"
+
+    @property
+    def L(self) -> int:
+        if self.length is not None:
+            return self.length
+        return 9 if self.n_ahead is None else self.n_ahead - 3
+
+    @property
+    def A(self) -> int:
+        if self.lookahead is not None:
+            return self.lookahead
+        return 4 if self.n_ahead_talk is None else self.n_ahead_talk
+
+    def problems(self) -> list[str]:
+        found = at_least(1, length=self.length, lookahead=self.lookahead, n_ahead_talk=self.n_ahead_talk)
+        found += at_least(1, thoughts=self.thoughts) + at_least(4, n_ahead=self.n_ahead)
+        found += at_least(
+            0,
+            policy_weight=self.policy_weight,
+            text_nll_weight=self.text_nll_weight,
+            thought_nll_weight=self.thought_nll_weight,
+        )
+        if self.temperature <= 0 or self.policy_temperature <= 0:
+            found.append("temperature and policy_temperature must be above 0")
+        if self.length is not None and self.n_ahead is not None:
+            found.append("length and n_ahead are two ways of saying one thing; give one of them")
+        if self.lookahead is not None and self.n_ahead_talk is not None:
+            found.append("lookahead and n_ahead_talk are two names of one thing; give one of them")
+        return found
+
+
+class QuietStar(Objective):
+    uses_delimiters = True
+    uses_mixing_head = True
+
+    def __init__(self, config: QuietStarConfig | None = None):
+        self.config = config or QuietStarConfig()
+
+    def denominators(self, text: Text) -> Denominators:
+        """`text`: predicted tokens; `ahead` [A]: tokens to predict at each lookahead; `policy`: positions with a thought
+        to be paid."""
+        ahead_A = torch.stack([text.targets(s + 1)[1].sum() for s in range(self.config.A)])
+        return {"text": ahead_A[0], "ahead": ahead_A, "policy": self._policy_positions(text).sum()}
+
+    def _policy_positions(self, text: Text) -> Tensor:
+        """bool [B, N], the positions whose thoughts enter the policy loss."""
+        if self.config.variant == "paper":
+            return text.targets(1)[1]
+        B, N = text.shape
+        if N < self.config.A + 2:
+            raise ValueError(f"rows of {N} tokens are too short for a lookahead of {self.config.A}; use longer rows")
+        return (torch.arange(N, device=text.tokens_BN.device) < N - 1 - self.config.A).expand(B, N)
+
+    def __call__(
+        self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
+    ) -> ObjectiveOutput:
+        state = model.read(text)
+        thoughts = rollout(
+            model,
+            state.detached(),
+            Anchors.everywhere(text),
+            self.config.thoughts,
+            self.config.L,
+            rng,
+            self.config.temperature,
+        )
+        return self.score(model, state, thoughts, denominators or self.denominators(text))
+
+    def score(
+        self, model: ThinkingModel, state, thoughts: Thoughts, denominators: Denominators
+    ) -> ObjectiveOutput:
+        """Everything after sampling: `thoughts` are `start` and L tokens at every position of the text in `state`."""
+        c, text = self.config, state.text
+        L, A, K = c.L, c.A, c.thoughts
+        target_BAN, valid_BAN = (torch.stack(x, dim=1) for x in zip(*(text.targets(s + 1) for s in range(A))))
+
+        # The thought, its end, and the true tokens that it reads while it predicts the next ones.
+        end_BK1N = torch.full_like(thoughts.tokens_BKSM[:, :, :1], END)
+        true_BKTN = target_BAN[:, None, : A - 1].expand(-1, K, -1, -1)
+        hidden_BKSNW = model.think(thoughts.followed_by(torch.cat([end_BK1N, true_BKTN], dim=2)), state)
+
+        text_ce_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BAN[:, 0]) * valid_BAN[:, 0]
+        mixed_BKANW, w_BKAN = self._mix(model, state.hidden_BNW, hidden_BKSNW[:, :, L + 1 :])
+        target_BKAN = target_BAN[:, None].expand_as(w_BKAN)
+        mixed_ce_BKAN = -token_logprobs(mixed_BKANW, model.head_weight_VW, target_BKAN) * valid_BAN[:, None]
+
+        # r_j = Σ_s [CE_text(x_{j+s+1}) − CE_mixed,j(x_{j+s+1})], over the tokens that are there.
+        text_ce_BAN = _ahead(text_ce_BN.detach(), A) * valid_BAN
+        reward_BKN = (text_ce_BAN[:, None] - mixed_ce_BKAN.detach()).sum(dim=2)
+        advantage_BKN = positive_part(group_mean_advantage(reward_BKN)) * self._policy_positions(text)[:, None]
+
+        # log-probs at the policy temperature of the sampled tokens; only of paid thoughts, the others weigh nothing.
+        paid_BKN = advantage_BKN > 0
+        hidden_PLW = hidden_BKSNW[:, :, :L].transpose(2, 3)[paid_BKN]
+        sampled_PL = thoughts.tokens_BKSM[:, :, 1:].transpose(2, 3)[paid_BKN]
+        logprobs_PL = token_logprobs(
+            hidden_PLW, model.head_weight_VW, sampled_PL, c.policy_temperature, model.banned_V
+        )
+        policy = divide(reinforce(logprobs_PL, advantage_BKN[paid_BKN][:, None]), denominators["policy"] * K * L)
+
+        nll_text = divide(text_ce_BN.sum(), denominators["text"])
+        nll_thought = divide(mixed_ce_BKAN.sum(dim=(0, 1, 3)), denominators["ahead"] * K).mean()
+        loss = c.text_nll_weight * nll_text + c.thought_nll_weight * nll_thought + c.policy_weight * policy
+
+        ledger = Ledger(model.decoder.config)
+        ledger.read(text, backward=True)
+        ledger.think(thoughts.anchors, K, L, backward=False, stage="rollout")
+        ledger.vocabulary(w_BKAN[:, :, 0].numel() * L, backward=False, stage="rollout")
+        ledger.think(thoughts.anchors, K, hidden_BKSNW.shape[2], backward=True)
+        ledger.vocabulary(text_ce_BN.numel() + mixed_ce_BKAN.numel() + logprobs_PL.numel(), backward=True)
+        ledger.mixing(target_BAN.numel(), w_BKAN.numel(), backward=True)
+
+        real_BKN = valid_BAN[:, None, 0]
+        metrics = {
+            "nll_text": Mean.over(text_ce_BN, valid_BAN[:, 0]),
+            "nll_thought": Mean.over(mixed_ce_BKAN[:, :, 0], real_BKN),
+            "reward": Mean.over(reward_BKN, real_BKN),
+            "reward_positive": Mean.over((reward_BKN > 0).double(), real_BKN),
+            "advantage": Mean.over(advantage_BKN, real_BKN),
+            "mixing_weight": Mean.over(w_BKAN[:, :, 0], real_BKN),
+            "policy_loss": Mean(policy.detach().double(), 1.0),
+        }
+        return ObjectiveOutput(loss, metrics, ledger.total, ThoughtRecord(thoughts, reward_BKN, advantage_BKN))
+
+    @staticmethod
+    def _mix(model: ThinkingModel, text_BNW: Tensor, thought_BKANW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed hidden states (1 − w)·h_text + w·h_thought [B, K, A, N, W] and w [B, K, A, N].
+
+        The text hidden state for lookahead s is that of position j + s, and w is its own for each s.
+        """
+        assert model.mixing_head is not None
+        text_BANW = _ahead(text_BNW, thought_BKANW.shape[2])[:, None]
+        w_BKAN = model.mixing_head(text_BANW, thought_BKANW)
+        w = w_BKAN[..., None]
+        return ((1 - w) * text_BANW + w * thought_BKANW).to(text_BNW.dtype), w_BKAN
+
+    @torch.no_grad()
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:
+        """The next token's NLL from the text alone, and mixed with one thought (greedy in the paper's variant)."""
+        c = self.config
+        target_BN, valid_BN = text.targets(1)
+        state, anchors = model.read(text), Anchors.everywhere(text)
+        temperature = 0.0 if c.variant == "paper" else c.temperature
+        thoughts = rollout(model, state, anchors, 1, c.L, rng, temperature)
+        closed = thoughts.followed_by(torch.full_like(thoughts.tokens_BKSM[:, :, :1], END))
+        hidden_BKSNW = model.think(closed, state)
+        mixed_BKANW, _ = self._mix(model, state.hidden_BNW, hidden_BKSNW[:, :, -1:])
+        text_nll_BN, thought_nll_BN = (
+            -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+            for hidden_BNW in (state.hidden_BNW, mixed_BKANW[:, 0, 0])
+        )
+        ledger = Ledger(model.decoder.config)
+        ledger.read(text, backward=False)
+        ledger.think(anchors, 1, c.L, backward=False, stage="rollout")
+        ledger.think(anchors, 1, c.L + 2, backward=False)
+        ledger.vocabulary((c.L + 2) * valid_BN.numel(), backward=False)
+        ledger.mixing(valid_BN.numel(), valid_BN.numel(), backward=False)
+        return TokenScores(text_nll_BN, valid_BN, thought_nll_BN, closed, ledger.total)
+
+
+def _ahead(x_BN: Tensor, A: int) -> Tensor:
+    """[B, A, N, ...] whose entry (s, j) is x at j + s; what lies past the row's end wraps round and is never valid."""
+    return torch.stack([x_BN.roll(-s, dims=1) for s in range(A)], dim=1)
