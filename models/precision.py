@@ -11,21 +11,34 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers change weights without advancing their version counters, so every optimizer step counts as a change.
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` in `dtype`, without gradient; made again only after the weight has changed in place.
+    """`weight` in `dtype`, without gradient; made again only after an optimizer step or another in-place change.
 
-    Hazard: staleness is seen through the tensor's version counter, which writing to `weight.data` does not advance.
+    Hazard: writing to `weight.data` by hand is neither.
     """
     if weight.dtype == dtype:
         return weight.detach()
+    state = (weight._version, _optimizer_steps, dtype)
     cached = getattr(weight, "_working_copy", None)
-    if cached is not None and cached[0] == weight._version and cached[1].dtype == dtype:
-        return cached[1]
-    copy = weight.detach().to(dtype)
-    weight._working_copy = (weight._version, copy)  # type: ignore[attr-defined]
-    return copy
+    if cached is None or cached[0] != state:
+        cached = (state, weight.detach().to(dtype))
+        weight._working_copy = cached  # type: ignore[attr-defined]
+    return cached[1]
 
 
 class _MasterWeightLinear(torch.autograd.Function):

@@ -25,7 +25,7 @@ class Mean(NamedTuple):
     """A metric that is a mean, kept as its sum and count so that ranks and micro-batches add up."""
 
     sum: Tensor
-    count: Tensor | float
+    count: Tensor
 
     @staticmethod
     def over(values: Tensor, where: Tensor) -> Mean:

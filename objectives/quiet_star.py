@@ -156,7 +156,8 @@ class QuietStar(Objective):
         # r_j = Σ_s [CE_text(x_{j+s+1}) − CE_mixed,j(x_{j+s+1})], over the tokens that are there.
         text_ce_BAN = _ahead(text_ce_BN.detach(), A) * valid_BAN
         reward_BKN = (text_ce_BAN[:, None] - mixed_ce_BKAN.detach()).sum(dim=2)
-        advantage_BKN = positive_part(group_mean_advantage(reward_BKN)) * self._policy_positions(text)[:, None]
+        policy_B1N = self._policy_positions(text)[:, None]
+        advantage_BKN = positive_part(group_mean_advantage(reward_BKN)) * policy_B1N
 
         # log-probs at the policy temperature of the sampled tokens; only of paid thoughts, the others weigh nothing.
         paid_BKN = advantage_BKN > 0
@@ -165,7 +166,8 @@ class QuietStar(Objective):
         logprobs_PL = token_logprobs(
             hidden_PLW, model.head_weight_VW, sampled_PL, c.policy_temperature, model.banned_V
         )
-        policy = divide(reinforce(logprobs_PL, advantage_BKN[paid_BKN][:, None]), denominators["policy"] * K * L)
+        policy_sum = reinforce(logprobs_PL, advantage_BKN[paid_BKN][:, None])
+        policy = divide(policy_sum, denominators["policy"] * K * L)
 
         nll_text = divide(text_ce_BN.sum(), denominators["text"])
         nll_thought = divide(mixed_ce_BKAN.sum(dim=(0, 1, 3)), denominators["ahead"] * K).mean()
@@ -187,7 +189,7 @@ class QuietStar(Objective):
             "reward_positive": Mean.over((reward_BKN > 0).double(), real_BKN),
             "advantage": Mean.over(advantage_BKN, real_BKN),
             "mixing_weight": Mean.over(w_BKAN[:, :, 0], real_BKN),
-            "policy_loss": Mean(policy.detach().double(), 1.0),
+            "policy_loss": Mean(policy_sum.detach().double(), (policy_B1N.sum() * K * L).double()),
         }
         return ObjectiveOutput(loss, metrics, ledger.total, ThoughtRecord(thoughts, reward_BKN, advantage_BKN))
 
@@ -204,12 +206,18 @@ class QuietStar(Objective):
         return ((1 - w) * text_BANW + w * thought_BKANW).to(text_BNW.dtype), w_BKAN
 
     @torch.no_grad()
-    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:
-        """The next token's NLL from the text alone, and mixed with one thought (greedy in the paper's variant)."""
+    def evaluate(
+        self, model: ThinkingModel, text: Text, rng: Rng, temperature: float | None = None
+    ) -> TokenScores:
+        """The next token's NLL from the text alone, and mixed with one thought.
+
+        The temperature of the thought is by default 0 (greedy) in the paper's variant, that of training in the code's.
+        """
         c = self.config
         target_BN, valid_BN = text.targets(1)
         state, anchors = model.read(text), Anchors.everywhere(text)
-        temperature = 0.0 if c.variant == "paper" else c.temperature
+        if temperature is None:
+            temperature = 0.0 if c.variant == "paper" else c.temperature
         thoughts = rollout(model, state, anchors, 1, c.L, rng, temperature)
         closed = thoughts.followed_by(torch.full_like(thoughts.tokens_BKSM[:, :, :1], END))
         hidden_BKSNW = model.think(closed, state)

@@ -1,0 +1,52 @@
+"""Tiny models and packed texts for tests, and the one way numbers are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.decoder import Decoder, DecoderConfig
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖, in fp64; the absolute norm where the truth is zero."""
+    value, truth = value.detach().double(), truth.detach().double()
+    assert value.shape == truth.shape
+    scale = truth.norm().item()
+    return (value - truth).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def tiny_config(**changes) -> DecoderConfig:
+    sizes = dict(
+        vocab_size=61, width=24, ffn_width=40, layers=2, heads=4, kv_heads=2, head_dim=6, max_positions=128
+    )
+    return DecoderConfig(**(sizes | changes))
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> ThinkingModel:
+    """A thinking model with random weights everywhere, norms, biases and the mixing head's last layer included."""
+    model = ThinkingModel(Decoder(tiny_config(**changes)), delimiters=True, mixing_head=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = 0.005 if name.startswith("delimiters") else 0.3
+            parameter.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
+    return model.to(dtype)
+
+
+def packed_text(lengths: list[list[int]], N: int, vocab_size: int = 61, seed: int = 1) -> Text:
+    """Rows of documents of the given lengths, padded to N, with random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (len(lengths), N), generator=generator)
+    document = torch.full((len(lengths), N), -1)
+    position = torch.zeros(len(lengths), N, dtype=torch.int64)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(documents):
+            document[row, start : start + length] = number
+            position[row, start : start + length] = torch.arange(length)
+            start += length
+    return Text(tokens, document, position, torch.arange(len(lengths)) + 7)

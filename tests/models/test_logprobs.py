@@ -1,0 +1,111 @@
+"""Chunked log-probs against torch's log_softmax in fp64, gradients included; sampling against exact probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import logprobs
+from models.logprobs import sample_tokens, token_logprobs
+from tests.helpers import relative_error
+
+
+def case(rows=23, width=8, vocabulary=17, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(vocabulary - 3, (rows,), generator=generator)
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 23, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("banned", [False, True])
+def test_values_and_gradients(monkeypatch, chunk_rows, temperature, banned):
+    hidden, weight, targets = case()
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_rows * 17)
+    banned_V = torch.arange(17) >= 14 if banned else None
+    logits = hidden @ weight.T / temperature
+    if banned:
+        logits = logits.masked_fill(banned_V, -torch.inf)
+    truth = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    got = token_logprobs(hidden, weight, targets, temperature, banned_V)
+    grad = torch.linspace(-1, 2, 23, dtype=torch.float64)
+    assert relative_error(got, truth) <= 1e-14
+    for a, b in zip(
+        torch.autograd.grad(got, (hidden, weight), grad), torch.autograd.grad(truth, (hidden, weight), grad), strict=True
+    ):
+        assert relative_error(a, b) <= 1e-13
+
+
+def test_leading_axes_and_no_rows():
+    hidden, weight, targets = case(24)
+    shaped = token_logprobs(hidden.view(2, 3, 4, 8), weight, targets.view(2, 3, 4))
+    assert torch.equal(shaped.flatten(), token_logprobs(hidden, weight, targets))
+    nothing = token_logprobs(hidden[:0], weight, targets[:0])
+    assert nothing.shape == (0,)
+    gradients = torch.autograd.grad(nothing.sum(), (hidden, weight))
+    assert all(g.abs().sum() == 0 for g in gradients)
+
+
+def test_bf16_activations_give_the_master_its_gradient_in_its_own_dtype():
+    hidden, weight, targets = case(dtype=torch.bfloat16)
+    master = weight.detach().float().requires_grad_()
+    got = token_logprobs(hidden, master, targets)
+    assert got.dtype == torch.float32
+    grads = torch.autograd.grad(got.sum(), (hidden, master))
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+    exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().requires_grad_()
+    truth = torch.autograd.grad(token_logprobs(exact_hidden, exact_weight, targets).sum(), (exact_hidden, exact_weight))
+    assert max(relative_error(a, b) for a, b in zip(grads, truth, strict=True)) <= 2**-6
+
+
+def test_no_logits_of_all_rows_are_held(monkeypatch):
+    """Neither forward nor backward makes a tensor of rows × vocabulary."""
+    hidden, weight, targets = case(rows=64, vocabulary=32)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * 32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            out = function(*arguments, **(keywords or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        token_logprobs(hidden, weight, targets).sum().backward()
+    assert largest <= 64 * 8  # the hidden states themselves
+
+
+def test_samples_follow_the_probabilities(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(17, 8, generator=generator, dtype=torch.float64) * 0.5
+    banned = torch.zeros(17, dtype=torch.bool)
+    banned[[0, 5, 16]] = True
+    n = 40_000
+    uniforms = (torch.arange(n) + 0.5).float() / n
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 17 * 1000)
+    for temperature in (1.0, 0.7):
+        tokens = sample_tokens(hidden.expand(n, -1), weight, uniforms, temperature, banned)
+        logits = (hidden @ weight.T / temperature).masked_fill(banned, -torch.inf)
+        # Evenly spaced uniforms: the counts are the probabilities up to one grid cell at each end.
+        counts = torch.bincount(tokens, minlength=17).double() / n
+        assert (counts - logits.softmax(-1)[0]).abs().max() <= 2 / n + 1e-6
+        assert not banned[tokens].any()
+
+
+def test_extreme_uniforms_never_draw_a_banned_token():
+    hidden, weight = torch.zeros(2, 4), torch.zeros(6, 4)
+    banned = torch.tensor([True, False, False, False, True, True])
+    uniforms = torch.tensor([2.0**-24, 1 - 2.0**-24])
+    assert sample_tokens(hidden, weight, uniforms, 1.0, banned).tolist() == [1, 3]
+
+
+def test_greedy_is_the_most_probable():
+    hidden, weight, _ = case()
+    tokens = sample_tokens(hidden, weight, torch.full((23,), 0.999), 0.0)
+    assert torch.equal(tokens, (hidden @ weight.T).argmax(-1))

@@ -1,0 +1,125 @@
+"""Sampling thoughts: what a draw depends on, and that sampled log-probs are scored ones.
+
+Shapes as in models/rollout.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import logprobs
+from models.logprobs import token_logprobs
+from models.philox import Rng
+from models.rollout import rollout
+from models.thoughts import START, Anchors, Text
+from tests.helpers import packed_text, relative_error, tiny_model
+
+
+def sample(model, text, K=3, length=5, rng=None, temperature=1.0, anchors=None):
+    with torch.no_grad():
+        state = model.read(text)
+    return rollout(model, state, anchors or Anchors.everywhere(text), K, length, rng or Rng(11, 3), temperature)
+
+
+def texts() -> Text:
+    return packed_text([[7, 5], [12], [3, 4, 2], [11]], 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_thought_is_the_same_in_any_batch(dtype):
+    model, text = tiny_model(dtype), texts()
+    together = sample(model, text).tokens_BKSM
+    assert (together[:, :, 0] == START).all()
+    assert len(together[:, :, 1:].unique()) > 10
+    for row in range(4):
+        alone = sample(model, text.rows(slice(row, row + 1))).tokens_BKSM
+        assert torch.equal(alone[0], together[row])
+    reordered = [2, 0, 3, 1]
+    shuffled = Text(*(getattr(text, n)[reordered] for n in ("tokens_BN", "document_BN", "position_BN", "sample_id_B")))
+    assert torch.equal(sample(model, shuffled).tokens_BKSM, together[reordered])
+
+
+def test_a_thought_is_the_same_in_any_chunk(monkeypatch):
+    """Fewer thoughts, anchors, tokens or rows of logits at a time change nothing of those that are there."""
+    model, text = tiny_model(), texts()
+    together = sample(model, text).tokens_BKSM
+    assert torch.equal(sample(model, text, K=1).tokens_BKSM, together[:, :1])
+    assert torch.equal(sample(model, text, length=2).tokens_BKSM, together[:, :, :3])
+    some = torch.tensor([[1, 6]] * 4)
+    assert torch.equal(sample(model, text, anchors=Anchors(text, some)).tokens_BKSM, together[..., [1, 6]])
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 61 * 7)
+    assert torch.equal(sample(model, text).tokens_BKSM, together)
+
+
+def test_bf16_thoughts_are_the_same_in_any_batch():
+    """With rows enough for the matrix products' full tiles, whose sums do not depend on the number of rows."""
+    model = tiny_model(torch.float32, width=64, head_dim=16, ffn_width=128)
+    model.decoder.compute_dtype = torch.bfloat16
+    text = packed_text([[40]] * 4, 40)
+    together = sample(model, text, K=2).tokens_BKSM
+    assert torch.equal(sample(model, text.rows(slice(2, 3)), K=2).tokens_BKSM[0], together[2])
+
+
+def test_draws_depend_on_seed_and_step():
+    model, text = tiny_model(), texts()
+    first = sample(model, text, rng=Rng(11, 3)).tokens_BKSM
+    assert not torch.equal(first, sample(model, text, rng=Rng(12, 3)).tokens_BKSM)
+    assert not torch.equal(first, sample(model, text, rng=Rng(11, 4)).tokens_BKSM)
+    assert torch.equal(first, sample(model, text, rng=Rng(11, 3)).tokens_BKSM)
+
+
+def test_step_by_step_hidden_states_are_those_of_one_pass():
+    """The tokens drawn are the ones that inverting the scored distribution at the same uniforms gives."""
+    model, text = tiny_model(), texts()
+    model.ban(60, (0, 1))
+    thoughts = sample(model, text)
+    with torch.no_grad():
+        hidden = model.think(thoughts, model.read(text))
+    logits = (hidden[:, :, :-1] @ model.head_weight_VW.T).masked_fill(model.banned_V, -torch.inf)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    B, K, _, N = thoughts.tokens_BKSM.shape
+    for s in range(5):
+        u = Rng(11, 3).uniform(
+            text.sample_id_B[:, None, None], torch.arange(N)[None, None], torch.arange(K)[None, :, None], s
+        )
+        drawn = (cumulative[:, :, s] <= u[..., None]).sum(-1)
+        assert torch.equal(drawn, thoughts.tokens_BKSM[:, :, s + 1])
+
+
+def test_banned_ids_are_never_drawn():
+    model, text = tiny_model(), texts()
+    model.ban(tokenizer_size=20, control_ids=(3, 4, 5))
+    drawn = sample(model, text, K=8, length=6).tokens_BKSM[:, :, 1:]
+    allowed = set(range(20)) - {3, 4, 5}
+    assert set(drawn.flatten().tolist()) <= allowed
+
+
+def test_greedy_thoughts_are_the_most_probable_and_need_no_draw():
+    model, text = tiny_model(), texts()
+    greedy = sample(model, text, K=2, temperature=0.0).tokens_BKSM
+    assert torch.equal(greedy[:, 0], greedy[:, 1])
+    assert torch.equal(greedy, sample(model, text, K=2, temperature=0.0, rng=Rng(0, 0)).tokens_BKSM)
+
+
+def test_no_thought_is_start_alone():
+    assert sample(tiny_model(), texts(), length=0).tokens_BKSM.shape == (4, 3, 1, 12)
+
+
+def test_rollout_leaves_no_gradient_and_later_passes_have_theirs():
+    """Working copies made while sampling must not cut the gradient of the pass that follows."""
+    model, text = tiny_model(torch.float32), texts()
+    model.decoder.compute_dtype = torch.bfloat16
+    state = model.read(text)
+    thoughts = rollout(model, state.detached(), Anchors.everywhere(text), 1, 3, Rng(0, 0))
+    hidden = model.think(thoughts, state)
+    token_logprobs(hidden, model.head_weight_VW, thoughts.tokens_BKSM.clamp(min=0)).sum().backward()
+    used = [n for n, p in model.named_parameters() if not n.startswith("mixing") and n != "delimiters.end_W"]
+    missing = [n for n in used if model.get_parameter(n).grad is None or model.get_parameter(n).grad.norm() == 0]
+    assert missing == []
+    again = tiny_model(torch.float32)
+    again.decoder.compute_dtype = torch.bfloat16
+    plain = again.think(thoughts, again.read(text))
+    token_logprobs(plain, again.head_weight_VW, thoughts.tokens_BKSM.clamp(min=0)).sum().backward()
+    for name in used:
+        assert relative_error(model.get_parameter(name).grad, again.get_parameter(name).grad) <= 1e-6, name
