@@ -93,7 +93,7 @@ class ThoughtCache:
         self.length = 0
 
     def extend(self, layer: int, k_BKSMGD: Tensor, v_BKSMGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes behind what is there and returns all keys and values so far; `length` moves on after the last layer."""
+        """Writes behind what is there and returns all keys and values so far; the last layer moves `length` on."""
         end = self.length + k_BKSMGD.shape[2]
         self.keys[layer][:, :, self.length : end] = k_BKSMGD
         self.values[layer][:, :, self.length : end] = v_BKSMGD
@@ -204,9 +204,7 @@ class Decoder(nn.Module):
             x = block(x, cos, sin, attend)
         return TextState(text, self.norm(x), keys, values)
 
-    def think(
-        self, x_BKSMW: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache | None = None
-    ) -> Tensor:
+    def think(self, x_BKSMW: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache | None = None) -> Tensor:
         """Final-norm hidden states [B, K, S, M, W] of thought tokens given as embeddings.
 
         Without a cache the S tokens are whole thoughts and everything is differentiable, the text's keys and values

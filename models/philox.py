@@ -18,7 +18,7 @@ _ROUNDS = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four int64 tensors holding 32-bit words, from a counter of four such tensors (broadcast) and a key of two ints."""
+    """Four int64 tensors of 32-bit words, from a counter of four such tensors (broadcast) and a key of two ints."""
     a, b, c, d = torch.broadcast_tensors(*(word & _MASK for word in counter))
     k0, k1 = key[0] & _MASK, key[1] & _MASK
     for _ in range(_ROUNDS):

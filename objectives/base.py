@@ -55,7 +55,7 @@ class ObjectiveOutput:
 
 @dataclass
 class TokenScores:
-    """NLL in nats of each token's successor [B, N], where `valid_BN`; without thoughts and, if the objective thinks, with."""
+    """NLL in nats of each token's successor [B, N], where `valid_BN`: without thoughts and, where there are any, with."""
 
     text_nll_BN: Tensor
     valid_BN: Tensor
@@ -103,5 +103,8 @@ class ObjectiveConfig:
 
 
 def at_least(minimum: float, **values: float | None) -> list[str]:
-    return [f"{name} must be at least {minimum}, got {value}" for name, value in values.items() if value is not None and value < minimum]
-
+    return [
+        f"{name} must be at least {minimum}, got {value}"
+        for name, value in values.items()
+        if value is not None and value < minimum
+    ]

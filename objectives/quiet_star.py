@@ -106,8 +106,7 @@ class QuietStar(Objective):
         self.config = config or QuietStarConfig()
 
     def denominators(self, text: Text) -> Denominators:
-        """`text`: predicted tokens; `ahead` [A]: tokens to predict at each lookahead; `policy`: positions with a thought
-        to be paid."""
+        """`text`: tokens to predict; `ahead` [A]: those at each lookahead; `policy`: positions whose thoughts are paid."""
         ahead_A = torch.stack([text.targets(s + 1)[1].sum() for s in range(self.config.A)])
         return {"text": ahead_A[0], "ahead": ahead_A, "policy": self._policy_positions(text).sum()}
 
@@ -135,13 +134,13 @@ class QuietStar(Objective):
         )
         return self.score(model, state, thoughts, denominators or self.denominators(text))
 
-    def score(
-        self, model: ThinkingModel, state, thoughts: Thoughts, denominators: Denominators
-    ) -> ObjectiveOutput:
+    def score(self, model: ThinkingModel, state, thoughts: Thoughts, denominators: Denominators) -> ObjectiveOutput:
         """Everything after sampling: `thoughts` are `start` and L tokens at every position of the text in `state`."""
         c, text = self.config, state.text
         L, A, K = c.L, c.A, c.thoughts
-        target_BAN, valid_BAN = (torch.stack(x, dim=1) for x in zip(*(text.targets(s + 1) for s in range(A))))
+        target_BAN, valid_BAN = (
+            torch.stack(x, dim=1) for x in zip(*(text.targets(s + 1) for s in range(A)), strict=True)
+        )
 
         # The thought, its end, and the true tokens that it reads while it predicts the next ones.
         end_BK1N = torch.full_like(thoughts.tokens_BKSM[:, :, :1], END)
@@ -163,9 +162,7 @@ class QuietStar(Objective):
         paid_BKN = advantage_BKN > 0
         hidden_PLW = hidden_BKSNW[:, :, :L].transpose(2, 3)[paid_BKN]
         sampled_PL = thoughts.tokens_BKSM[:, :, 1:].transpose(2, 3)[paid_BKN]
-        logprobs_PL = token_logprobs(
-            hidden_PLW, model.head_weight_VW, sampled_PL, c.policy_temperature, model.banned_V
-        )
+        logprobs_PL = token_logprobs(hidden_PLW, model.head_weight_VW, sampled_PL, c.policy_temperature, model.banned_V)
         policy_sum = reinforce(logprobs_PL, advantage_BKN[paid_BKN][:, None])
         policy = divide(policy_sum, denominators["policy"] * K * L)
 
@@ -206,9 +203,7 @@ class QuietStar(Objective):
         return ((1 - w) * text_BANW + w * thought_BKANW).to(text_BNW.dtype), w_BKAN
 
     @torch.no_grad()
-    def evaluate(
-        self, model: ThinkingModel, text: Text, rng: Rng, temperature: float | None = None
-    ) -> TokenScores:
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, temperature: float | None = None) -> TokenScores:
         """The next token's NLL from the text alone, and mixed with one thought.
 
         The temperature of the thought is by default 0 (greedy) in the paper's variant, that of training in the code's.

@@ -19,9 +19,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def tiny_config(**changes) -> DecoderConfig:
-    sizes = dict(
-        vocab_size=61, width=24, ffn_width=40, layers=2, heads=4, kv_heads=2, head_dim=6, max_positions=128
-    )
+    sizes = dict(vocab_size=61, width=24, ffn_width=40, layers=2, heads=4, kv_heads=2, head_dim=6, max_positions=128)
     return DecoderConfig(**(sizes | changes))
 
 

@@ -33,7 +33,9 @@ def test_values_and_gradients(monkeypatch, chunk_rows, temperature, banned):
     grad = torch.linspace(-1, 2, 23, dtype=torch.float64)
     assert relative_error(got, truth) <= 1e-14
     for a, b in zip(
-        torch.autograd.grad(got, (hidden, weight), grad), torch.autograd.grad(truth, (hidden, weight), grad), strict=True
+        torch.autograd.grad(got, (hidden, weight), grad),
+        torch.autograd.grad(truth, (hidden, weight), grad),
+        strict=True,
     ):
         assert relative_error(a, b) <= 1e-13
 
