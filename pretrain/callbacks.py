@@ -1,0 +1,188 @@
+"""What happens around a step: records, progress, held-out evaluation, checkpoints, stopping when asked to."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from checkpoints.run import prune, save_checkpoint
+from data_pipelines import PackedText, Tokenizer
+from models.philox import Rng
+from models.thoughts import Text
+from pretrain.evaluation import score_held_out, summarise
+from pretrain.module import PretrainModule, StepReport
+from pretrain.run_directory import RunDirectory
+from pretrain.samples import describe_thought
+from pretrain.state import run_state
+
+console = Console(stderr=True, highlight=False)
+
+
+class Records(lightning.Callback):
+    """Writes metrics.jsonl and samples.jsonl, mirrors the metrics to the loggers, and shows progress.
+
+    A bar with loss and tokens per second on a terminal, plain lines elsewhere.
+    """
+
+    def __init__(self, directory: RunDirectory, tokenizer: Tokenizer, counts: dict[str, int], mirrors: list[Logger]):
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.counts = {f"data/{name}": count for name, count in counts.items()}
+        self.mirrors = mirrors
+        self.progress: Progress | None = None
+        self._last = (0, 0.0)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: PretrainModule) -> None:  # type: ignore[override]
+        self._last = (module.tokens, module.seconds)
+        if trainer.is_global_zero and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
+            self.progress.start()
+            self._task = self.progress.add_task("step", total=module.recipe.steps, completed=module.step, status="")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        report: StepReport = module.report
+        if not trainer.is_global_zero:
+            return
+        tokens, seconds = self._last
+        rate = (report.tokens - tokens) / max(report.seconds - seconds, 1e-9)
+        self._last = (report.tokens, report.seconds)
+        status = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
+        if self.progress is not None:
+            self.progress.update(self._task, completed=report.step, status=status)
+        if report.step % module.recipe.logging.every and report.step != module.recipe.steps:
+            return
+        if self.progress is None:
+            nll = "".join(f"  {name} {report.metrics[name]:.3f}" for name in report.metrics if name.startswith("nll"))
+            console.print(f"step {report.step}/{module.recipe.steps}  {status}{nll}", soft_wrap=True)
+        record = {
+            "step": report.step,
+            "tokens": report.tokens,
+            "flops": report.flops,
+            "loss": report.loss,
+            "lr": report.lr,
+            "seconds": report.seconds,
+            "grad_norm": report.grad_norm,
+            "skipped": report.skipped,
+            "tokens_per_second": rate,
+            **report.metrics,
+            **self.counts,
+        }
+        self.directory.append(self.directory.metrics, record)
+        for mirror in self.mirrors:
+            mirror.log_metrics(record, step=report.step)
+        self._write_samples(report, module)
+
+    def on_train_end(self, trainer, module) -> None:
+        self._stop_progress()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self._stop_progress()
+
+    def _stop_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _write_samples(self, report: StepReport, module: PretrainModule) -> None:
+        """A few thoughts of the step, drawn evenly from all of them: not the best ones."""
+        if report.record is None or not module.recipe.logging.samples:
+            return
+        has_target_BN = report.text.targets(1)[1][: report.record.reward_BKM.shape[0]]
+        places = has_target_BN.nonzero().tolist()
+        draw = random.Random(report.step)
+        for row, anchor in draw.sample(places, min(module.recipe.logging.samples, len(places))):
+            k = draw.randrange(report.record.reward_BKM.shape[1])
+            self.directory.append(
+                self.directory.samples,
+                {"step": report.step}
+                | describe_thought(report.text, report.record.thoughts, row, k, anchor, self.tokenizer)
+                | {
+                    "reward": report.record.reward_BKM[row, k, anchor].item(),
+                    "advantage": report.record.advantage_BKM[row, k, anchor].item(),
+                },
+            )
+
+
+class HeldOutEvaluation(lightning.Callback):
+    """Scores held-out text at the start of the run, every so often, and at its end; writes evaluations.jsonl."""
+
+    def __init__(self, directory: RunDirectory, text: Text, mirrors: list[Logger], difficulty_E: Tensor | None):
+        self.directory = directory
+        self.text = text
+        self.mirrors = mirrors
+        self.difficulty_E = difficulty_E
+
+    def on_train_start(self, trainer, module) -> None:
+        if self.difficulty_E is None:
+            self._evaluate(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        every, last = module.recipe.evaluation.every, module.step == module.recipe.steps
+        if last or (every is not None and module.step % every == 0):
+            self._evaluate(trainer, module)
+
+    def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
+        text = self.text.to(module.device)
+        rows = module.recipe.micro_batch_rows or module.recipe.rows_per_step
+        # Evaluation has draws of its own: the same at every step, and none of training's.
+        rng = Rng(module.recipe.seed, 2**32 - 1)
+        scores = score_held_out(module.objective, module.model, text, rng, rows)
+        if self.difficulty_E is None:
+            self.difficulty_E = scores.text_nll_E
+        summary = summarise(scores, self.difficulty_E)
+        if trainer.is_global_zero:
+            record = {"step": module.step, "tokens": module.tokens, "flops": module.flops, **summary}
+            self.directory.append(self.directory.evaluations, record)
+            flat = {f"held_out/{name}": value for name, value in summary.items() if isinstance(value, float)}
+            for mirror in self.mirrors:
+                mirror.log_metrics(flat, step=module.step)
+            said = "  ".join(f"{name[9:]} {value:.4f}" for name, value in flat.items() if "nll" in name)
+            console.print(f"held-out at step {module.step}: {said}", soft_wrap=True)
+
+
+class Checkpoints(lightning.Callback):
+    """Saves every so often, at the end, and when the process is told to stop; then stops it at the step's boundary.
+
+    Saving inside a signal handler can hang, so the handler only raises a flag.
+    """
+
+    def __init__(self, directory: RunDirectory, data: PackedText, evaluation: HeldOutEvaluation):
+        self.directory = directory
+        self.data = data
+        self.evaluation = evaluation
+        self.asked_to_stop = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer, module) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        # A second signal means it.
+        signal.signal(number, self._previous[number])
+        self.asked_to_stop = True
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        config, last = module.recipe.checkpoint, module.step == module.recipe.steps
+        if last or self.asked_to_stop or (config.every is not None and module.step % config.every == 0):
+            self._save(module)
+            prune(self.directory.checkpoints, config.keep)
+        if self.asked_to_stop:
+            trainer.should_stop = True
+
+    def teardown(self, trainer, module, stage) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _save(self, module: PretrainModule) -> None:
+        tensors, state = run_state(module, self.data.fingerprint, self.evaluation.difficulty_E)
+        save_checkpoint(self.directory.checkpoints, module.step, tensors, state)

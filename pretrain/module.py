@@ -1,0 +1,133 @@
+"""The training step: an objective on Lightning, one optimizer step per global batch.
+
+Optimisation is manual so that a step owns its whole global batch: counts are summed over ranks and micro-batches before
+the first backward, and the update does not depend on how the batch was cut.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import lightning
+import torch
+from torch import Tensor
+
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+from objectives.base import Objective, ThoughtRecord
+from pretrain.recipe import OptimizerConfig, Recipe
+
+
+class TrainingStopped(RuntimeError):
+    """The run stopped itself; the message says why and what to do."""
+
+
+@dataclass
+class StepReport:
+    """What one step did. seconds: of training so far, this step included; tokens and flops likewise."""
+
+    step: int
+    tokens: int
+    flops: int
+    seconds: float
+    loss: float
+    lr: float
+    grad_norm: float
+    skipped: int
+    metrics: dict[str, float]
+    text: Text
+    record: ThoughtRecord | None
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of the update that completes step `step` (from 1) of `steps`."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def make_optimizer(model: ThinkingModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on the matrices of linear layers only."""
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in linear], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) not in linear], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class PretrainModule(lightning.LightningModule):
+    """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the beginning of the run and survive a resume."""
+
+    def __init__(self, model: ThinkingModel, objective: Objective, recipe: Recipe):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.objective = objective
+        self.recipe = recipe
+        self.optimizer = make_optimizer(model, recipe.optimizer)
+        self.step = self.tokens = self.flops = self.skipped = 0
+        self.seconds = 0.0
+        self.report: StepReport | None = None
+        self._skipped_in_a_row = 0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        started = time.perf_counter()
+        config, text = self.recipe.optimizer, Text(**batch)
+        rng = Rng(self.recipe.seed, self.step)
+        denominators = {name: self._sum(count) for name, count in self.objective.denominators(text).items()}
+        lr = learning_rate(config, self.step + 1, self.recipe.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss, flops, metrics, record = 0.0, 0, {}, None
+        rows = self.recipe.micro_batch_rows or text.shape[0]
+        for start in range(0, text.shape[0], rows):
+            output = self.objective(self.model, text.rows(slice(start, start + rows)), rng, denominators)
+            self.manual_backward(output.loss)
+            loss, flops = loss + output.loss.detach().double(), flops + output.flops
+            record = record or output.record
+            for name, mean in output.metrics.items():
+                pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in mean])
+                metrics[name] = metrics.get(name, 0) + pair
+        loss = self._sum(loss).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
+
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+        self.step += 1
+        self.tokens += int(self._sum((text.document_BN >= 0).sum()))
+        self.flops += int(self._sum(torch.tensor(flops, device=self.device)))
+        self.seconds += time.perf_counter() - started
+        means = {name: (total / count).item() for name, (total, count) in self._summed(metrics).items()}
+        self.report = StepReport(
+            self.step, self.tokens, self.flops, self.seconds, loss, lr, norm, self.skipped, means, text, record
+        )
+        if self._skipped_in_a_row >= config.max_skipped:
+            raise TrainingStopped(
+                f"{self._skipped_in_a_row} steps in a row, up to step {self.step}, had a non-finite loss or gradient; "
+                "the newest checkpoint is from before them: lower optimizer.lr or look at the data, and start again"
+            )
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def _summed(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._sum(pair) for name, pair in metrics.items()}

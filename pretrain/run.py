@@ -1,0 +1,255 @@
+"""From a recipe to a trained model: `fit`, its `dry_run`, and opening what they leave behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from checkpoints.hugging_face import load_decoder, load_thinking_model
+from checkpoints.references import CheckpointError, resolve
+from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint
+from data_pipelines import PackedText, Tokenizer, open_data
+from data_pipelines.data_module import TextDataModule
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+from objectives.base import Objective
+from objectives.quiet_star import QuietStarConfig
+from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, console
+from pretrain.module import PretrainModule
+from pretrain.recipe import Recipe, RecipeError
+from pretrain.report import print_report
+from pretrain.run_directory import RunDirectory
+from pretrain.state import Tensors, model_from_state, restore_run
+
+log = logging.getLogger(__name__)
+DELIMITER_ORIGIN = "---"  # whose first sub-token's embedding the delimiters start from (Quiet-STaR appendix A)
+
+
+def compute_dtype(setting: str) -> torch.dtype | None:
+    """The dtype of activations: None leaves that of the masters. `auto` is bf16 where the hardware multiplies it."""
+    if setting == "auto":
+        if torch.cuda.is_available():
+            bf16 = torch.cuda.is_bf16_supported()
+        else:
+            capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        return torch.bfloat16 if bf16 else None
+    return torch.bfloat16 if setting == "bf16" else None
+
+
+def new_model(recipe: Recipe, objective: Objective, tokenizer: Tokenizer) -> ThinkingModel:
+    """The recipe's model with the parts its objective uses; parts the model already brings are kept as they are."""
+    dtype = compute_dtype(recipe.compute_dtype)
+    if recipe.model.startswith("random:"):
+        source = ThinkingModel(load_decoder(recipe.model, dtype, seed=recipe.seed))
+    else:
+        source = load_thinking_model(resolve(recipe.model), dtype)
+    model = ThinkingModel(source.decoder, objective.uses_delimiters, objective.uses_mixing_head)
+    if model.delimiters is not None:
+        if source.delimiters is not None:
+            model.delimiters = source.delimiters
+        else:
+            origin = tokenizer.encode([DELIMITER_ORIGIN])[0][0]
+            model.delimiters.init_from(source.decoder.embed_tokens.weight[origin])
+    if model.mixing_head is not None:
+        if source.mixing_head is not None:
+            model.mixing_head = source.mixing_head
+        else:
+            model.mixing_head.init_weights(torch.Generator().manual_seed(recipe.seed))
+    return model
+
+
+@dataclass
+class Prepared:
+    """All that a run needs, checked to fit together."""
+
+    recipe: Recipe
+    objective: Objective
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    data: PackedText
+    model: ThinkingModel
+    checkpoint: tuple[Tensors, dict] | None
+
+
+def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
+    """Reads tokenizer, data and model, the latter from the run's newest checkpoint if `directory` has one."""
+    tokenizer_directory = resolve(recipe.model)
+    tokenizer = Tokenizer.from_directory(tokenizer_directory)
+    data = open_data(recipe.data, tokenizer, recipe.seed)
+    objective = recipe.make_objective()
+    newest = newest_checkpoint(directory.checkpoints) if directory is not None else None
+    checkpoint = None
+    if newest is None:
+        model = new_model(recipe, objective, tokenizer)
+    else:
+        checkpoint = load_checkpoint(newest)
+        if checkpoint[1]["data_fingerprint"] != data.fingerprint:
+            raise RecipeError(
+                f"the data is not what {newest} was trained on, so the run cannot be continued exactly; "
+                "restore the data or choose another --run-dir"
+            )
+        model = model_from_state(*checkpoint, compute_dtype(recipe.compute_dtype))
+    if tokenizer.size > model.decoder.config.vocab_size:
+        raise RecipeError(
+            f"the tokenizer of {recipe.model} has {tokenizer.size} tokens, its model only "
+            f"{model.decoder.config.vocab_size} embeddings; choose another model"
+        )
+    model.ban(tokenizer.size, tokenizer.control_ids)
+    _check_lengths(recipe, model)
+    return Prepared(recipe, objective, tokenizer, tokenizer_directory, data, model, checkpoint)
+
+
+def _check_lengths(recipe: Recipe, model: ThinkingModel) -> None:
+    thought = recipe.objective.L + 1 + recipe.objective.A if isinstance(recipe.objective, QuietStarConfig) else 0
+    config = model.decoder.config
+    limit = min(config.max_positions, config.sliding_window or config.max_positions)
+    if recipe.data.length + thought > limit:
+        raise RecipeError(
+            f"data.length {recipe.data.length} and thoughts of {thought} tokens exceed the {limit} positions of "
+            f"{recipe.model}; set data.length to at most {limit - thought}"
+        )
+
+
+def fit(recipe: Recipe) -> Path:
+    """Runs a recipe to its end, continuing what its directory holds; returns that directory.
+
+    Raises RecipeError, DataError or CheckpointError for what the user can mend, TrainingStopped if the run gave up.
+    """
+    started = time.perf_counter()
+    directory = RunDirectory(recipe.run_dir or "runs/run")
+    prepared = prepare(recipe, directory)
+    directory.prepare(recipe, prepared.tokenizer_directory)
+    module = PretrainModule(prepared.model, prepared.objective, recipe)
+    difficulty_E = None
+    if prepared.checkpoint is not None:
+        tensors, state = prepared.checkpoint
+        restore_run(module, tensors, state)
+        difficulty_E = tensors.get("evaluation", {}).get("difficulty_E")
+        console.print(f"continuing {directory.path} at step {module.step} of {recipe.steps}")
+    directory.rewind(module.step if prepared.checkpoint is not None else -1)
+
+    finished = False
+    if module.step < recipe.steps:
+        mirrors = _mirrors(recipe, directory)
+        held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
+        evaluation = HeldOutEvaluation(directory, held_out, mirrors, difficulty_E)
+        checkpointing = Checkpoints(directory, prepared.data, evaluation)
+        records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
+        trainer = lightning.Trainer(
+            accelerator="auto",
+            devices=recipe.devices,
+            max_epochs=1,
+            logger=False,
+            callbacks=[records, evaluation, checkpointing],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        data_module = TextDataModule(
+            prepared.data, recipe.steps, recipe.rows_per_step, start_step=module.step, num_workers=recipe.data_workers
+        )
+        trainer.fit(module, datamodule=data_module)
+        for mirror in mirrors:
+            mirror.finalize("success")
+        finished = module.step == recipe.steps
+        if not finished:
+            console.print(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
+    else:
+        finished = True
+        console.print(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
+    if finished:
+        print_report(directory, recipe, time.perf_counter() - started)
+    return directory.path
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Validates a recipe to the point of one forward and backward pass on its first micro-batch; writes nothing."""
+    prepared = prepare(recipe, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = prepared.model.to(device)
+    rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.devices
+    text = Text(**prepared.data.rows(0, rows)).to(device)
+    started = time.perf_counter()
+    output = prepared.objective(model, text, Rng(recipe.seed, 0))
+    output.loss.backward()
+    seconds = time.perf_counter() - started
+    parameters = sum(p.numel() for p in model.parameters())
+    passes = recipe.rows_per_step // rows
+    console.print(
+        f"{recipe.model}: {parameters / 1e6:.1f}M parameters; weights, gradients and AdamW states take "
+        f"{parameters * 16 / 2**30:.1f} GiB in fp32"
+    )
+    console.print(
+        f"data: {prepared.data.tokens_per_epoch:,} tokens an epoch; {recipe.steps} steps of {recipe.rows_per_step} × "
+        f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
+    )
+    console.print(
+        f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {output.flops / 1e12:.2f} TFLOP; "
+        f"about {seconds * passes / recipe.devices * recipe.steps / 60:.0f} minutes for the run"
+    )
+    console.print("the recipe can be run")
+
+
+def _mirrors(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
+    """Loggers that repeat metrics.jsonl elsewhere."""
+    mirrors: list[Logger] = []
+    if recipe.logging.csv:
+        mirrors.append(CSVLogger(str(directory.path), name="csv"))
+    mode = recipe.logging.wandb
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        log.info("wandb is not installed; metrics.jsonl has everything")
+    elif mode != "disabled":
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"
+        mirrors.append(
+            WandbLogger(
+                project=recipe.logging.wandb_project,
+                name=directory.path.name,
+                save_dir=str(directory.path),
+                mode=mode,
+                resume="allow",
+            )
+        )
+    return mirrors
+
+
+@dataclass
+class OpenedModel:
+    """A model for use after training, with its tokenizer and, from a run, its recipe."""
+
+    model: ThinkingModel
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    recipe: Recipe | None
+
+
+def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
+    """A run directory, a checkpoint of one, or any model reference. Raises CheckpointError or DataError."""
+    path = Path(reference)
+    if (path / "recipe.yaml").exists() or (path / "state.json").exists():
+        checkpoint = find_checkpoint(path)
+        directory = RunDirectory(checkpoint.parent.parent)
+        if not directory.recipe.exists():
+            raise CheckpointError(f"{checkpoint} lies in no run directory (no {directory.recipe}); move it back")
+        model = model_from_state(*load_checkpoint(checkpoint), dtype)
+        tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
+    else:
+        tokenizer_directory, recipe = resolve(reference), None
+        model = load_thinking_model(tokenizer_directory, dtype)
+    tokenizer = Tokenizer.from_directory(tokenizer_directory)
+    model.ban(tokenizer.size, tokenizer.control_ids)
+    return OpenedModel(model, tokenizer, tokenizer_directory, recipe)

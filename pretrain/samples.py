@@ -1,0 +1,79 @@
+"""Thoughts in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as RichText
+
+from checkpoints.references import CheckpointError
+from data_pipelines import Tokenizer
+from models.philox import Rng
+from models.thoughts import Text, Thoughts
+from objectives.quiet_star import QuietStar, QuietStarConfig
+
+if TYPE_CHECKING:
+    from pretrain.run import OpenedModel
+
+CONTEXT_TOKENS = 24
+CONTINUATION_TOKENS = 6
+DEFAULT_LENGTH = 8  # of thoughts shown for a model that says nothing of how it was trained
+
+
+def printable(words: str) -> RichText:
+    """Text as a table cell: line breaks and other control characters escaped, nothing read as markup."""
+    return RichText(repr(words)[1:-1])
+
+
+def describe_thought(text: Text, thoughts: Thoughts, row: int, k: int, m: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Where a thought stands, the text before it, the thought, and how the text really goes on."""
+    anchor = int(thoughts.anchors.index_BM[row, m])
+    document = text.document_BN[row]
+    inside = [n for n in range(text.shape[1]) if document[n] == document[anchor]]
+    before = [n for n in inside if n <= anchor][-CONTEXT_TOKENS:]
+    after = [n for n in inside if n > anchor][:CONTINUATION_TOKENS]
+    words = text.tokens_BN[row].tolist()
+    thought = [token for token in thoughts.tokens_BKSM[row, k, :, m].tolist() if token >= 0]
+    return {
+        "sample_id": int(text.sample_id_B[row]),
+        "position": anchor,
+        "text": tokenizer.decode([words[n] for n in before]),
+        "thought": tokenizer.decode(thought),
+        "continues": tokenizer.decode([words[n] for n in after]),
+    }
+
+
+@torch.no_grad()
+def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperature: float, seed: int) -> None:
+    """Prints, for each position of a text, the thought there and the next token's probability without and with it.
+
+    Raises CheckpointError for a model that was not trained to think.
+    """
+    model, tokenizer = opened.model, opened.tokenizer
+    if model.delimiters is None or model.mixing_head is None:
+        raise CheckpointError("this model has no thought delimiters or mixing head; sample one trained by quiet_star")
+    ids = tokenizer.encode([words])[0]
+    if not ids:
+        raise CheckpointError("there is nothing to read; give --text some words")
+    trained = opened.recipe.objective if opened.recipe is not None else None
+    if length is None:
+        length = trained.L if isinstance(trained, QuietStarConfig) else DEFAULT_LENGTH
+    objective = QuietStar(QuietStarConfig(length=length, lookahead=1, thoughts=1))
+    text = Text.from_rows(torch.tensor([ids]))
+    scores = objective.evaluate(model, text, Rng(seed, 0), temperature)
+    assert scores.thoughts is not None and scores.thought_nll_BN is not None
+    table = Table(title="A thought at every token")
+    for column in ("token", "thought", "next token", "p without", "p with"):
+        table.add_column(column, justify="right" if column.startswith("p ") else "left")
+    for n, token in enumerate(ids):
+        thought = [t for t in scores.thoughts.tokens_BKSM[0, 0, :, n].tolist() if t >= 0]
+        known = bool(scores.valid_BN[0, n])
+        table.add_row(
+            *(printable(tokenizer.decode(part)) for part in ([token], thought, ids[n + 1 : n + 2])),
+            f"{scores.text_nll_BN[0, n].neg().exp():.4f}" if known else "",
+            f"{scores.thought_nll_BN[0, n].neg().exp():.4f}" if known else "",
+        )
+    Console(highlight=False).print(table)

@@ -1,0 +1,85 @@
+"""A run's whole state, as tensors and plain values, and back: what a checkpoint holds.
+
+Batches and samples are functions of (seed, step), so the step is all there is to know about data and draws; the states
+of the random generators are kept all the same, for objectives or hooks that use them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.decoder import Decoder, DecoderConfig
+from models.thinking import ThinkingModel
+from pretrain.module import PretrainModule
+from pretrain.recipe import recipe_to_tree
+
+Tensors = dict[str, dict[str, Tensor]]
+COUNTERS = ("step", "tokens", "flops", "seconds", "skipped")
+
+
+def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tensor | None) -> tuple[Tensors, dict]:
+    """(groups of tensors, JSON-able state) of a run between two steps."""
+    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    optimizer = {
+        f"{names[id(parameter)]}/{key}": value
+        for parameter, states in module.optimizer.state.items()
+        for key, value in states.items()
+    }
+    numpy_state = np.random.get_state(legacy=False)
+    random_states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    tensors = {"model": dict(module.model.state_dict()), "optimizer": optimizer, "random": random_states}
+    if difficulty_E is not None:
+        tensors["evaluation"] = {"difficulty_E": difficulty_E}
+    model = module.model
+    state = {name: getattr(module, name) for name in COUNTERS} | {
+        "decoder": dataclasses.asdict(model.decoder.config),
+        "delimiters": model.delimiters is not None,
+        "mixing_head": model.mixing_head is not None,
+        "recipe": recipe_to_tree(module.recipe),
+        "data_fingerprint": data_fingerprint,
+        "numpy_position": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
+        "python_random": list(random.getstate()),
+        "version": version("forethought"),
+    }
+    return tensors, state
+
+
+def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: torch.dtype | None) -> ThinkingModel:
+    """The model of a checkpoint; needs nothing but the checkpoint."""
+    decoder = Decoder(DecoderConfig(**state["decoder"]), compute_dtype)
+    model = ThinkingModel(decoder, delimiters=state["delimiters"], mixing_head=state["mixing_head"])
+    model.load_state_dict(tensors["model"])
+    return model
+
+
+def restore_run(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Puts optimizer, counters and random generators where they were; the model is already that of the checkpoint."""
+    for name in COUNTERS:
+        setattr(module, name, state[name])
+    parameters = dict(module.model.named_parameters())
+    for key, value in tensors["optimizer"].items():
+        name, entry = key.rsplit("/", 1)
+        module.optimizer.state[parameters[name]][entry] = value.to(
+            parameters[name].device if entry != "step" else value.device
+        )
+    torch.set_rng_state(tensors["random"]["torch"])
+    if "cuda" in tensors["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random"]["cuda"])
+    position, has_gauss, gauss = state["numpy_position"]
+    key = tensors["random"]["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, gauss))
+    version_number, internal, gauss_next = state["python_random"]
+    random.setstate((version_number, tuple(internal), gauss_next))

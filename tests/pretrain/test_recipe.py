@@ -1,0 +1,154 @@
+"""Recipes: the shipped ones load, overrides reach every key, and all mistakes come in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from objectives.next_token import NextTokenConfig
+from objectives.quiet_star import QuietStarConfig
+from pretrain.recipe import (
+    Recipe,
+    RecipeError,
+    help_on_keys,
+    load_recipe,
+    recipe_from_tree,
+    recipe_to_tree,
+    recipe_to_yaml,
+    shipped,
+)
+
+
+def test_shipped_recipes():
+    assert set(shipped()) >= {"smollm2-next-token", "smollm2-quiet-star", "mistral-7b-quiet-star"}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_loads_and_survives_yaml(name):
+    recipe = load_recipe(name)
+    assert recipe.run_dir == f"runs/{name}"
+    assert recipe_from_tree(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
+
+
+def test_the_papers_run():
+    recipe = load_recipe("mistral-7b-quiet-star")
+    assert (recipe.objective.L, recipe.objective.A, recipe.objective.thoughts) == (9, 4, 2)
+    assert (recipe.rows_per_step, recipe.data.length, recipe.steps) == (8, 256, 100)
+    optimizer = recipe.optimizer
+    assert (optimizer.lr, optimizer.warmup_steps, optimizer.weight_decay, optimizer.clip) == (1e-6, 20, 1e-3, 1.0)
+
+
+def test_the_control_differs_in_its_objective_alone():
+    a, b = (recipe_to_tree(load_recipe(name)) for name in ("smollm2-quiet-star", "smollm2-next-token"))
+    differing = {key for key in a if a[key] != b[key]}
+    assert differing == {"objective", "run_dir", "micro_batch_rows"}
+
+
+def test_overrides():
+    arguments = "--steps 7 --seed=3 --run-dir out --data text.jsonl --data.length 64 --optimizer.lr 1e-4".split()
+    arguments += "--objective.thoughts 4 --optimizer.betas [0.8,0.9] --evaluation.every null --logging.csv false".split()
+    recipe = load_recipe("smollm2-quiet-star", arguments)
+    assert (recipe.steps, recipe.seed, recipe.run_dir) == (7, 3, "out")
+    assert (recipe.data.reference, recipe.data.length) == ("text.jsonl", 64)
+    assert recipe.data.end_of_document == "<|endoftext|>"
+    assert (recipe.optimizer.lr, recipe.optimizer.betas) == (1e-4, (0.8, 0.9))
+    assert (recipe.objective.thoughts, recipe.objective.L) == (4, 4)
+    assert recipe.evaluation.every is None and recipe.logging.csv is False
+
+
+def test_one_line_changes_the_objective():
+    recipe = load_recipe("smollm2-quiet-star", ["--objective", "next_token"])
+    assert recipe.objective == NextTokenConfig()
+    recipe = load_recipe("smollm2-next-token", "--objective quiet_star --objective.length 12".split())
+    assert recipe.objective == QuietStarConfig(length=12)
+    same = load_recipe("smollm2-quiet-star", "--objective quiet_star".split())
+    assert same.objective == load_recipe("smollm2-quiet-star").objective
+
+
+def test_all_mistakes_in_one_message(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(
+        """
+steps: -3
+stpes: 4
+objective: {name: quiet_star, length: 0, thougts: 3, variant: codes}
+data: {reference: here, length: one}
+rows_per_step: 3
+devices: 2
+optimizer: {lr: fast, betas: [0.9], clip: -1}
+logging: 5
+"""
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path), ["--seed", "x", "oops", "--evaluation.rows", "0"])
+    message = str(caught.value)
+    for part in (
+        "steps must be at least 1, got -3",
+        "unknown key 'stpes'; did you mean 'steps'?",
+        "unknown key 'objective.thougts'; did you mean 'thoughts'?",
+        "objective: length must be at least 1, got 0",
+        "objective.variant must be one of paper, public_code, got 'codes'",
+        "data.length must be a whole number, got 'one'",
+        "rows_per_step 3 must be a multiple of devices 2",
+        "optimizer.lr must be a number, got 'fast'",
+        "optimizer.betas must be a list of 2 values, got [0.9]",
+        "optimizer: clip and eps must be above 0",
+        "logging must be a mapping of keys to values, got 5",
+        "seed must be a whole number, got 'x'",
+        "'oops' is neither a key nor its value; write --key value",
+        "evaluation: rows must be at least 1, got 0",
+    ):
+        assert part in message, part
+    assert message.count("\n  - ") == 14
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("objective: next_token", "steps is missing"),
+        ("steps: 3", "objective is missing"),
+        ("{steps: 3, objective: sorcery}", "objective must be one of next_token, quiet_star"),
+        ("{steps: 3, objective: quiet_star, data: {length: 5}}", "too short for a lookahead of 4; use at least 6"),
+        ("steps: 3\nobjective: [", "is not valid YAML"),
+        ("just words", "must be a mapping"),
+        ("{steps: true, objective: next_token}", "steps must be a whole number, got True"),
+        ("{steps: 1, objective: next_token, data: {held_out: 0.9}}", "held_out"),
+    ],
+)
+def test_single_mistakes(tmp_path, text, part):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=part):
+        load_recipe(str(path))
+
+
+def test_unknown_recipe_and_bad_overrides():
+    with pytest.raises(RecipeError, match=r"no recipe 'magic': give a YAML file or one of .*smollm2-quiet-star"):
+        load_recipe("magic")
+    with pytest.raises(RecipeError, match="--steps needs a value"):
+        load_recipe("smollm2-next-token", ["--steps"])
+    with pytest.raises(RecipeError, match="--steps needs a value"):
+        load_recipe("smollm2-next-token", ["--steps", "--seed", "3"])
+    with pytest.raises(RecipeError, match="steps is a value and has no keys"):
+        load_recipe("smollm2-next-token", ["--steps.deep", "3"])
+    negative = load_recipe("smollm2-next-token", ["--data.held_out", "0.0", "--steps", "3"])
+    assert negative.data.held_out == 0
+
+
+def test_every_key_is_explained():
+    text = help_on_keys()
+
+    def keys(kind, prefix):
+        for spec in dataclasses.fields(kind):
+            default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else None
+            if dataclasses.is_dataclass(default):
+                yield from keys(type(default), f"{prefix}{spec.name}.")
+            else:
+                yield prefix + spec.name
+
+    for key in [*keys(Recipe, ""), *keys(QuietStarConfig, "objective.")]:
+        assert f"--{key} " in text, key
+    assert "--optimizer.lr float (default 1e-06)" in text
+    assert "--data REF" in text
