@@ -78,21 +78,24 @@ def token_logprobs(
 @torch.no_grad()
 def sample_tokens(
     hidden: Tensor, weight_VW: Tensor, uniforms: Tensor, temperature: float, banned_V: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One token per row by inverting the distribution function at that row's uniform; greedy at temperature 0.
 
-    hidden [..., W], uniforms fp32 in (0, 1) [...] → int64 [...].
+    hidden [..., W], uniforms fp32 in (0, 1) [...] → int64 tokens [...], and their log-probs under what they were drawn
+    from [...] (greedy: at temperature 1), fp32 (fp64 for fp64).
     """
     hidden_RW, uniforms_R = hidden.flatten(0, -2), uniforms.flatten()
     copy = working_copy(weight_VW, hidden.dtype)
     tokens_R = torch.empty(len(uniforms_R), dtype=torch.int64, device=hidden.device)
+    logprobs_R = torch.empty(len(uniforms_R), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     for c in _chunks(len(uniforms_R), len(copy)):
         logits_CV = _logits(hidden_RW[c], copy, temperature or 1.0, banned_V)
         if temperature == 0:
             tokens_R[c] = logits_CV.argmax(-1)
-            continue
-        cumulative_CV = (logits_CV - logits_CV.amax(-1, keepdim=True)).exp_().cumsum(-1)
-        threshold_C1 = uniforms_R[c, None].to(cumulative_CV.dtype) * cumulative_CV[:, -1:]
-        # The first token whose cumulated mass exceeds the threshold, hence never one of mass zero.
-        tokens_R[c] = torch.searchsorted(cumulative_CV, threshold_C1, right=True)[:, 0]
-    return tokens_R.view(uniforms.shape)
+        else:
+            cumulative_CV = (logits_CV - logits_CV.amax(-1, keepdim=True)).exp_().cumsum(-1)
+            threshold_C1 = uniforms_R[c, None].to(cumulative_CV.dtype) * cumulative_CV[:, -1:]
+            # The first token whose cumulated mass exceeds the threshold, hence never one of mass zero.
+            tokens_R[c] = torch.searchsorted(cumulative_CV, threshold_C1, right=True)[:, 0]
+        logprobs_R[c] = logits_CV.gather(-1, tokens_R[c, None])[:, 0] - logits_CV.logsumexp(-1)
+    return tokens_R.view(uniforms.shape), logprobs_R.view(uniforms.shape)

@@ -144,6 +144,14 @@ class Thoughts:
     tokens_BKSM: Tensor
     anchors: Anchors
 
+    @cached_property
+    def lengths_BKM(self) -> Tensor:
+        """int64, tokens of each thought."""
+        return (self.tokens_BKSM != PAD).sum(dim=2)
+
     def followed_by(self, tokens_BKTM: Tensor) -> Thoughts:
-        """The same thoughts with T more tokens each; all of them must fill their S slots."""
-        return Thoughts(torch.cat([self.tokens_BKSM, tokens_BKTM], dim=2), self.anchors)
+        """The same thoughts with up to T more tokens each, right behind their last; PAD in `tokens_BKTM` adds none."""
+        T = tokens_BKTM.shape[2]
+        longer = torch.nn.functional.pad(self.tokens_BKSM, (0, 0, 0, T), value=PAD)
+        slots_BKTM = self.lengths_BKM[:, :, None] + torch.arange(T, device=longer.device)[:, None]
+        return Thoughts(longer.scatter(2, slots_BKTM, tokens_BKTM), self.anchors)

@@ -55,7 +55,7 @@ class ObjectiveOutput:
 
 @dataclass
 class TokenScores:
-    """NLL in nats of each token's successor [B, N], where `valid_BN`: without thoughts and, where there are any, with."""
+    """NLL in nats of each token's successor [B, N], where `valid_BN`; without thoughts and, if there are any, with."""
 
     text_nll_BN: Tensor
     valid_BN: Tensor

@@ -106,7 +106,7 @@ class QuietStar(Objective):
         self.config = config or QuietStarConfig()
 
     def denominators(self, text: Text) -> Denominators:
-        """`text`: tokens to predict; `ahead` [A]: those at each lookahead; `policy`: positions whose thoughts are paid."""
+        """`text`: tokens to predict; `ahead` [A]: those at each lookahead; `policy`: positions that are paid."""
         ahead_A = torch.stack([text.targets(s + 1)[1].sum() for s in range(self.config.A)])
         return {"text": ahead_A[0], "ahead": ahead_A, "policy": self._policy_positions(text).sum()}
 
@@ -131,16 +131,15 @@ class QuietStar(Objective):
             self.config.L,
             rng,
             self.config.temperature,
-        )
+        ).thoughts
         return self.score(model, state, thoughts, denominators or self.denominators(text))
 
     def score(self, model: ThinkingModel, state, thoughts: Thoughts, denominators: Denominators) -> ObjectiveOutput:
         """Everything after sampling: `thoughts` are `start` and L tokens at every position of the text in `state`."""
         c, text = self.config, state.text
         L, A, K = c.L, c.A, c.thoughts
-        target_BAN, valid_BAN = (
-            torch.stack(x, dim=1) for x in zip(*(text.targets(s + 1) for s in range(A)), strict=True)
-        )
+        targets = [text.targets(s + 1) for s in range(A)]
+        target_BAN, valid_BAN = (torch.stack(x, dim=1) for x in zip(*targets, strict=True))
 
         # The thought, its end, and the true tokens that it reads while it predicts the next ones.
         end_BK1N = torch.full_like(thoughts.tokens_BKSM[:, :, :1], END)
@@ -213,7 +212,7 @@ class QuietStar(Objective):
         state, anchors = model.read(text), Anchors.everywhere(text)
         if temperature is None:
             temperature = 0.0 if c.variant == "paper" else c.temperature
-        thoughts = rollout(model, state, anchors, 1, c.L, rng, temperature)
+        thoughts = rollout(model, state, anchors, 1, c.L, rng, temperature).thoughts
         closed = thoughts.followed_by(torch.full_like(thoughts.tokens_BKSM[:, :, :1], END))
         hidden_BKSNW = model.think(closed, state)
         mixed_BKANW, _ = self._mix(model, state.hidden_BNW, hidden_BKSNW[:, :, -1:])

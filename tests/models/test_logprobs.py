@@ -92,22 +92,23 @@ def test_samples_follow_the_probabilities(monkeypatch):
     uniforms = (torch.arange(n) + 0.5).float() / n
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 17 * 1000)
     for temperature in (1.0, 0.7):
-        tokens = sample_tokens(hidden.expand(n, -1), weight, uniforms, temperature, banned)
+        tokens, drawn_logprobs = sample_tokens(hidden.expand(n, -1), weight, uniforms, temperature, banned)
         logits = (hidden @ weight.T / temperature).masked_fill(banned, -torch.inf)
         # Evenly spaced uniforms: the counts are the probabilities up to one grid cell at each end.
         counts = torch.bincount(tokens, minlength=17).double() / n
         assert (counts - logits.softmax(-1)[0]).abs().max() <= 2 / n + 1e-6
         assert not banned[tokens].any()
+        assert relative_error(drawn_logprobs, logits.log_softmax(-1)[0, tokens]) <= 1e-14
 
 
 def test_extreme_uniforms_never_draw_a_banned_token():
     hidden, weight = torch.zeros(2, 4), torch.zeros(6, 4)
     banned = torch.tensor([True, False, False, False, True, True])
     uniforms = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    assert sample_tokens(hidden, weight, uniforms, 1.0, banned).tolist() == [1, 3]
+    assert sample_tokens(hidden, weight, uniforms, 1.0, banned)[0].tolist() == [1, 3]
 
 
 def test_greedy_is_the_most_probable():
     hidden, weight, _ = case()
-    tokens = sample_tokens(hidden, weight, torch.full((23,), 0.999), 0.0)
+    tokens, _ = sample_tokens(hidden, weight, torch.full((23,), 0.999), 0.0)
     assert torch.equal(tokens, (hidden @ weight.T).argmax(-1))

@@ -19,7 +19,7 @@ from tests.helpers import packed_text, relative_error, tiny_model
 def sample(model, text, K=3, length=5, rng=None, temperature=1.0, anchors=None):
     with torch.no_grad():
         state = model.read(text)
-    return rollout(model, state, anchors or Anchors.everywhere(text), K, length, rng or Rng(11, 3), temperature)
+    return rollout(model, state, anchors or Anchors.everywhere(text), K, length, rng or Rng(11, 3), temperature).thoughts
 
 
 def texts() -> Text:
@@ -111,7 +111,7 @@ def test_rollout_leaves_no_gradient_and_later_passes_have_theirs():
     model, text = tiny_model(torch.float32), texts()
     model.decoder.compute_dtype = torch.bfloat16
     state = model.read(text)
-    thoughts = rollout(model, state.detached(), Anchors.everywhere(text), 1, 3, Rng(0, 0))
+    thoughts = rollout(model, state.detached(), Anchors.everywhere(text), 1, 3, Rng(0, 0)).thoughts
     hidden = model.think(thoughts, state)
     token_logprobs(hidden, model.head_weight_VW, thoughts.tokens_BKSM.clamp(min=0)).sum().backward()
     used = [n for n, p in model.named_parameters() if not n.startswith("mixing") and n != "delimiters.end_W"]

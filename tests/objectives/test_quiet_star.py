@@ -33,7 +33,7 @@ def test_packed_documents_are_documents_apart():
     packed, apart = packed_text([[7, 5]], 12), packed_text([[7], [5]], 7)
     apart.tokens_BN[0, :7], apart.tokens_BN[1, :5] = packed.tokens_BN[0, :7], packed.tokens_BN[0, 7:]
     objective = QuietStar(SMALL)
-    together = rollout(model, model.read(packed), Anchors.everywhere(packed), 2, 3, RNG).tokens_BKSM
+    together = rollout(model, model.read(packed), Anchors.everywhere(packed), 2, 3, RNG).thoughts.tokens_BKSM
     separate = torch.zeros(2, 2, 4, 7, dtype=torch.int64)
     separate[0], separate[1, :, :, :5] = together[0, :, :, :7], together[0, :, :, 7:]
     results = []
