@@ -1,15 +1,33 @@
 """From rewards to losses: pure functions on tensors, each with its formula and source.
 
-Shapes: B rows, K thoughts of an anchor, M anchors, `...` any.
+Shapes: B rows, K thoughts of an anchor (a group), M anchors, H tokens of a horizon, `...` any. Rewards and advantages
+carry no gradient; log-probs do.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+# Rewards
+
+
+def information_gain(predicted: Tensor, baseline: Tensor) -> Tensor:
+    """r = log p_θ(x_t | x_<t, c) − log p̄_φ(x_t | x_<t), without gradient. RLP, 2510.01265 eq. 2."""
+    return (predicted - baseline).detach()
+
+
+def discounted(gain_BKHM: Tensor, discount: float) -> Tensor:
+    """R = Σ_h γ^h gain_h over the horizon [B, K, H, M] → [B, K, M]; h = 0 is the first token."""
+    weight_H = discount ** torch.arange(gain_BKHM.shape[2], device=gain_BKHM.device, dtype=gain_BKHM.dtype)
+    return (gain_BKHM * weight_H[:, None]).sum(dim=2)
+
+
+# Advantages: over the K thoughts of the same anchor, dimension 1 of [B, K, M].
 
 
 def group_mean_advantage(reward_BKM: Tensor) -> Tensor:
-    """r − mean of r over the K thoughts of the same anchor, itself included, no standard deviation; r itself if K = 1.
+    """r − mean of r over the group, itself included, no standard deviation; r itself if K = 1.
 
     Quiet-STaR, 2403.09629 §4.4.3 eq. 5 (K = 1: the public code).
     """
@@ -18,11 +36,58 @@ def group_mean_advantage(reward_BKM: Tensor) -> Tensor:
     return reward_BKM - reward_BKM.mean(dim=1, keepdim=True)
 
 
+def leave_one_out_advantage(reward_BKM: Tensor) -> Tensor:
+    """G/(G − 1) · (r − mean r) = r − mean of the *other* thoughts' r. RLP eq. 6; RLOO, Ahmadian et al. 2402.14740.
+
+    Raises ValueError for a group of one, which has no others.
+    """
+    G = reward_BKM.shape[1]
+    if G == 1:
+        raise ValueError("a group of one thought has no others to compare it with; use at least two")
+    return (reward_BKM - reward_BKM.mean(dim=1, keepdim=True)) * (G / (G - 1))
+
+
+def standardised_advantage(reward_BKM: Tensor, eps: float = 1e-6) -> Tensor:
+    """(r − mean r) / (std r + eps), the group's own unbiased deviation. GRPO, Shao et al. 2402.03300 §4.1.2."""
+    spread = reward_BKM.std(dim=1, keepdim=True)
+    return (reward_BKM - reward_BKM.mean(dim=1, keepdim=True)) / (spread + eps)
+
+
 def positive_part(advantage: Tensor) -> Tensor:
     """max(0, advantage): Quiet-STaR drops negative advantages, "more stable training, though it may bias"."""
     return advantage.clamp(min=0)
 
 
+def has_spread(reward_BKM: Tensor) -> Tensor:
+    """bool [B, 1, M]: whether a group's rewards differ at all; one without spread teaches nothing.
+
+    The filter of DAPO, Yu et al. 2503.14476 §3.2.
+    """
+    return reward_BKM.amax(dim=1, keepdim=True) > reward_BKM.amin(dim=1, keepdim=True)
+
+
+# Losses: sums, to be divided by a count.
+
+
 def reinforce(logprobs: Tensor, advantage: Tensor) -> Tensor:
-    """−Σ advantage · log π(token), the advantage without gradient (Williams 1992). A sum, to be divided by a count."""
+    """−Σ advantage · log π(token), the advantage without gradient (Williams 1992)."""
     return -(advantage.detach() * logprobs).sum()
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, eps_low: float, eps_high: float
+) -> Tensor:
+    """−min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A) of each token, ρ = exp(log π − log π_old). RLP eq. 7; PPO, 1707.06347."""
+    ratio = (logprobs - old_logprobs.detach()).exp()
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    advantage = advantage.detach()
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def kl_to_reference(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """exp(d) − d − 1 with d = log π_ref − log π of each sampled token: unbiased for KL(π ‖ π_ref), never negative.
+
+    Schulman's third estimator, as in GRPO eq. 4.
+    """
+    d = reference_logprobs.detach() - logprobs
+    return d.exp() - d - 1

@@ -1,0 +1,171 @@
+"""All documents of a reference as one flat array of token ids, made once and kept on disk.
+
+Suffixes: D documents, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_pipelines.config import DataConfig, DataError
+from data_pipelines.sources import Documents
+from data_pipelines.tokenizer import Tokenizer
+
+_FORMAT = 1  # raise it when the same sources would give other tokens, so that no old cache is read
+_BATCH_CHARACTERS = 1 << 20
+
+
+class Corpus:
+    """Token ids of documents, memory-mapped.
+
+    Attributes:
+        tokens_T: uint32 ids, the documents end to end; document d is `tokens_T[offsets[d] : offsets[d + 1]]`.
+        offsets: int64, D + 1.
+        hash_D: uint64, of each document's text; equal texts have equal hashes.
+        counts: how many documents were what; keys are `sources.COUNTS`.
+        fingerprint: hex digest of all the above arrays: equal wherever and whenever the same corpus is made.
+    """
+
+    def __init__(self, directory: Path):
+        """Opens what `tokenised` wrote. Raises DataError if it is incomplete."""
+        self.directory = directory
+        try:
+            self.tokens_T = np.load(directory / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            self.offsets = np.load(directory / "offsets.npy", allow_pickle=False)
+            self.hash_D = np.load(directory / "hashes.npy", allow_pickle=False)
+            about = json.loads((directory / "about.json").read_bytes())
+            self.counts: Counter[str] = Counter(about["counts"])
+            self.fingerprint: str = about["fingerprint"]
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise DataError(f"the token cache {directory} is damaged ({error}); delete it") from error
+
+    def __reduce__(self) -> tuple[type[Corpus], tuple[Path]]:
+        return Corpus, (self.directory,)  # a pickled memory map would carry its data to every worker
+
+
+def tokenised(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Corpus:
+    """The corpus of a reference, from the cache or made anew.
+
+    A document is [bos, if the tokenizer adds it] + its tokens + [the end-of-document token]. The cache lies
+    in `cache_dir`, else `$FORETHOUGHT_CACHE`, else `~/.cache/forethought`; it is made anew when a file's
+    name, size or time of change is another. Raises DataError for broken or empty sources, an unknown
+    end-of-document token, or a cache that cannot be written.
+    """
+    end_id = _end_of_document(config, tokenizer)
+    documents = Documents(config)
+    root = cache_dir or Path(os.environ.get("FORETHOUGHT_CACHE") or "~/.cache/forethought").expanduser()
+    files = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in documents.files]
+    reading = (config.reference, config.text_field, config.skip_broken, config.max_document_characters)
+    encoding = (tokenizer.fingerprint, tokenizer.control_ids, tokenizer.add_bos, tokenizer.bos_id, end_id)
+    key = hashlib.sha256(json.dumps([_FORMAT, files, reading, encoding]).encode()).hexdigest()
+    directory = root / "corpora" / key
+    if not directory.exists():
+        _make(directory, documents, tokenizer, end_id)
+    return Corpus(directory)
+
+
+def _end_of_document(config: DataConfig, tokenizer: Tokenizer) -> int:
+    token = config.end_of_document
+    end_id = tokenizer.eos_id if token is None else tokenizer.token_id(token)
+    if end_id is None:
+        lacks = "names no eos token" if token is None else f"has no token {token!r}"
+        raise DataError(f"the tokenizer {lacks}; set data.end_of_document to a token of its vocabulary")
+    return end_id
+
+
+def _make(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: int) -> None:
+    """Writes a corpus under a temporary name, then renames it, so that no directory is ever half made."""
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, documents, tokenizer, end_id)
+        temporary.rename(directory)
+    except OSError as error:
+        if not directory.exists():  # else another process was faster, with the same result
+            raise DataError(
+                f"the token cache {directory.parent} cannot be written ({error}); free space there, or set "
+                "FORETHOUGHT_CACHE to another directory"
+            ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: int) -> None:
+    counts = documents.counts
+    prefix = [tokenizer.bos_id] if tokenizer.add_bos else []
+    digest = hashlib.sha256()
+    offsets, hashes = [0], []
+    with (directory / "tokens.npy").open("wb") as file:
+        _header(file, 0)
+        for text, ids in _encoded(documents, tokenizer):
+            if not ids:  # a normaliser left nothing
+                counts["empty"] += 1
+                continue
+            data = np.array([*prefix, *ids, end_id], dtype="<u4").tobytes()
+            file.write(data)
+            digest.update(data)
+            offsets.append(offsets[-1] + len(data) // 4)
+            hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+            counts["documents"] += 1
+            counts["control_text"] += tokenizer.has_control_text(text)
+        file.seek(0)
+        _header(file, offsets[-1])
+    if not counts["documents"]:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
+        raise DataError(f"{documents.config.reference!r} holds no usable document ({found}); name other data")
+    for name, array in (("offsets", np.array(offsets, "<i8")), ("hashes", np.array(hashes, "<u8"))):
+        np.save(directory / f"{name}.npy", array, allow_pickle=False)
+        digest.update(array.tobytes())
+    about = {"fingerprint": digest.hexdigest(), "reference": documents.config.reference, "counts": counts}
+    (directory / "about.json").write_text(json.dumps(about, indent=2))
+
+
+def _header(file: BinaryIO, length: int) -> None:
+    """A `.npy` header of uint32s; numpy pads it so that one for another length takes the same room."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u4", "fortran_order": False, "shape": (length,)})
+
+
+def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """Each text with its token ids, many texts at a time for the tokenizer's threads."""
+    limit = documents.config.max_document_characters
+    for texts in _batches(text for _, text in documents):
+        parts = [_parts(text, limit) for text in texts]
+        encoded = iter(tokenizer.encode(list(chain.from_iterable(parts))))
+        for text, own in zip(texts, parts, strict=True):
+            documents.counts["enormous"] += len(own) > 1
+            yield text, list(chain.from_iterable(islice(encoded, len(own))))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(text: str, limit: int) -> list[str]:
+    """Cuts a text into parts of at most `limit` characters, before a whitespace where there is one."""
+    parts, start = [], 0
+    while len(text) - start > limit:
+        cut = max(text.rfind(space, start + 1, start + limit + 1) for space in " \n\t")
+        stop = cut if cut > start else start + limit
+        parts.append(text[start:stop])
+        start = stop
+    return [*parts, text[start:]]

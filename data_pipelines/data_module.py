@@ -1,0 +1,71 @@
+"""Packed text for a Lightning Trainer."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from data_pipelines.config import DataError
+from data_pipelines.packing import PackedText
+
+
+class _Steps(Dataset[dict[str, Tensor]]):
+    """One rank's rows of each step from `start` to `stop`."""
+
+    def __init__(self, packed: PackedText, start: int, stop: int, rows_per_step: int, rank: int, world: int):
+        self.packed = packed
+        self.start, self.stop = start, stop
+        self.rows_per_step = rows_per_step
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows = self.rows_per_step // self.world
+        return self.packed.rows((self.start + index) * self.rows_per_step + self.rank * rows, rows)
+
+
+class TextDataModule(LightningDataModule):
+    """Yields for each step in [start_step, steps) the rows [rank·B/W, (rank + 1)·B/W) of the step's B.
+
+    There is no state to save: rows are a pure function of (data, seed, step), so a run continues from its
+    step number, whatever workers had prepared when it stopped, on any number W of ranks that divides B.
+    """
+
+    def __init__(
+        self,
+        packed: PackedText,
+        steps: int,
+        rows_per_step: int,
+        start_step: int = 0,
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        self.packed = packed
+        self.steps = steps
+        self.rows_per_step = rows_per_step
+        self.start_step = start_step
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Raises DataError if the ranks cannot share the rows of a step equally."""
+        # Ranks that hold parts of one model read the same rows; the strategy counts replicas of the data.
+        replicas = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        rank, world = (replicas["rank"], replicas["num_replicas"]) if replicas else (0, 1)
+        if self.rows_per_step % world:
+            raise DataError(
+                f"rows_per_step {self.rows_per_step} is not a multiple of the {world} data-parallel ranks; "
+                f"use {-(-self.rows_per_step // world) * world}"
+            )
+        steps = _Steps(self.packed, self.start_step, self.steps, self.rows_per_step, rank, world)
+        return DataLoader(
+            steps,
+            batch_size=None,
+            # In a distributed run Lightning would replace any other sampler by one that deals out the steps.
+            sampler=DistributedSampler(steps, num_replicas=1, rank=0, shuffle=False),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # else each iterator draws a seed from the global one
+        )

@@ -1,0 +1,180 @@
+"""Rows of packed text at any place of an endless stream.
+
+The documents of an epoch, in an order drawn from (seed, epoch), are laid end to end, and so are the epochs.
+Row r is tokens r·N to (r + 1)·N of that: nothing is dropped at the end of an epoch, and a row can be had
+without those before it. Of a document that does not fit into a row, each row holds a fragment, which is a
+document of its own to the model.
+
+Suffixes: B rows, N tokens of a row, D documents, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.config import DataConfig, DataError
+from data_pipelines.corpus import Corpus, tokenised
+from data_pipelines.tokenizer import Tokenizer
+
+Fragment = tuple[int, int]  # start and stop in the corpus' tokens
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Documents laid end to end: each is `start_D` to `stop_D` of the corpus, and ends at `end_D` here."""
+
+    start_D: np.ndarray
+    stop_D: np.ndarray
+    end_D: np.ndarray
+
+    @classmethod
+    def of(cls, start_D: np.ndarray, stop_D: np.ndarray) -> _Line:
+        return cls(start_D, stop_D, np.cumsum(stop_D - start_D))
+
+    @property
+    def tokens(self) -> int:
+        return int(self.end_D[-1]) if len(self.end_D) else 0
+
+    def permuted(self, order_D: np.ndarray) -> _Line:
+        return _Line.of(self.start_D[order_D], self.stop_D[order_D])
+
+    def between(self, first: int, last: int) -> Iterator[Fragment]:
+        """The fragments that tokens `first` to `last` of the line consist of."""
+        document = int(np.searchsorted(self.end_D, first, side="right"))
+        while first < last:
+            end, stop = int(self.end_D[document]), int(self.stop_D[document])
+            yield stop - (end - first), stop - max(end - last, 0)
+            first, document = end, document + 1
+
+
+class PackedText:
+    """Training rows by random access, and held-out rows.
+
+    Rows are dicts that hold, all int64:
+        tokens_BN: token ids.
+        document_BN: the fragment of its row that a token is of, from 0; -1 pads the last held-out row.
+        position_BN: place within the fragment, from 0.
+        sample_id_B: r of each row.
+
+    Attributes:
+        length: N.
+        tokens_per_epoch: tokens of all training documents.
+        counts: how many documents were what; keys are `sources.COUNTS`.
+        fingerprint: hex digest of all that the rows depend on; two with the same one yield the same rows.
+    """
+
+    def __init__(self, corpus: Corpus, length: int, held_out: float, seed: int):
+        self.corpus = corpus
+        self.length = length
+        self.seed = seed
+        self._train, self._held_out = _split(corpus, held_out)
+        self._epoch = (-1, self._train)
+        self.tokens_per_epoch = self._train.tokens
+        self.counts: Counter[str] = corpus.counts
+        what = json.dumps([corpus.fingerprint, length, held_out, seed])
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
+
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        """Training rows `first` to `first + count`, a pure function of the fingerprint and those numbers."""
+        starts = range(first * self.length, (first + count) * self.length, self.length)
+        return self._pack(first, [self._stream(start, start + self.length) for start in starts])
+
+    def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
+        """The rows of a training step, counted from 0."""
+        return self.rows(step * rows_per_step, rows_per_step)
+
+    def held_out_rows(self, limit: int) -> dict[str, Tensor]:
+        """The first `limit` rows of the held-out documents, or as many as there are."""
+        line = self._held_out
+        starts = range(0, line.tokens, self.length)[:limit]
+        return self._pack(0, [line.between(start, min(start + self.length, line.tokens)) for start in starts])
+
+    def _stream(self, first: int, last: int) -> Iterator[Fragment]:
+        while first < last:
+            epoch, place = divmod(first, self.tokens_per_epoch)
+            until = min(place + last - first, self.tokens_per_epoch)
+            yield from self._line(epoch).between(place, until)
+            first += until - place
+
+    def _line(self, epoch: int) -> _Line:
+        if self._epoch[0] != epoch:
+            key = np.array([self.seed, epoch], np.uint64)
+            # Raw words: unlike Generator.permutation, they stay the same from one numpy version to the next.
+            words_D = np.random.Philox(key=key).random_raw(len(self._train.end_D))
+            self._epoch = (epoch, self._train.permuted(np.argsort(words_D, kind="stable")))
+        return self._epoch[1]
+
+    def _pack(self, first: int, rows: list[Iterator[Fragment]]) -> dict[str, Tensor]:
+        shape = (len(rows), self.length)
+        tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        document_BN = np.full(shape, -1)
+        for row, fragments in enumerate(rows):
+            at = 0
+            for index, (start, stop) in enumerate(fragments):
+                part = np.s_[row, at : at + stop - start]
+                tokens_BN[part] = self.corpus.tokens_T[start:stop]
+                document_BN[part] = index
+                position_BN[part] = np.arange(stop - start)
+                at += stop - start
+        return {
+            "tokens_BN": torch.from_numpy(tokens_BN),
+            "document_BN": torch.from_numpy(document_BN),
+            "position_BN": torch.from_numpy(position_BN),
+            "sample_id_B": torch.arange(first, first + len(rows)),
+        }
+
+
+def _split(corpus: Corpus, share: float) -> tuple[_Line, _Line]:
+    """Training and held-out documents.
+
+    Held out are documents in the order of their hashes until they hold `share` of the tokens: equal texts
+    together, and none that would make them more than half of all. If every document is too large for that,
+    as a single one is, the tail of the longest is held out.
+    """
+    start_D, stop_D = corpus.offsets[:-1], corpus.offsets[1:]
+    size_D = stop_D - start_D
+    wanted = math.ceil(share * len(corpus.tokens_T))
+    _, text_D = np.unique(corpus.hash_D, return_inverse=True)
+    tokens_of_text = np.bincount(text_D, weights=size_D).astype(np.int64)
+    chosen, held = [], 0
+    for text, tokens in enumerate(tokens_of_text):
+        if held >= wanted:
+            break
+        if 2 * (held + tokens) <= len(corpus.tokens_T):
+            chosen.append(text)
+            held += int(tokens)
+    if wanted and not chosen:
+        longest = int(np.argmax(size_D))
+        tail = min(wanted, int(size_D[longest]) // 2)
+        cut = stop_D[longest] - tail
+        held_out = _Line.of(np.array([cut]), stop_D[longest : longest + 1])
+        stop_D = stop_D.copy()
+        stop_D[longest] = cut
+        return _Line.of(start_D, stop_D), held_out
+    held_D = np.isin(text_D, chosen)
+    return _Line.of(start_D[~held_D], stop_D[~held_D]), _Line.of(start_D[held_D], stop_D[held_D])
+
+
+def open_data(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    cache_dir: Path | None = None,
+) -> PackedText:
+    """The text of a configuration, tokenised (or found in the cache) and packed.
+
+    Raises DataError for settings, sources or a cache that the user has to mend.
+    """
+    if problems := config.problems():
+        raise DataError("; ".join(problems))
+    return PackedText(tokenised(config, tokenizer, cache_dir), config.length, config.held_out, seed)

@@ -1,0 +1,121 @@
+"""Text to token ids and back, such that no text can ever become a control token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from data_pipelines.config import DataError
+
+
+class Tokenizer:
+    """A `tokenizer.json` with what its sibling files say about special tokens.
+
+    Attributes:
+        size: the largest id it can emit, plus 1.
+        bos_id, eos_id: ids of the tokens that begin and end a sequence, None where there is none.
+        add_bos: whether a sequence is to begin with `bos_id`.
+        control_ids: sorted ids of the special added tokens and of bos, eos and pad.
+        fingerprint: sha256 of `tokenizer.json`, in hex.
+    """
+
+    def __init__(self, serialized: bytes, settings: dict[str, Any]):
+        """From the bytes of a `tokenizer.json` and a parsed `tokenizer_config.json`. Raises ValueError."""
+        tokenizer = tokenizers.Tokenizer.from_buffer(serialized)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        named = {name: _token_id(tokenizer, settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
+        added = tokenizer.get_added_tokens_decoder()
+        control = {id for id, token in added.items() if token.special}
+        control |= {id for id in named.values() if id is not None}
+
+        self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.bos_id, self.eos_id = named["bos"], named["eos"]
+        says = settings.get("add_bos_token")
+        adds = tokenizer.encode("a").ids[:1] == [self.bos_id]
+        self.add_bos = self.bos_id is not None and (adds if says is None else bool(says))
+        self.control_ids = tuple(sorted(control))
+        self.fingerprint = hashlib.sha256(serialized).hexdigest()
+
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._control_texts = [text for id in control if (text := tokenizer.id_to_token(id))]
+        # The id of unknown characters is the honest encoding of them, though files list it as special.
+        self._forbidden = control - ({_unknown_id(serialized)} - {self.bos_id, self.eos_id})
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Reads `tokenizer.json`, and if present `tokenizer_config.json` and `special_tokens_map.json`.
+
+        Raises DataError for a missing or broken file.
+        """
+        directory = Path(path)
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter wins
+            file = directory / name
+            if file.exists():
+                try:
+                    settings |= json.loads(file.read_bytes())
+                except (OSError, ValueError, TypeError) as error:
+                    raise DataError(f"{file} is broken ({error}); restore or remove it") from error
+        file = directory / "tokenizer.json"
+        try:
+            return cls(file.read_bytes(), settings)
+        except OSError as error:
+            raise DataError(f"no tokenizer at {file} ({error.strerror}); name another directory") from error
+        except ValueError as error:
+            raise DataError(f"{file} is broken ({error}); restore it") from error
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, no special tokens added; what spells a control token is ordinary text."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        return [
+            row if self._forbidden.isdisjoint(row) else self._encode_apart(text)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens spelled out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token given by its exact name, None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def has_control_text(self, text: str) -> bool:
+        """Whether the text spells a control token."""
+        return any(token in text for token in self._control_texts)
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """Encodes a text by parts that split the control tokens within.
+
+        `encode_special_tokens` only stops the search for added special tokens. A vocabulary may hold them as
+        ordinary pieces too, as those of Unigram and WordLevel do, or name as eos a token that is not special.
+        A control token of a single character cannot be split and is left out.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        found = [span for id, span in spans if id in self._forbidden]
+        cuts = sorted({start + 1 for start, stop in found if start + 1 < stop})
+        if not cuts:
+            return [id for id in encoding.ids if id not in self._forbidden]
+        parts = (text[start:stop] for start, stop in pairwise([0, *cuts, len(text)]))
+        return [id for part in parts for id in self._encode_apart(part)]
+
+
+def _token_id(tokenizer: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+
+def _unknown_id(serialized: bytes) -> int | None:
+    model = json.loads(serialized)["model"]
+    vocabulary = model.get("vocab")
+    # Unigram lists its pieces, and numbers them by their order.
+    return vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else model.get("unk_id")
