@@ -1,0 +1,62 @@
+"""From a model reference to a local directory of safetensors, configuration and tokenizer."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+ACCEPTED = "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, random:PATH"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# Weights only as safetensors; nothing that would have to be unpickled or executed.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
+
+
+class CheckpointError(ValueError):
+    """A model or checkpoint that cannot be used; the message is one line that says which and what to do."""
+
+
+def cache_root(cache_dir: Path | None = None) -> Path:
+    """The argument, else FORETHOUGHT_CACHE, else ~/.cache/forethought."""
+    return cache_dir or Path(os.environ.get("FORETHOUGHT_CACHE") or Path.home() / ".cache" / "forethought")
+
+
+def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
+    """A directory with config.json, safetensors and tokenizer.json, fetched if need be.
+
+    For `random:PATH` the directory that holds the configuration. Raises CheckpointError.
+    """
+    reference = str(reference)
+    path = Path(reference.removeprefix("random:"))
+    if path.is_dir():
+        return path
+    if reference.startswith("random:"):
+        if path.is_file():
+            return path.parent
+        raise CheckpointError(f"{reference}: {path} does not exist; name a config.json or a directory that holds one")
+    if reference == "smollm2-135m":
+        from checkpoints.smollm2 import smollm2_directory
+
+        return smollm2_directory(cache_root(cache_dir))
+    if HUB_ID.fullmatch(reference):
+        return _from_hub(reference)
+    raise CheckpointError(f"no model {reference!r}; give {ACCEPTED}")
+
+
+def _from_hub(reference: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"the hub has no model {name!r} that you may read; check the name, or log in with `hf auth login`"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"cannot fetch {reference!r} from the hub ({type(error).__name__}); "
+            "connect to the network, or give a local directory as --model"
+        ) from None

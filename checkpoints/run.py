@@ -1,0 +1,140 @@
+"""A run's own checkpoints: complete and unaltered, or refused.
+
+Each is a directory `step-<8 digits>` of safetensors files, state.json, and a manifest with the size and sha256 of each,
+written last. It is made under a temporary name, flushed to the disk and renamed, so that no kill can leave a half-made
+one under its name. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints.references import CheckpointError
+
+log = logging.getLogger(__name__)
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"step-(\d{8})")
+
+
+def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Writes `directory/step-<step>` with one safetensors file per group of `tensors`, and a JSON-able state.
+
+    A checkpoint of the same step is replaced. When this returns, the checkpoint is on the disk.
+    """
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for group, named in tensors.items():
+        # A copy each: safetensors refuses tensors that share memory, such as tied weights.
+        own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in named.items()}
+        save_file(own, temporary / f"{group}.safetensors")
+    (temporary / STATE).write_text(json.dumps(state))
+    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    if final.exists():
+        replaced = directory / f".{final.name}.{os.getpid()}.old"
+        final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        temporary.rename(final)
+    _flush(directory)
+    return final
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(groups of tensors on the CPU, state). Raises CheckpointError naming what is missing or altered."""
+    problem = _problem(path)
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return tensors, json.loads((path / STATE).read_text())
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest valid checkpoint in a directory; those that are not are named in a warning and passed over."""
+    for path in reversed(_all(directory)):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is refused (%s); looking for an older one", path, problem)
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` if it is a checkpoint, else the newest valid one of the run directory that it is. Raises CheckpointError."""
+    if NAME.fullmatch(path.name):
+        problem = _problem(path)
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
+        return path
+    newest = newest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{path} holds no valid checkpoint; give a checkpoint or the directory of a run")
+    return newest
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, once the newest is known to be valid."""
+    if keep < 1:
+        raise ValueError(f"at least one checkpoint must be kept, got {keep}")
+    checkpoints = _all(directory)
+    if len(checkpoints) <= keep or _problem(checkpoints[-1]) is not None:
+        return
+    for path in checkpoints[:-keep]:
+        # Renamed first, so that an interrupted removal leaves no half a checkpoint under its name.
+        doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _all(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    if not path.is_dir():
+        return "there is no such directory"
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was never completed"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != expected["bytes"]:
+            return f"{name} is incomplete"
+        if _describe(path / name) != expected:
+            return f"{name} was altered"
+    return None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
