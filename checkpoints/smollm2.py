@@ -175,4 +175,3 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
     """Undoes llama.cpp's reordering of query and key rows, which serves a rotation of neighbouring pairs."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-

@@ -99,3 +99,15 @@ def sample_tokens(
             tokens_R[c] = torch.searchsorted(cumulative_CV, threshold_C1, right=True)[:, 0]
         logprobs_R[c] = logits_CV.gather(-1, tokens_R[c, None])[:, 0] - logits_CV.logsumexp(-1)
     return tokens_R.view(uniforms.shape), logprobs_R.view(uniforms.shape)
+
+
+@torch.no_grad()
+def token_entropies(hidden: Tensor, weight_VW: Tensor) -> Tensor:
+    """Entropy in nats of each row's next-token distribution; hidden [..., W] → [...], fp32 (fp64 for fp64)."""
+    hidden_RW = hidden.flatten(0, -2)
+    copy = working_copy(weight_VW, hidden.dtype)
+    entropy_R = torch.empty(len(hidden_RW), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+    for c in _chunks(len(hidden_RW), len(copy)):
+        logprobs_CV = _logits(hidden_RW[c], copy, 1.0, None).log_softmax(-1)
+        entropy_R[c] = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+    return entropy_R.view(hidden.shape[:-1])

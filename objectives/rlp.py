@@ -35,12 +35,10 @@ from models.thinking import ThinkingModel
 from models.thoughts import PAD, Anchors, Text
 from objectives.base import (
     Denominators,
-    Mean,
     Objective,
     ObjectiveConfig,
     ObjectiveOutput,
     ThoughtRecord,
-    TokenScores,
     at_least,
     divide,
 )
@@ -119,3 +117,227 @@ class RlpConfig(ObjectiveConfig):
         if not self.close:
             found.append("close is empty; name the text that ends a thought")
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class ThoughtBatch:
+    """What one rollout phase leaves behind for the updates that use it.
+
+    rollout: the thoughts as sampled. target_BHM: int64, the H true tokens behind each anchor. base_BHM: their no-think
+    log-probs under the teacher, S_base. real_BM: bool, whether there is an anchor at all.
+    """
+
+    rollout: Rollout
+    target_BHM: Tensor
+    base_BHM: Tensor
+    real_BM: Tensor
+
+
+class Rlp(Objective):
+    """RLP on a model whose tags are the token ids `open_ids` and `close_ids`; `marker_id` is for positions=marker."""
+
+    def __init__(
+        self, config: RlpConfig, open_ids: tuple[int, ...], close_ids: tuple[int, ...], marker_id: int | None = None
+    ):
+        self.config = config
+        self.open_ids, self.close_ids, self.marker_id = open_ids, close_ids, marker_id
+        self.teacher = EmaTeacher(config.ema_decay)
+
+    def after_step(self, model: ThinkingModel) -> None:
+        self.teacher.update(model)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.teacher.state()
+
+    def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:
+        self.teacher.load(model, state)
+
+    # Where to think
+
+    def eligible(self, text: Text) -> Tensor:
+        """bool [B, N]: positions that can be anchors, with a long enough prefix and the whole horizon behind them."""
+        long_enough_BN = text.position_BN + 1 >= self.config.min_prefix
+        eligible_BN = long_enough_BN & text.targets(self.config.horizon)[1]
+        if self.config.positions == "marker":
+            eligible_BN = eligible_BN & (text.tokens_BN == self.marker_id)
+        return eligible_BN
+
+    def denominators(self, text: Text) -> Denominators:
+        """`anchors`: those the documents have room for, whether or not a filter by the model then leaves some out;
+        `text`: tokens to predict."""
+        eligible = self.eligible(text)
+        wanted = sum(
+            min(self.config.anchors_per_document, int(eligible[row, start:end].sum())) for row, start, end in text.spans
+        )
+        return {"anchors": torch.tensor(wanted, device=eligible.device), "text": text.targets(1)[1].sum()}
+
+    def choose_anchors(self, text: Text, rng: Rng, no_think: TextState, head_weight_VW: Tensor) -> Anchors:
+        """Anchors [B, M], up to `anchors_per_document` of each document in the order of a draw of their own; −1 pads.
+
+        A document without an eligible position has none.
+        """
+        c = self.config
+        eligible_BN = self.eligible(text)
+        if c.positions == "band":
+            logprob_BN = token_logprobs(no_think.hidden_BNW, head_weight_VW, text.targets(1)[0])
+            eligible_BN = eligible_BN & (logprob_BN >= c.band[0]) & (logprob_BN <= c.band[1])
+        entropy_BN = token_entropies(no_think.hidden_BNW, head_weight_VW) if c.positions == "entropy" else None
+        place_BN = torch.arange(text.shape[1], device=text.tokens_BN.device).expand(text.shape)
+        fixed = torch.tensor(POSITION_DRAW, device=text.tokens_BN.device)
+        draw_BN = rng.uniform(text.sample_id_B[:, None], place_BN, fixed, 0)
+        chosen: list[list[int]] = [[] for _ in range(text.shape[0])]
+        for row, start, end in text.spans:
+            here = slice(start, end)
+            possible = eligible_BN[row, here]
+            if entropy_BN is not None and possible.any():
+                threshold = entropy_BN[row, here][possible].quantile(c.entropy_quantile)
+                possible = possible & (entropy_BN[row, here] >= threshold)
+            order = draw_BN[row, here].masked_fill(~possible, 2.0).argsort()
+            count = min(c.anchors_per_document, int(possible.sum()))
+            chosen[row] += sorted((order[:count] + start).tolist())
+        M = max(1, max(map(len, chosen)))
+        index_BM = torch.tensor([row + [-1] * (M - len(row)) for row in chosen], device=text.tokens_BN.device)
+        return Anchors(text, index_BM)
+
+    # How much, and what is rewarded
+
+    @torch.no_grad()
+    def think(self, model: ThinkingModel, text: Text, state: TextState, rng: Rng) -> ThoughtBatch:
+        """The rollout phase: anchors, thoughts, targets, and the teacher's no-think log-probs of these."""
+        c = self.config
+        teacher = self.teacher.model(model)
+        no_think = teacher.read(text)
+        anchors = self.choose_anchors(text, rng, no_think, teacher.head_weight_VW)
+        thoughts = rollout(
+            model, state.detached(), anchors, c.thoughts, c.length, rng, c.temperature, self.open_ids, self.close_ids
+        )
+        at_BM = anchors.index_BM.clamp(min=0)
+        target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
+        hidden_BHMW = torch.stack(
+            [no_think.hidden_BNW.roll(-h, 1).gather(1, at_BM[..., None].expand(-1, -1, no_think.hidden_BNW.shape[-1]))
+             for h in range(c.horizon)],
+            dim=1,
+        )
+        base_BHM = token_logprobs(hidden_BHMW, teacher.head_weight_VW, target_BHM)
+        return ThoughtBatch(thoughts, target_BHM, base_BHM, anchors.index_BM >= 0)
+
+    def closed_and_continued(self, batch: ThoughtBatch):
+        """The thoughts with the close given to those that lack it, then the true tokens read while predicting the next.
+
+        Also the slot whose hidden state predicts the first target [B, K, M].
+        """
+        thoughts, K = batch.rollout.thoughts, self.config.thoughts
+        B, M = batch.real_BM.shape
+        close_T1 = torch.tensor(self.close_ids, device=batch.real_BM.device)[:, None]
+        closing_BKTM = torch.where(batch.rollout.closed_BKM[:, :, None], PAD, close_T1)
+        closed = thoughts.followed_by(closing_BKTM)
+        read_BKTM = batch.target_BHM[:, None, :-1].expand(B, K, -1, M)
+        return closed.followed_by(read_BKTM), closed.lengths_BKM - 1
+
+    def score(
+        self,
+        model: ThinkingModel,
+        state: TextState,
+        batch: ThoughtBatch,
+        denominators: Denominators,
+        rng: Rng,
+    ) -> ObjectiveOutput:
+        """One update: S_pred and the policy's log-probs from a single pass, rewards, advantages, loss."""
+        c, text = self.config, state.text
+        P, K, H = len(self.open_ids), c.thoughts, c.horizon
+        sampled = batch.rollout.thoughts
+        thoughts, last_BKM = self.closed_and_continued(batch)
+        hidden_BKSMW = model.think(thoughts, state)
+
+        # S_pred(c): the hidden states behind the close and behind each true token but the last.
+        slots_BKHM = last_BKM[:, :, None] + torch.arange(H, device=last_BKM.device)[:, None]
+        index = slots_BKHM[..., None].expand(*slots_BKHM.shape, hidden_BKSMW.shape[-1])
+        target_BKHM = batch.target_BHM[:, None].expand_as(slots_BKHM)
+        predicted_BKHM = token_logprobs(hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM)
+
+        gain_BKHM = information_gain(predicted_BKHM, batch.base_BHM[:, None])
+        raw_BKM = discounted(gain_BKHM, c.discount)
+        reward_BKM = raw_BKM
+        if c.reward_clip is not None:
+            reward_BKM = reward_BKM.clamp(-c.reward_clip, c.reward_clip)
+        if c.reward_positive:
+            reward_BKM = positive_part(reward_BKM)
+        if c.shuffle_rewards:
+            reward_BKM = self._shuffled(reward_BKM, sampled.anchors, rng)
+
+        weight_BKM = batch.real_BM[:, None].expand_as(reward_BKM)
+        if c.unclosed == "drop":
+            weight_BKM = weight_BKM & batch.rollout.closed_BKM
+        spread_B1M = has_spread(reward_BKM)
+        anchors = denominators["anchors"]
+        if c.drop_flat_groups:
+            weight_BKM = weight_BKM & spread_B1M
+        advantage_BKM = ADVANTAGES[c.advantage](reward_BKM) * weight_BKM
+
+        # The policy's log-probs of the sampled tokens, at the temperature they were sampled at.
+        is_sampled_BKLM = (sampled.tokens_BKSM[:, :, P:] != PAD) & weight_BKM[:, :, None]
+        L = is_sampled_BKLM.shape[2]
+        hidden_JW = hidden_BKSMW[:, :, P - 1 : P - 1 + L][is_sampled_BKLM]
+        token_J = sampled.tokens_BKSM[:, :, P:][is_sampled_BKLM]
+        logprob_J = token_logprobs(hidden_JW, model.head_weight_VW, token_J, c.temperature, self._banned(model))
+        old_J = batch.rollout.logprobs_BKLM[is_sampled_BKLM]
+        length_BKM = (sampled.lengths_BKM - P).clamp(min=1)
+
+        def per_sampled(x_BKM: Tensor) -> Tensor:
+            return x_BKM[:, :, None].expand_as(is_sampled_BKLM)[is_sampled_BKLM]
+
+        weight_J = 1.0 / per_sampled(length_BKM)
+        surrogate_J = clipped_surrogate(logprob_J, old_J, per_sampled(advantage_BKM), c.eps_low, c.eps_high)
+        loss = divide((surrogate_J * weight_J).sum(), anchors * K)
+
+        ledger = Ledger(model.decoder.config)
+        scored = predicted_BKHM.numel() + logprob_J.numel()
+        if c.train_predictor:
+            weighted = (predicted_BKHM.sum(dim=2) * weight_BKM).sum()
+            loss = loss - c.train_predictor * divide(weighted, anchors * K)
+        if c.next_token_weight:
+            target_BN, valid_BN = text.targets(1)
+            nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+            loss = loss + c.next_token_weight * divide(nll_BN.sum(), denominators["text"])
+            scored += nll_BN.numel()
+        if c.kl_weight:
+            teacher = self.teacher.model(model)
+            with torch.no_grad():
+                hidden = teacher.think(thoughts, teacher.read(text))[:, :, P - 1 : P - 1 + L][is_sampled_BKLM]
+                reference_J = token_logprobs(
+                    hidden, teacher.head_weight_VW, token_J, c.temperature, self._banned(model)
+                )
+            kl = (kl_to_reference(logprob_J, reference_J) * weight_J).sum()
+            loss = loss + c.kl_weight * divide(kl, anchors * K)
+            ledger.think(thoughts.anchors, K, hidden_BKSMW.shape[2], backward=False)
+
+        B, N = text.shape
+        ledger.read(text, backward=True)
+        ledger.read(text, backward=False)
+        ledger.vocabulary(batch.base_BHM.numel(), backward=False)
+        ledger.think(sampled.anchors, K, P + L, backward=False, stage="rollout")
+        ledger.vocabulary(weight_BKM.numel() * L, backward=False, stage="rollout")
+        ledger.think(thoughts.anchors, K, hidden_BKSMW.shape[2], backward=True)
+        ledger.vocabulary(scored, backward=True)
+        metrics = self._metrics(batch, sampled, raw_BKM, predicted_BKHM, spread_B1M, logprob_J, old_J, length_BKM)
+        return ObjectiveOutput(loss, metrics, ledger.total, ThoughtRecord(sampled, raw_BKM, advantage_BKM))
+
+    def __call__(
+        self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
+    ) -> ObjectiveOutput:
+        state = model.read(text)
+        batch = self.think(model, text, state, rng)
+        return self.score(model, state, batch, denominators or self.denominators(text), rng)
+
+    def _banned(self, model: ThinkingModel) -> Tensor:
+        banned_V = model.banned_V.clone()
+        banned_V[list(self.close_ids)] = False
+        return banned_V
+
+    @staticmethod
+    def _shuffled(reward_BKM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
+        """The rewards of each group in an order drawn for it."""
+        K = torch.arange(reward_BKM.shape[1], device=reward_BKM.device)[:, None]
+        sample_id_B11 = anchors.text.sample_id_B[:, None, None]
+        order_BKM = rng.uniform(sample_id_B11, anchors.index_BM[:, None], K + POSITION_DRAW + 1, 0).argsort(dim=1)
+        return reward_BKM.gather(1, order_BKM)

