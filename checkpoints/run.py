@@ -60,7 +60,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     problem = _problem(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    # Copies, because what safetensors loads is a view of the file for as long as it lives.
+    tensors = {
+        file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()}
+        for file in path.glob("*.safetensors")
+    }
     return tensors, json.loads((path / STATE).read_text())
 
 
@@ -75,7 +79,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest valid one of the run directory that it is. Raises CheckpointError."""
+    """`path` if it is a checkpoint, else the newest valid one of the run that lies there. Raises CheckpointError."""
     if NAME.fullmatch(path.name):
         problem = _problem(path)
         if problem is not None:

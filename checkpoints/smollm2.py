@@ -28,7 +28,7 @@ CONTROL_TOKEN = 3  # a token type of GGUF
 
 
 def smollm2_directory(cache: Path) -> Path:
-    """The directory in the cache, made at the first call. Raises CheckpointError without network, or for a wrong file."""
+    """The directory in the cache, made at the first call. CheckpointError without network or for a wrong file."""
     directory = cache / "models" / "smollm2-135m"
     if (directory / "config.json").exists():
         return directory
@@ -139,7 +139,7 @@ def _tokenizer(tokens: list[str], merges: list[str], types: list[int]):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

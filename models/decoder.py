@@ -153,6 +153,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The language model. Parameters are the masters (fp32; fp64 in tests); activations are in `compute_dtype`."""
 
+    inverse_frequencies: Tensor
+
     def __init__(self, config: DecoderConfig, compute_dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config

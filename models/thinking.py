@@ -69,6 +69,8 @@ class MixingHead(nn.Module):
 class ThinkingModel(nn.Module):
     """Decoder, delimiters, mixing head; what an objective does not use is None."""
 
+    banned_V: Tensor
+
     def __init__(self, decoder: Decoder, delimiters: bool = False, mixing_head: bool = False):
         super().__init__()
         self.decoder = decoder

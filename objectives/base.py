@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,8 +20,9 @@ from models.thoughts import Text, Thoughts
 Denominators = dict[str, Tensor]
 
 
-class Mean(NamedTuple):
-    """A metric that is a mean, kept as its sum and count so that ranks and micro-batches add up."""
+@dataclass(frozen=True)
+class Mean:
+    """A metric that is a mean, kept as its sum and count (fp64 scalars) so that ranks and micro-batches add up."""
 
     sum: Tensor
     count: Tensor

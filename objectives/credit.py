@@ -77,7 +77,7 @@ def reinforce(logprobs: Tensor, advantage: Tensor) -> Tensor:
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, eps_low: float, eps_high: float
 ) -> Tensor:
-    """−min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A) of each token, ρ = exp(log π − log π_old). RLP eq. 7; PPO, 1707.06347."""
+    """−min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A) of each token, ρ = exp(log π − log π_old). RLP eq. 7; 1707.06347."""
     ratio = (logprobs - old_logprobs.detach()).exp()
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     advantage = advantage.detach()

@@ -15,7 +15,7 @@ S_base is the same for a whole group, so as published it cancels in A: it matter
 filtered or logged.
 
 Shapes: B rows, N text positions, M anchors of a row, K = G thoughts of an anchor, P tokens given to a thought,
-L tokens sampled at most, S tokens of a thought, H tokens predicted after it, W width, `J` sampled tokens of all thoughts.
+L tokens sampled at most, S tokens of a thought, H tokens predicted after it, W width, J sampled tokens of all.
 """
 
 from __future__ import annotations
@@ -214,8 +214,12 @@ class Rlp(Objective):
         at_BM = anchors.index_BM.clamp(min=0)
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         hidden_BHMW = torch.stack(
-            [no_think.hidden_BNW.roll(-h, 1).gather(1, at_BM[..., None].expand(-1, -1, no_think.hidden_BNW.shape[-1]))
-             for h in range(c.horizon)],
+            [
+                no_think.hidden_BNW.roll(-h, 1).gather(
+                    1, at_BM[..., None].expand(-1, -1, no_think.hidden_BNW.shape[-1])
+                )
+                for h in range(c.horizon)
+            ],
             dim=1,
         )
         base_BHM = token_logprobs(hidden_BHMW, teacher.head_weight_VW, target_BHM)

@@ -26,6 +26,11 @@ from pretrain.state import run_state
 console = Console(stderr=True, highlight=False)
 
 
+def say(message: str) -> None:
+    """One line to the terminal or log, never folded."""
+    console.print(message, soft_wrap=True, markup=False)
+
+
 class Records(lightning.Callback):
     """Writes metrics.jsonl and samples.jsonl, mirrors the metrics to the loggers, and shows progress.
 
@@ -62,7 +67,7 @@ class Records(lightning.Callback):
             return
         if self.progress is None:
             nll = "".join(f"  {name} {report.metrics[name]:.3f}" for name in report.metrics if name.startswith("nll"))
-            console.print(f"step {report.step}/{module.recipe.steps}  {status}{nll}", soft_wrap=True)
+            say(f"step {report.step}/{module.recipe.steps}  {status}{nll}")
         record = {
             "step": report.step,
             "tokens": report.tokens,
@@ -146,7 +151,7 @@ class HeldOutEvaluation(lightning.Callback):
             for mirror in self.mirrors:
                 mirror.log_metrics(flat, step=module.step)
             said = "  ".join(f"{name[9:]} {value:.4f}" for name, value in flat.items() if "nll" in name)
-            console.print(f"held-out at step {module.step}: {said}", soft_wrap=True)
+            say(f"held-out at step {module.step}: {said}")
 
 
 class Checkpoints(lightning.Callback):

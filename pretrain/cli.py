@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 after one line that names the mistake and the way out; 2 for a command that cannot be read."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # Lightning announces its hardware and products at every start, through handlers of its own.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Batches are prepared in microseconds; and Lightning's use of torch's trees is not the user's to mend.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     options = vars(arguments)

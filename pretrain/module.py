@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import lightning
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from models.philox import Rng
@@ -91,8 +92,11 @@ class PretrainModule(lightning.LightningModule):
             group["lr"] = lr
 
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
-        loss, flops, metrics, record = 0.0, 0, {}, None
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        flops, record = 0, None
+        metrics: dict[str, Tensor] = {}
         rows = self.recipe.micro_batch_rows or text.shape[0]
         for start in range(0, text.shape[0], rows):
             output = self.objective(self.model, text.rows(slice(start, start + rows)), rng, denominators)
@@ -100,12 +104,12 @@ class PretrainModule(lightning.LightningModule):
             loss, flops = loss + output.loss.detach().double(), flops + output.flops
             record = record or output.record
             for name, mean in output.metrics.items():
-                pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in mean])
-                metrics[name] = metrics.get(name, 0) + pair
-        loss = self._sum(loss).item()
+                pair = torch.stack([mean.sum, mean.count])
+                metrics[name] = metrics[name] + pair if name in metrics else pair
+        total_loss = self._sum(loss).item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
 
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(total_loss) and math.isfinite(norm):
             optimizer.step()
             self._skipped_in_a_row = 0
         else:
@@ -115,9 +119,10 @@ class PretrainModule(lightning.LightningModule):
         self.tokens += int(self._sum((text.document_BN >= 0).sum()))
         self.flops += int(self._sum(torch.tensor(flops, device=self.device)))
         self.seconds += time.perf_counter() - started
-        means = {name: (total / count).item() for name, (total, count) in self._summed(metrics).items()}
+        sums = {name: self._sum(pair) for name, pair in metrics.items()}
+        means = {name: (total / count).item() for name, (total, count) in sums.items()}
         self.report = StepReport(
-            self.step, self.tokens, self.flops, self.seconds, loss, lr, norm, self.skipped, means, text, record
+            self.step, self.tokens, self.flops, self.seconds, total_loss, lr, norm, self.skipped, means, text, record
         )
         if self._skipped_in_a_row >= config.max_skipped:
             raise TrainingStopped(
@@ -128,6 +133,3 @@ class PretrainModule(lightning.LightningModule):
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""
         return self.trainer.strategy.reduce(value, reduce_op="sum")
-
-    def _summed(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._sum(pair) for name, pair in metrics.items()}

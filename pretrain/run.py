@@ -23,7 +23,7 @@ from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
 from objectives.quiet_star import QuietStarConfig
-from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, console
+from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, say
 from pretrain.module import PretrainModule
 from pretrain.recipe import Recipe, RecipeError
 from pretrain.report import print_report
@@ -127,15 +127,16 @@ def fit(recipe: Recipe) -> Path:
     """
     started = time.perf_counter()
     directory = RunDirectory(recipe.run_dir or "runs/run")
+    directory.check(recipe)
     prepared = prepare(recipe, directory)
-    directory.prepare(recipe, prepared.tokenizer_directory)
+    directory.create(recipe, prepared.tokenizer_directory)
     module = PretrainModule(prepared.model, prepared.objective, recipe)
     difficulty_E = None
     if prepared.checkpoint is not None:
         tensors, state = prepared.checkpoint
         restore_run(module, tensors, state)
         difficulty_E = tensors.get("evaluation", {}).get("difficulty_E")
-        console.print(f"continuing {directory.path} at step {module.step} of {recipe.steps}")
+        say(f"continuing {directory.path} at step {module.step} of {recipe.steps}")
     directory.rewind(module.step if prepared.checkpoint is not None else -1)
 
     finished = False
@@ -164,10 +165,10 @@ def fit(recipe: Recipe) -> Path:
             mirror.finalize("success")
         finished = module.step == recipe.steps
         if not finished:
-            console.print(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
+            say(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
     else:
         finished = True
-        console.print(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
+        say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
     if finished:
         print_report(directory, recipe, time.perf_counter() - started)
     return directory.path
@@ -186,19 +187,19 @@ def dry_run(recipe: Recipe) -> None:
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters())
     passes = recipe.rows_per_step // rows
-    console.print(
+    say(
         f"{recipe.model}: {parameters / 1e6:.1f}M parameters; weights, gradients and AdamW states take "
         f"{parameters * 16 / 2**30:.1f} GiB in fp32"
     )
-    console.print(
+    say(
         f"data: {prepared.data.tokens_per_epoch:,} tokens an epoch; {recipe.steps} steps of {recipe.rows_per_step} × "
         f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
     )
-    console.print(
+    say(
         f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {output.flops / 1e12:.2f} TFLOP; "
         f"about {seconds * passes / recipe.devices * recipe.steps / 60:.0f} minutes for the run"
     )
-    console.print("the recipe can be run")
+    say("the recipe can be run")
 
 
 def _mirrors(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
@@ -214,7 +215,7 @@ def _mirrors(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
 
         os.environ.setdefault("WANDB_SILENT", "true")
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False) else "offline"
         mirrors.append(
             WandbLogger(
                 project=recipe.logging.wandb_project,

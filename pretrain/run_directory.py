@@ -38,8 +38,8 @@ class RunDirectory:
         self.evaluations = self.path / "evaluations.jsonl"
         self.samples = self.path / "samples.jsonl"
 
-    def prepare(self, recipe: Recipe, tokenizer_directory: Path) -> None:
-        """Creates the directory, or checks that it belongs to this recipe. Raises RecipeError naming what differs."""
+    def check(self, recipe: Recipe) -> None:
+        """Raises RecipeError naming what differs if the directory holds a run of another recipe."""
         if self.recipe.exists():
             differing = _differences(yaml.safe_load(self.recipe.read_text()), recipe_to_tree(recipe))
             if differing:
@@ -47,6 +47,9 @@ class RunDirectory:
                     f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
                     "choose another --run-dir, or repeat the command that made it"
                 )
+
+    def create(self, recipe: Recipe, tokenizer_directory: Path) -> None:
+        """Makes the directory, or brings its recipe up to date."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.tokenizer.mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:

@@ -79,7 +79,7 @@ def restore_run(module: PretrainModule, tensors: Tensors, state: Mapping[str, An
     if "cuda" in tensors["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random"]["cuda"])
     position, has_gauss, gauss = state["numpy_position"]
-    key = tensors["random"]["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, position, has_gauss, gauss))
+    words = tensors["random"]["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
     version_number, internal, gauss_next = state["python_random"]
     random.setstate((version_number, tuple(internal), gauss_next))

@@ -199,7 +199,8 @@ def _own_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _own_part_backward(grad, q, k, v, out, lse) -> tuple[Tensor, Tensor, Tensor]:
     S, T = q.shape[2], k.shape[2]
     lse_rows = lse.flatten(0, 1).flatten(2, 3).transpose(1, 2)
-    dq, dk, dv = _flash_backward(*map(_as_sequences, (grad, q, k, v, out)), lse_rows, causal=S == T)
+    grad, q_rows, k_rows, v_rows, out = (_as_sequences(x) for x in (grad, q, k, v, out))
+    dq, dk, dv = _flash_backward(grad, q_rows, k_rows, v_rows, out, lse_rows, causal=S == T)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
 

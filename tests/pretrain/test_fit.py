@@ -1,0 +1,350 @@
+"""Whole runs on a tiny model: what they leave behind, and that a killed one ends as if it had not been.
+
+Shapes as in the modules under test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from checkpoints.hugging_face import load_thinking_model
+from checkpoints.run import find_checkpoint, load_checkpoint
+from data_pipelines import Tokenizer, open_data
+from models.philox import Rng
+from models.thoughts import Text
+from objectives.quiet_star import QuietStar
+from pretrain.cli import main
+from pretrain.module import learning_rate
+from pretrain.recipe import OptimizerConfig, load_recipe
+from pretrain.run import open_model
+from tests.helpers import relative_error
+
+ROOT = Path(__file__).parents[2]
+QUIET = ["--objective", "quiet_star", "--objective.length", "3", "--objective.lookahead", "2"]
+OBJECTIVES = {"next_token": ["--objective", "next_token"], "quiet_star": QUIET}
+
+
+def fit(arguments, *more) -> int:
+    return main(["fit", "smollm2-quiet-star", *arguments, *more])
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    tensors, _ = load_checkpoint(find_checkpoint(directory))
+    return {f"{group}/{name}": t for group in ("model", "optimizer") for name, t in tensors[group].items()}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_and_what_it_leaves(objective, tiny_run, run_directory, capsys):
+    assert fit(tiny_run, *OBJECTIVES[objective], "--steps", "3", "--evaluation.every", "2") == 0
+    out = capsys.readouterr().out
+    assert "Held-out NLL" in out
+    assert "without thoughts" in out
+    assert ("with thoughts (mixed)" in out) == (objective == "quiet_star")
+    metrics = lines(run_directory / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    for m in metrics:
+        assert {"step", "tokens", "flops", "loss", "lr", "seconds", "nll_text", "data/documents"} <= m.keys()
+    assert metrics[2]["tokens"] == 3 * 4 * 32
+    assert metrics[2]["flops"] == pytest.approx(3 * metrics[0]["flops"], rel=0.2)
+    evaluations = lines(run_directory / "evaluations.jsonl")
+    assert [e["step"] for e in evaluations] == [0, 2, 3]
+    deciles = evaluations[0]["nll_text_deciles"]
+    assert deciles == sorted(deciles)
+    assert (run_directory / "csv").exists()
+    samples = lines(run_directory / "samples.jsonl") if objective == "quiet_star" else []
+    assert len(samples) == (12 if objective == "quiet_star" else 0)
+    for sample in samples:
+        assert {"step", "text", "thought", "continues", "reward", "advantage"} <= sample.keys()
+    again = load_recipe(str(run_directory / "recipe.yaml"))
+    assert (again.steps, again.objective_name) == (3, objective)
+
+
+def test_before_the_run_a_thinking_model_is_its_base(tiny_run, run_directory):
+    assert fit(tiny_run, *QUIET, "--steps", "1") == 0
+    first = lines(run_directory / "evaluations.jsonl")[0]
+    assert first["nll_text"] == first["nll_thought"]
+    assert first["nll_text_deciles"] == first["nll_thought_deciles"]
+
+
+def start(arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pretrain", "fit", "smollm2-quiet-star", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+
+
+def wait_for_step(directory: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = directory / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no step {step} in time: {process.stderr.read().decode()}")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_killed_twice_and_started_again_is_bit_identical(objective, tiny_run, tmp_path):
+    """SIGKILL at random steps, each continuation in a fresh process, against a run that was left alone."""
+    common = [*tiny_run, *OBJECTIVES[objective], "--steps", "24", "--checkpoint.every", "4", "--evaluation.every", "9"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert fit(common, "--run-dir", str(whole)) == 0
+    chance = random.Random(objective)
+    for step in sorted(chance.sample(range(5, 23), 2)):
+        process = start([*common, "--run-dir", str(killed)])
+        wait_for_step(killed, step, process)
+        process.kill()
+        process.wait()
+    process = start([*common, "--run-dir", str(killed)])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "continuing" in errors.decode()
+    expected, got = weights(whole), weights(killed)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    # Its records are those of one run, too.
+    timing = {"seconds", "tokens_per_second"}
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        if (whole / name).exists():
+            a, b = ([{k: v for k, v in m.items() if k not in timing} for m in lines(d / name)] for d in (whole, killed))
+            assert a == b, name
+
+
+def test_asked_to_stop_it_saves_at_the_step_and_continues(tiny_run, run_directory):
+    arguments = [*tiny_run, *QUIET, "--steps", "400", "--checkpoint.every", "null"]
+    process = start(arguments)
+    wait_for_step(run_directory, 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "the same command continues" in errors.decode()
+    step = load_checkpoint(find_checkpoint(run_directory))[1]["step"]
+    assert step == len(lines(run_directory / "metrics.jsonl")) < 400
+    assert fit(arguments, "--steps", str(step + 1)) == 0
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == list(range(1, step + 2))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_run, run_directory, caplog):
+    common = [*OBJECTIVES["next_token"], "--checkpoint.every", "2"]
+    assert fit(tiny_run, *common, "--steps", "4") == 0
+    expected = weights(run_directory)
+    newest = find_checkpoint(run_directory)
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    assert fit(tiny_run, *common, "--steps", "4") == 0
+    assert "step-00000004 is refused" in caplog.text
+    assert all(torch.equal(weights(run_directory)[n], t) for n, t in expected.items())
+
+
+def test_the_update_does_not_depend_on_micro_batches(tiny_run, tmp_path):
+    for rows in ("4", "1"):
+        # Without what blows up fp32's rounding: Adam dividing one error by another, and the policy loss, whose weight of
+        # 1e6 meets the rewards of a fresh mixing head, no larger than that rounding. The objective's own test is in fp64.
+        arguments = ["--micro_batch_rows", rows, "--run-dir", str(tmp_path / rows), "--steps", "3"]
+        arguments += ["--optimizer.eps", "1e-3", "--objective.policy_weight", "0"]
+        assert fit(tiny_run, *QUIET, *arguments) == 0
+    a, b = weights(tmp_path / "4"), weights(tmp_path / "1")
+    errors = {name: relative_error(b[name], a[name]) for name in a if name.startswith("model/")}
+    assert max(errors.values()) <= 1e-4, errors
+
+
+def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_directory, monkeypatch, capsys):
+    original = QuietStar.__call__
+
+    def poisoned(self, model, text, rng, denominators=None):
+        output = original(self, model, text, rng, denominators)
+        if rng.step in (1, 4, 5, 6):
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(QuietStar, "__call__", poisoned)
+    arguments = [*QUIET, "--steps", "9", "--optimizer.max_skipped", "3", "--checkpoint.every", "2"]
+    assert fit(tiny_run, *arguments) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 steps in a row, up to step 7, had a non-finite loss or gradient" in message
+    metrics = lines(run_directory / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [0, 1, 1, 1, 2, 3]
+    tensors, state = load_checkpoint(find_checkpoint(run_directory))
+    assert state["step"] == 6
+    assert all(torch.isfinite(t).all() for t in tensors["model"].values())
+
+
+def test_another_recipe_or_other_data_in_the_same_directory_is_refused(tiny_run, run_directory, tmp_path, capsys):
+    common = [*OBJECTIVES["next_token"], "--steps", "2"]
+    assert fit(tiny_run, *common) == 0
+    assert fit(tiny_run, *common, "--optimizer.lr", "5e-4", "--seed", "3") == 1
+    assert "(optimizer.lr, seed differ); choose another --run-dir" in capsys.readouterr().err
+    (tmp_path / "texts" / "0.txt").write_text("Other words altogether.")
+    assert fit(tiny_run, *common, "--steps", "3") == 1
+    assert "the data is not what" in capsys.readouterr().err
+    assert load_checkpoint(find_checkpoint(run_directory))[1]["step"] == 2
+
+
+def test_a_finished_run_is_reported_again(tiny_run, capsys):
+    assert fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "2") == 0
+    capsys.readouterr()
+    assert fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "2") == 0
+    captured = capsys.readouterr()
+    assert "already at step 2 of 2; raise --steps" in captured.err
+    assert "Held-out NLL" in captured.out
+
+
+def test_wandb_offline_mirrors_the_metrics(tiny_run, run_directory, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "1", "--logging.wandb", "offline") == 0
+    assert list((run_directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+# After the run
+
+
+def test_export_loads_in_transformers_and_thinks_here(tiny_run, run_directory, tmp_path, capsys):
+    assert fit(tiny_run, *QUIET, "--steps", "3") == 0
+    assert main(["export", str(run_directory), str(tmp_path / "out")]) == 0
+    opened = open_model(str(run_directory))
+    text = Text.from_rows(torch.tensor(opened.tokenizer.encode(["The reader thinks while it reads."])))
+    with torch.no_grad():
+        ours = opened.model.read(text).hidden_BNW @ opened.model.head_weight_VW.T
+        engine = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        assert relative_error(engine(text.tokens_BN).logits, ours) <= 1e-5
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("thinks while")["input_ids"]
+    assert words == opened.tokenizer.encode(["thinks while"])[0]
+    thinking = load_thinking_model(tmp_path / "out")
+    assert all(torch.equal(thinking.state_dict()[n], t) for n, t in opened.model.state_dict().items())
+    capsys.readouterr()
+    shown = []
+    for place in (run_directory, find_checkpoint(run_directory), tmp_path / "out"):
+        assert main(["sample", str(place), "--text", "The reader thinks", "--length", "3"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+    assert "p without" in shown[0]
+    assert main(["export", str(run_directory), str(tmp_path / "out")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_thinking_model_can_be_trained_on(tiny_run, run_directory, tmp_path):
+    """Delimiters and mixing head of an exported model are where a further run starts from."""
+    assert fit(tiny_run, *QUIET, "--steps", "3") == 0
+    assert main(["export", str(run_directory), str(tmp_path / "out")]) == 0
+    more = ["--model", str(tmp_path / "out"), "--run-dir", str(tmp_path / "more"), "--steps", "1"]
+    assert fit(tiny_run, *QUIET, *more, "--optimizer.lr", "0") == 0
+    expected, got = weights(run_directory), weights(tmp_path / "more")
+    parts = [n for n in expected if n.startswith(("model/delimiters", "model/mixing_head"))]
+    assert len(parts) == 8
+    assert all(torch.equal(expected[n], got[n]) for n in parts)
+
+
+def test_sample_needs_a_model_that_thinks(tiny_directory, capsys):
+    assert main(["sample", str(tiny_directory), "--text", "hello"]) == 1
+    assert "sample one trained by quiet_star" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(tiny_run, run_directory, capsys):
+    assert fit(tiny_run, *QUIET, "--steps", "5", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "the recipe can be run" in said
+    assert not run_directory.exists()
+
+
+# Bad input, seen from the command line: one line, exit code 1, no traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--model", "nowhere at all"], "no model 'nowhere at all'; give a local Hugging Face directory"),
+        (["--data", "nowhere/at/all.txt"], "nowhere/at/all.txt"),
+        (["--data.length", "300"], "exceed the 256 positions"),
+        (["--data.end_of_document", "<none>"], "<none>"),
+    ],
+)
+def test_references_that_cannot_be_read(tiny_run, arguments, part, capsys):
+    for more in ([], ["--dry-run"]):
+        assert fit(tiny_run, *QUIET, *arguments, *more) == 1
+        message = capsys.readouterr().err.strip()
+        assert part in message
+        assert len(message.splitlines()) == 1, message
+
+
+def test_several_mistakes_come_together(tiny_run, capsys):
+    assert fit(tiny_run, *QUIET, "--steps", "0", "--objective.thoughts", "0", "--sed", "1") == 1
+    message = capsys.readouterr().err
+    assert message.count("  - ") == 3
+    assert "did you mean 'seed'?" in message
+
+
+def test_hard_documents_are_counted_and_harmless(tiny_run, run_directory, tmp_path):
+    """Empty, binary, not UTF-8, very long, with the delimiters and control tokens as text."""
+    texts = tmp_path / "texts"
+    (texts / "empty.txt").write_text("  \n")
+    (texts / "binary.txt").write_bytes(b"PK\0\0 words")
+    (texts / "latin.txt").write_bytes("naïve café".encode("latin-1") * 20)
+    (texts / "long.txt").write_text("many words " * 3000)
+    (texts / "control.txt").write_text("a <|startofthought|> b <|endofthought|> c <|endoftext|> d " * 40)
+    arguments = ["--data.max_document_characters", "5000", "--steps", "2"]
+    assert fit(tiny_run, *QUIET, *arguments) == 0
+    last = lines(run_directory / "metrics.jsonl")[-1]
+    counts = {name: last[f"data/{name}"] for name in ("empty", "binary", "not_utf8", "enormous", "control_text")}
+    assert counts == dict.fromkeys(counts, 1)
+    recipe = load_recipe(str(run_directory / "recipe.yaml"))
+    tokenizer = Tokenizer.from_directory(Path(recipe.model))
+    data = open_data(recipe.data, tokenizer, 0)
+    tokens = data.corpus.tokens_T
+    # The end-of-document token is the only control token there is, once for each document.
+    assert (tokens == tokenizer.eos_id).sum() == data.counts["documents"]
+
+
+def test_command_line_help(capsys):
+    for arguments in ([], ["fit"], ["export"], ["sample"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--help"])
+        assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "--optimizer.lr" in out
+    assert "The same command on the same run directory continues" in out
+    with pytest.raises(SystemExit):
+        main(["export", "a", "b", "--unknown"])
+    done = subprocess.run([sys.executable, "-m", "pretrain", "--help"], cwd=ROOT, capture_output=True, check=True)
+    assert b"forethought" in done.stdout
+
+
+# Pieces
+
+
+def test_learning_rate():
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, schedule="cosine")
+    assert [learning_rate(config, step, 12) for step in (1, 4, 8, 12)] == pytest.approx([0.5, 2.0, 1.0, 0.0])
+    constant = OptimizerConfig(lr=2.0, warmup_steps=0)
+    assert learning_rate(constant, 1, 12) == learning_rate(constant, 12, 12) == 2.0
+
+
+def test_difficulty_survives_a_resume(tiny_run, run_directory):
+    """The deciles are those of the first evaluation, also in a continued run."""
+    common = [*OBJECTIVES["next_token"], "--evaluation.every", "2"]
+    assert fit(tiny_run, *common, "--steps", "2") == 0
+    first = load_checkpoint(find_checkpoint(run_directory))[0]["evaluation"]["difficulty_E"]
+    assert fit(tiny_run, *common, "--steps", "4") == 0
+    assert torch.equal(load_checkpoint(find_checkpoint(run_directory))[0]["evaluation"]["difficulty_E"], first)
+    assert [e["step"] for e in lines(run_directory / "evaluations.jsonl")] == [0, 2, 4]
+
+
+def test_evaluation_matches_the_objective(tiny_run, run_directory):
+    assert fit(tiny_run, *QUIET, "--steps", "2") == 0
+    opened = open_model(str(run_directory))
+    data = open_data(opened.recipe.data, opened.tokenizer, 0)
+    held_out = Text(**data.held_out_rows(2))
+    scores = opened.recipe.make_objective().evaluate(opened.model, held_out, Rng(0, 0))
+    expected = scores.thought_nll_BN[scores.valid_BN].double().mean().item()
+    assert lines(run_directory / "evaluations.jsonl")[-1]["nll_thought"] == pytest.approx(expected, rel=1e-5)
