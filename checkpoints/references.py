@@ -44,9 +44,10 @@ def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
 
 
 def _from_hub(reference: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    # HTTPError is that of whichever client the hub's library is built on.
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, revision = reference.partition("@")
     try:
@@ -55,7 +56,7 @@ def _from_hub(reference: str) -> Path:
         raise CheckpointError(
             f"the hub has no model {name!r} that you may read; check the name, or log in with `hf auth login`"
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"cannot fetch {reference!r} from the hub ({type(error).__name__}); "
             "connect to the network, or give a local directory as --model"
