@@ -70,6 +70,11 @@ class Objective(ABC):
     uses_delimiters = False
     uses_mixing_head = False
 
+    @property
+    def longest_thought(self) -> int:
+        """Positions that a thought can take behind its anchor."""
+        return 0
+
     @abstractmethod
     def denominators(self, text: Text) -> Denominators:
         """The counts that this text's losses are divided by; they add up over the parts of a batch.
@@ -82,6 +87,16 @@ class Objective(ABC):
         self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
     ) -> ObjectiveOutput:
         """Loss and metrics of a text; `denominators` defaults to the text's own."""
+
+    def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
+        """Called after every optimizer step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What an objective keeps between steps, to continue a run exactly."""
+        return {}
+
+    def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Restores what `state` gave."""
 
     @abstractmethod
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:

@@ -105,6 +105,10 @@ class QuietStar(Objective):
     def __init__(self, config: QuietStarConfig | None = None):
         self.config = config or QuietStarConfig()
 
+    @property
+    def longest_thought(self) -> int:
+        return self.config.L + 1 + self.config.A
+
     def denominators(self, text: Text) -> Denominators:
         """`text`: tokens to predict; `ahead` [A]: those at each lookahead; `policy`: positions that are paid."""
         ahead_A = torch.stack([text.targets(s + 1)[1].sum() for s in range(self.config.A)])

@@ -32,13 +32,15 @@ from models.logprobs import token_entropies, token_logprobs
 from models.philox import Rng
 from models.rollout import Rollout, rollout
 from models.thinking import ThinkingModel
-from models.thoughts import PAD, Anchors, Text
+from models.thoughts import PAD, Anchors, Text, Thoughts
 from objectives.base import (
     Denominators,
+    Mean,
     Objective,
     ObjectiveConfig,
     ObjectiveOutput,
     ThoughtRecord,
+    TokenScores,
     at_least,
     divide,
 )
@@ -86,7 +88,6 @@ class RlpConfig(ObjectiveConfig):
     reward_clip: float | None = None  # rewards are cut to ± this many nats
     reward_positive: bool = False  # rewards below 0 count as 0
     unclosed: Literal["score", "drop"] = "score"  # thoughts that do not end: paid by the same rule, or not at all
-    drop_flat_groups: bool = False  # leave groups without spread out of the mean, too
     eps_low: float = 0.2
     eps_high: float = 0.2
     ema_decay: float = 0.999  # τ
@@ -143,6 +144,10 @@ class Rlp(Objective):
         self.open_ids, self.close_ids, self.marker_id = open_ids, close_ids, marker_id
         self.teacher = EmaTeacher(config.ema_decay)
 
+    @property
+    def longest_thought(self) -> int:
+        return len(self.open_ids) + self.config.length + len(self.close_ids) + self.config.horizon - 1
+
     def after_step(self, model: ThinkingModel) -> None:
         self.teacher.update(model)
 
@@ -181,23 +186,26 @@ class Rlp(Objective):
         if c.positions == "band":
             logprob_BN = token_logprobs(no_think.hidden_BNW, head_weight_VW, text.targets(1)[0])
             eligible_BN = eligible_BN & (logprob_BN >= c.band[0]) & (logprob_BN <= c.band[1])
-        entropy_BN = token_entropies(no_think.hidden_BNW, head_weight_VW) if c.positions == "entropy" else None
-        place_BN = torch.arange(text.shape[1], device=text.tokens_BN.device).expand(text.shape)
-        fixed = torch.tensor(POSITION_DRAW, device=text.tokens_BN.device)
-        draw_BN = rng.uniform(text.sample_id_B[:, None], place_BN, fixed, 0)
+        if c.positions == "entropy":
+            entropy_BN = token_entropies(no_think.hidden_BNW, head_weight_VW)
+            for row, start, end in text.spans:
+                here = eligible_BN[row, start:end]
+                if here.any():
+                    threshold = entropy_BN[row, start:end][here].quantile(c.entropy_quantile)
+                    eligible_BN[row, start:end] = here & (entropy_BN[row, start:end] >= threshold)
+        return self._draw_anchors(eligible_BN, text, rng)
+
+    def _draw_anchors(self, eligible_BN: Tensor, text: Text, rng: Rng) -> Anchors:
+        device = text.tokens_BN.device
+        place_BN = torch.arange(text.shape[1], device=device).expand(text.shape)
+        draw_BN = rng.uniform(text.sample_id_B[:, None], place_BN, torch.tensor(POSITION_DRAW, device=device), 0)
+        draw_BN = draw_BN.masked_fill(~eligible_BN, 2.0)
         chosen: list[list[int]] = [[] for _ in range(text.shape[0])]
         for row, start, end in text.spans:
-            here = slice(start, end)
-            possible = eligible_BN[row, here]
-            if entropy_BN is not None and possible.any():
-                threshold = entropy_BN[row, here][possible].quantile(c.entropy_quantile)
-                possible = possible & (entropy_BN[row, here] >= threshold)
-            order = draw_BN[row, here].masked_fill(~possible, 2.0).argsort()
-            count = min(c.anchors_per_document, int(possible.sum()))
-            chosen[row] += sorted((order[:count] + start).tolist())
-        M = max(1, max(map(len, chosen)))
-        index_BM = torch.tensor([row + [-1] * (M - len(row)) for row in chosen], device=text.tokens_BN.device)
-        return Anchors(text, index_BM)
+            count = min(self.config.anchors_per_document, int(eligible_BN[row, start:end].sum()))
+            chosen[row] += sorted((draw_BN[row, start:end].argsort()[:count] + start).tolist())
+        M = max(1, *map(len, chosen))
+        return Anchors(text, torch.tensor([row + [-1] * (M - len(row)) for row in chosen], device=device))
 
     # How much, and what is rewarded
 
@@ -213,24 +221,16 @@ class Rlp(Objective):
         )
         at_BM = anchors.index_BM.clamp(min=0)
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
-        hidden_BHMW = torch.stack(
-            [
-                no_think.hidden_BNW.roll(-h, 1).gather(
-                    1, at_BM[..., None].expand(-1, -1, no_think.hidden_BNW.shape[-1])
-                )
-                for h in range(c.horizon)
-            ],
-            dim=1,
-        )
+        hidden_BHMW = torch.stack([_gather(no_think.hidden_BNW.roll(-h, 1), at_BM) for h in range(c.horizon)], dim=1)
         base_BHM = token_logprobs(hidden_BHMW, teacher.head_weight_VW, target_BHM)
         return ThoughtBatch(thoughts, target_BHM, base_BHM, anchors.index_BM >= 0)
 
-    def closed_and_continued(self, batch: ThoughtBatch):
+    def closed_and_continued(self, batch: ThoughtBatch, K: int) -> tuple[Thoughts, Tensor]:
         """The thoughts with the close given to those that lack it, then the true tokens read while predicting the next.
 
         Also the slot whose hidden state predicts the first target [B, K, M].
         """
-        thoughts, K = batch.rollout.thoughts, self.config.thoughts
+        thoughts = batch.rollout.thoughts
         B, M = batch.real_BM.shape
         close_T1 = torch.tensor(self.close_ids, device=batch.real_BM.device)[:, None]
         closing_BKTM = torch.where(batch.rollout.closed_BKM[:, :, None], PAD, close_T1)
@@ -250,7 +250,7 @@ class Rlp(Objective):
         c, text = self.config, state.text
         P, K, H = len(self.open_ids), c.thoughts, c.horizon
         sampled = batch.rollout.thoughts
-        thoughts, last_BKM = self.closed_and_continued(batch)
+        thoughts, last_BKM = self.closed_and_continued(batch, K)
         hidden_BKSMW = model.think(thoughts, state)
 
         # S_pred(c): the hidden states behind the close and behind each true token but the last.
@@ -272,10 +272,7 @@ class Rlp(Objective):
         weight_BKM = batch.real_BM[:, None].expand_as(reward_BKM)
         if c.unclosed == "drop":
             weight_BKM = weight_BKM & batch.rollout.closed_BKM
-        spread_B1M = has_spread(reward_BKM)
         anchors = denominators["anchors"]
-        if c.drop_flat_groups:
-            weight_BKM = weight_BKM & spread_B1M
         advantage_BKM = ADVANTAGES[c.advantage](reward_BKM) * weight_BKM
 
         # The policy's log-probs of the sampled tokens, at the temperature they were sampled at.
@@ -290,7 +287,7 @@ class Rlp(Objective):
         def per_sampled(x_BKM: Tensor) -> Tensor:
             return x_BKM[:, :, None].expand_as(is_sampled_BKLM)[is_sampled_BKLM]
 
-        weight_J = 1.0 / per_sampled(length_BKM)
+        weight_J = per_sampled(length_BKM).to(logprob_J.dtype).reciprocal()
         surrogate_J = clipped_surrogate(logprob_J, old_J, per_sampled(advantage_BKM), c.eps_low, c.eps_high)
         loss = divide((surrogate_J * weight_J).sum(), anchors * K)
 
@@ -315,7 +312,6 @@ class Rlp(Objective):
             loss = loss + c.kl_weight * divide(kl, anchors * K)
             ledger.think(thoughts.anchors, K, hidden_BKSMW.shape[2], backward=False)
 
-        B, N = text.shape
         ledger.read(text, backward=True)
         ledger.read(text, backward=False)
         ledger.vocabulary(batch.base_BHM.numel(), backward=False)
@@ -323,7 +319,19 @@ class Rlp(Objective):
         ledger.vocabulary(weight_BKM.numel() * L, backward=False, stage="rollout")
         ledger.think(thoughts.anchors, K, hidden_BKSMW.shape[2], backward=True)
         ledger.vocabulary(scored, backward=True)
-        metrics = self._metrics(batch, sampled, raw_BKM, predicted_BKHM, spread_B1M, logprob_J, old_J, length_BKM)
+        real_BKM = batch.real_BM[:, None].expand_as(raw_BKM)
+        ratio_J, all_J = (logprob_J - old_J).exp().detach(), torch.ones_like(logprob_J, dtype=torch.bool)
+        metrics = self._thought_metrics(batch, real_BKM) | {
+            "reward": Mean.over(raw_BKM, real_BKM),
+            "reward_positive": Mean.over((raw_BKM > 0).double(), real_BKM),
+            "reward_spread": Mean.over(raw_BKM.std(dim=1), batch.real_BM),
+            "flat_groups": Mean.over((~has_spread(reward_BKM)[:, 0]).double(), batch.real_BM),
+            "nll_text": Mean.over(-batch.base_BHM[:, 0], batch.real_BM),
+            "nll_thought": Mean.over(-predicted_BKHM[:, :, 0], real_BKM),
+            "entropy": Mean.over(-logprob_J, all_J),
+            "ratio": Mean.over(ratio_J, all_J),
+            "ratio_clipped": Mean.over(((ratio_J > 1 + c.eps_high) | (ratio_J < 1 - c.eps_low)).double(), all_J),
+        }
         return ObjectiveOutput(loss, metrics, ledger.total, ThoughtRecord(sampled, raw_BKM, advantage_BKM))
 
     def __call__(
@@ -332,6 +340,54 @@ class Rlp(Objective):
         state = model.read(text)
         batch = self.think(model, text, state, rng)
         return self.score(model, state, batch, denominators or self.denominators(text), rng)
+
+    def _thought_metrics(self, batch: ThoughtBatch, real_BKM: Tensor) -> dict[str, Mean]:
+        """What the thoughts look like, whatever they earned."""
+        sampled, P = batch.rollout.thoughts, len(self.open_ids)
+        body_BKLM = sampled.tokens_BKSM[:, :, P:]
+        # A thought is distinct if no earlier thought of its group has the same tokens.
+        same_BKKM = (body_BKLM[:, :, None] == body_BKLM[:, None]).all(dim=3)
+        K = body_BKLM.shape[1]
+        earlier_KK = torch.ones(K, K, dtype=torch.bool, device=body_BKLM.device).tril(-1)
+        repeated_BKM = (same_BKKM & earlier_KK[:, :, None]).any(dim=2)
+        leaks_BKM = (body_BKLM == batch.target_BHM[:, None, :1]).any(dim=2)
+        return {
+            "thought_length": Mean.over((sampled.lengths_BKM - P).double(), real_BKM),
+            "thought_closed": Mean.over(batch.rollout.closed_BKM.double(), real_BKM),
+            "thought_distinct": Mean.over((~repeated_BKM).double(), real_BKM),
+            "target_in_thought": Mean.over(leaks_BKM.double(), real_BKM),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:
+        """NLL of the targets of as many anchors as in training, from the text alone and after one sampled thought.
+
+        The anchors do not depend on the model, so that evaluations at different steps score the same tokens.
+        """
+        c = self.config
+        state = model.read(text)
+        anchors = self._draw_anchors(self.eligible(text), text, rng)
+        thoughts = rollout(model, state, anchors, 1, c.length, rng, c.temperature, self.open_ids, self.close_ids)
+        real_BM, at_BM = anchors.index_BM >= 0, anchors.index_BM.clamp(min=0)
+        target_BN, _ = text.targets(1)
+        target_BHM = target_BN.gather(1, at_BM)[:, None]
+        batch = ThoughtBatch(thoughts, target_BHM, torch.zeros_like(target_BHM, dtype=torch.float32), real_BM)
+        closed, last_B1M = self.closed_and_continued(batch, 1)
+        hidden_BSMW = model.think(closed, state)[:, 0]
+        hidden_BMW = hidden_BSMW.gather(1, last_B1M[..., None].expand(-1, -1, -1, hidden_BSMW.shape[-1]))[:, 0]
+        thought_BM = -token_logprobs(hidden_BMW, model.head_weight_VW, target_BHM[:, 0])
+        text_nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN)
+        # Padding anchors point past the row's end and are cut off again.
+        place_BM = torch.where(real_BM, anchors.index_BM, text.shape[1])
+        wide_BN = text_nll_BN.new_zeros(text.shape[0], text.shape[1] + 1)
+        thought_nll_BN = wide_BN.scatter(1, place_BM, thought_BM)[:, :-1]
+        valid_BN = wide_BN.scatter(1, place_BM, 1.0)[:, :-1] > 0
+        ledger = Ledger(model.decoder.config)
+        ledger.read(text, backward=False)
+        ledger.think(anchors, 1, thoughts.thoughts.tokens_BKSM.shape[2], backward=False, stage="rollout")
+        ledger.think(anchors, 1, closed.tokens_BKSM.shape[2], backward=False)
+        ledger.vocabulary(c.length * real_BM.numel() + text_nll_BN.numel() + real_BM.numel(), backward=False)
+        return TokenScores(text_nll_BN * valid_BN, valid_BN, thought_nll_BN, closed, ledger.total)
 
     def _banned(self, model: ThinkingModel) -> Tensor:
         banned_V = model.banned_V.clone()
@@ -345,3 +401,8 @@ class Rlp(Objective):
         sample_id_B11 = anchors.text.sample_id_B[:, None, None]
         order_BKM = rng.uniform(sample_id_B11, anchors.index_BM[:, None], K + POSITION_DRAW + 1, 0).argsort(dim=1)
         return reward_BKM.gather(1, order_BKM)
+
+
+def _gather(hidden_BNW: Tensor, at_BM: Tensor) -> Tensor:
+    """[B, M, W], the hidden states at positions of each row."""
+    return hidden_BNW.gather(1, at_BM[..., None].expand(-1, -1, hidden_BNW.shape[-1]))

@@ -91,9 +91,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 after one line that names the mistake and the way out; 2 for a command that cannot be read."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # Lightning announces its hardware and products at every start, through handlers of its own.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     # Batches are prepared in microseconds; and Lightning's use of torch's trees is not the user's to mend.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

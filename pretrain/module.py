@@ -111,6 +111,7 @@ class PretrainModule(lightning.LightningModule):
 
         if math.isfinite(total_loss) and math.isfinite(norm):
             optimizer.step()
+            self.objective.after_step(self.model)
             self._skipped_in_a_row = 0
         else:
             self.skipped += 1

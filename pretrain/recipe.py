@@ -18,14 +18,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from data_pipelines import DataConfig
+from data_pipelines import DataConfig, Tokenizer
 from objectives.base import Objective, ObjectiveConfig, at_least
 from objectives.next_token import NextToken, NextTokenConfig
 from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
 
 OBJECTIVES: dict[str, tuple[type[Objective], type[ObjectiveConfig]]] = {
     "next_token": (NextToken, NextTokenConfig),
     "quiet_star": (QuietStar, QuietStarConfig),
+    "rlp": (Rlp, RlpConfig),
 }
 
 
@@ -116,7 +118,21 @@ class Recipe:
     def objective_name(self) -> str:
         return next(name for name, (_, config) in OBJECTIVES.items() if type(self.objective) is config)
 
-    def make_objective(self) -> Objective:
+    def make_objective(self, tokenizer: Tokenizer) -> Objective:
+        """Raises RecipeError if the objective's tags or marker are nothing to the tokenizer."""
+        if isinstance(self.objective, RlpConfig):
+            c = self.objective
+            given = _ids(tokenizer, c.instruction) + _ids(tokenizer, c.open)
+            close = _ids(tokenizer, c.close)
+            for name, text, ids in (("open", c.open, given), ("close", c.close, close)):
+                if not ids or tokenizer.decode(ids).find(text) < 0:
+                    raise RecipeError(f"objective.{name} {text!r} cannot be written in the tokens of {self.model}")
+            marker = _ids(tokenizer, c.marker)
+            if c.positions == "marker" and len(marker) != 1:
+                raise RecipeError(
+                    f"objective.marker {c.marker!r} must be one token of {self.model}, it is {len(marker)}"
+                )
+            return Rlp(c, tuple(given), tuple(close), marker[0] if len(marker) == 1 else None)
         return OBJECTIVES[self.objective_name][0](self.objective)  # type: ignore[call-arg]
 
     def problems(self) -> list[str]:
@@ -131,6 +147,12 @@ class Recipe:
                 f"use at least {self.objective.A + 2}"
             )
         return found
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A tag's token if the vocabulary has it as one, else the tokens that spell it."""
+    whole = tokenizer.token_id(text) if text else None
+    return [whole] if whole is not None else tokenizer.encode([text])[0]
 
 
 # Keys that name something and may also hold settings: `data: python-docs` is `data: {reference: python-docs}`.

@@ -22,7 +22,6 @@ from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
-from objectives.quiet_star import QuietStarConfig
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, say
 from pretrain.module import PretrainModule
 from pretrain.recipe import Recipe, RecipeError
@@ -31,6 +30,9 @@ from pretrain.run_directory import RunDirectory
 from pretrain.state import Tensors, model_from_state, restore_run
 
 log = logging.getLogger(__name__)
+# Lightning announces its hardware and products at every start.
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 DELIMITER_ORIGIN = "---"  # whose first sub-token's embedding the delimiters start from (Quiet-STaR appendix A)
 
 
@@ -86,7 +88,7 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     tokenizer_directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     data = open_data(recipe.data, tokenizer, recipe.seed)
-    objective = recipe.make_objective()
+    objective = recipe.make_objective(tokenizer)
     newest = newest_checkpoint(directory.checkpoints) if directory is not None else None
     checkpoint = None
     if newest is None:
@@ -105,12 +107,12 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
             f"{model.decoder.config.vocab_size} embeddings; choose another model"
         )
     model.ban(tokenizer.size, tokenizer.control_ids)
-    _check_lengths(recipe, model)
+    _check_lengths(recipe, objective, model)
     return Prepared(recipe, objective, tokenizer, tokenizer_directory, data, model, checkpoint)
 
 
-def _check_lengths(recipe: Recipe, model: ThinkingModel) -> None:
-    thought = recipe.objective.L + 1 + recipe.objective.A if isinstance(recipe.objective, QuietStarConfig) else 0
+def _check_lengths(recipe: Recipe, objective: Objective, model: ThinkingModel) -> None:
+    thought = objective.longest_thought
     config = model.decoder.config
     limit = min(config.max_positions, config.sliding_window or config.max_positions)
     if recipe.data.length + thought > limit:

@@ -41,6 +41,8 @@ def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tenso
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
     tensors = {"model": dict(module.model.state_dict()), "optimizer": optimizer, "random": random_states}
+    if objective_state := module.objective.state():
+        tensors["objective"] = objective_state
     if difficulty_E is not None:
         tensors["evaluation"] = {"difficulty_E": difficulty_E}
     model = module.model
@@ -69,6 +71,7 @@ def restore_run(module: PretrainModule, tensors: Tensors, state: Mapping[str, An
     """Puts optimizer, counters and random generators where they were; the model is already that of the checkpoint."""
     for name in COUNTERS:
         setattr(module, name, state[name])
+    module.objective.load_state(module.model, tensors.get("objective", {}))
     parameters = dict(module.model.named_parameters())
     for key, value in tensors["optimizer"].items():
         name, entry = key.rsplit("/", 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.decoder import Decoder, DecoderConfig
 from models.thinking import ThinkingModel
-from models.thoughts import Text
+from models.thoughts import Text, Thoughts
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -48,3 +48,24 @@ def packed_text(lengths: list[list[int]], N: int, vocab_size: int = 61, seed: in
             position[row, start : start + length] = torch.arange(length)
             start += length
     return Text(tokens, document, position, torch.arange(len(lengths)) + 7)
+
+
+def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: int, k: int, m: int) -> Tensor:
+    """Hidden states of a thought from a plain causal pass over [its document up to the anchor, the thought]."""
+    anchor = int(thoughts.anchors.index_BM[row, m])
+    start = int(text.document_start_BN[row, anchor]) if anchor >= 0 else 0
+    tokens = torch.cat([text.tokens_BN[row, start : anchor + 1], thoughts.tokens_BKSM[row, k, :, m]])
+    sequence = Text.from_rows(tokens[None])
+    embeddings = model.embed_thoughts(tokens[None, None, :, None])[0, 0, :, 0]
+
+    class Embedded(Decoder):
+        def embed(self, _):
+            return embeddings[None]
+
+    decoder = model.decoder
+    original = decoder.__class__
+    decoder.__class__ = Embedded
+    try:
+        return decoder.read(sequence).hidden_BNW[0, anchor + 1 - start :]
+    finally:
+        decoder.__class__ = original

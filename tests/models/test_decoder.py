@@ -8,12 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.decoder import Decoder
 from models.logprobs import token_logprobs
 from models.precision import Linear, working_copy
 from models.thinking import Delimiters, ThinkingModel
 from models.thoughts import END, PAD, START, Anchors, Text, Thoughts
-from tests.helpers import packed_text, relative_error, tiny_config, tiny_model
+from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_config, tiny_model
 
 VARIANTS = {
     "llama": {},
@@ -30,27 +29,6 @@ def random_thoughts(anchors: Anchors, K: int, lengths: tuple[int, int] = (3, 2))
     first, second = (torch.randint(61, (B, K, length, M), generator=generator) for length in lengths)
     one = torch.ones(B, K, 1, M, dtype=torch.int64)
     return Thoughts(torch.cat([one * START, first, one * END, second], dim=2), anchors)
-
-
-def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: int, k: int, m: int):
-    """Hidden states of a thought from a plain causal pass over [its document up to the anchor, the thought]."""
-    anchor = int(thoughts.anchors.index_BM[row, m])
-    start = int(text.document_start_BN[row, anchor]) if anchor >= 0 else 0
-    tokens = torch.cat([text.tokens_BN[row, start : anchor + 1], thoughts.tokens_BKSM[row, k, :, m]])
-    sequence = Text.from_rows(tokens[None])
-    embeddings = model.embed_thoughts(tokens[None, None, :, None])[0, 0, :, 0]
-
-    class Embedded(Decoder):
-        def embed(self, _):
-            return embeddings[None]
-
-    decoder = model.decoder
-    original = decoder.__class__
-    decoder.__class__ = Embedded
-    try:
-        return decoder.read(sequence).hidden_BNW[0, anchor + 1 - start :]
-    finally:
-        decoder.__class__ = original
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -150,8 +150,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_run, run_directo
 
 def test_the_update_does_not_depend_on_micro_batches(tiny_run, tmp_path):
     for rows in ("4", "1"):
-        # Without what blows up fp32's rounding: Adam dividing one error by another, and the policy loss, whose weight of
-        # 1e6 meets the rewards of a fresh mixing head, no larger than that rounding. The objective's own test is in fp64.
+        # Without what blows up fp32's rounding: Adam dividing one error by another, and the policy loss, whose weight
+        # of 1e6 meets rewards of a fresh mixing head no larger than that rounding. The objective's own test is in fp64.
         arguments = ["--micro_batch_rows", rows, "--run-dir", str(tmp_path / rows), "--steps", "3"]
         arguments += ["--optimizer.eps", "1e-3", "--objective.policy_weight", "0"]
         assert fit(tiny_run, *QUIET, *arguments) == 0
@@ -345,6 +345,6 @@ def test_evaluation_matches_the_objective(tiny_run, run_directory):
     opened = open_model(str(run_directory))
     data = open_data(opened.recipe.data, opened.tokenizer, 0)
     held_out = Text(**data.held_out_rows(2))
-    scores = opened.recipe.make_objective().evaluate(opened.model, held_out, Rng(0, 0))
+    scores = opened.recipe.make_objective(opened.tokenizer).evaluate(opened.model, held_out, Rng(0, 0))
     expected = scores.thought_nll_BN[scores.valid_BN].double().mean().item()
     assert lines(run_directory / "evaluations.jsonl")[-1]["nll_thought"] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,345 @@
+"""RLP against explicit sequences in fp64, the identities of its baseline, its teacher, and what it does at the edges.
+
+Shapes as in objectives/rlp.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from models.philox import Rng
+from models.thoughts import PAD, Text, Thoughts
+from objectives.rlp import Rlp, RlpConfig
+from objectives.teacher import EmaTeacher
+from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
+
+RNG = Rng(seed=3, step=1)
+OPEN, CLOSE = (7, 8), (9,)
+SMALL = RlpConfig(length=5, thoughts=4, temperature=0.7, anchors_per_document=2)
+
+
+def objective(config: RlpConfig = SMALL, close=CLOSE, marker_id: int | None = None) -> Rlp:
+    return Rlp(config, OPEN, close, marker_id)
+
+
+def text() -> Text:
+    return packed_text([[6, 5], [11], [2, 1, 8]], 11)
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def likely_to_close(seed: int = 0):
+    """A model whose thoughts end early, late and not at all."""
+    model = tiny_model(seed=seed)
+    model.ban(14, (0, 1, 9))  # few tokens to draw from, so that the closing one, which is allowed back, is often drawn
+    return model
+
+
+def explicit_loss(rlp: Rlp, model, source: Text, batch):
+    """Algorithm 1, thought by thought, from plain causal passes over [document ≤ anchor, thought, true tokens]."""
+    c = rlp.config
+    sampled = batch.rollout.thoughts
+    banned = model.banned_V.clone()
+    banned[list(rlp.close_ids)] = False
+    anchors = [(b, m) for b, m in batch.real_BM.nonzero().tolist()]
+    total, scores = 0.0, {}
+    for b, m in anchors:
+        rewards, policies = [], []
+        for k in range(c.thoughts):
+            body = [t for t in sampled.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
+            closed = body[-len(rlp.close_ids) :] == list(rlp.close_ids) and len(body) > len(OPEN)
+            assert closed == bool(batch.rollout.closed_BKM[b, k, m])
+            sequence = body + ([] if closed else list(rlp.close_ids))
+            first = len(sequence) - 1
+            target = batch.target_BHM[b, :, m].tolist()
+            sequence = sequence + target[:-1]
+            tokens = torch.full_like(sampled.tokens_BKSM[:, :, :1], 0).repeat(1, 1, len(sequence), 1)
+            tokens[b, k, :, m] = torch.tensor(sequence)
+            hidden = explicit_hidden(model, source, Thoughts(tokens, sampled.anchors), b, k, m)
+            logits = hidden @ model.head_weight_VW.T
+            predicted = [logits[first + h].log_softmax(-1)[x] for h, x in enumerate(target)]
+            base = batch.base_BHM[b, :, m]
+            rewards.append(sum(c.discount**h * (p.detach() - base[h]) for h, p in enumerate(predicted)))
+            tempered = (logits / c.temperature).masked_fill(banned, -torch.inf).log_softmax(-1)
+            own = range(len(OPEN), len(body))
+            policies.append(sum(tempered[u - 1, body[u]] for u in own) / len(own))
+            scores[b, k, m] = torch.stack(predicted).detach()
+        mean = sum(rewards) / len(rewards)
+        G = len(rewards)
+        total = total - sum(G / (G - 1) * (r - mean) * p for r, p in zip(rewards, policies, strict=True))
+    return total / (len(anchors) * c.thoughts), scores
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+@pytest.mark.parametrize("close", [(9,), (9, 10)])
+def test_algorithm_1_on_explicit_sequences(horizon, close):
+    """Loss and every gradient, with ρ = 1: one update per rollout."""
+    model, source = likely_to_close(), text()
+    rlp = objective(dataclasses.replace(SMALL, horizon=horizon, discount=0.9), close)
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    if close == (9,):
+        assert 0.1 < batch.rollout.closed_BKM.double().mean() < 0.9
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    truth, scores = explicit_loss(rlp, model, source, batch)
+    # The surrogate's value is −A·ρ = −A, its gradient that of −A·log π.
+    assert output.loss.item() == pytest.approx(0.0, abs=1e-10)
+    got, expected = gradients(model, output.loss), gradients(model, truth)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+    for (b, k, m), predicted in scores.items():
+        base = batch.base_BHM[b, :, m]
+        discount = 0.9 ** torch.arange(horizon)
+        assert output.record.reward_BKM[b, k, m].item() == pytest.approx(((predicted - base) * discount).sum().item())
+
+
+def test_the_teachers_scores_are_those_of_a_plain_pass():
+    model, source = likely_to_close(), text()
+    rlp = objective()
+    batch = rlp.think(model, source, model.read(source), RNG)
+    logits = model.read(source).hidden_BNW @ model.head_weight_VW.T
+    anchors = batch.rollout.thoughts.anchors
+    for b, m in batch.real_BM.nonzero().tolist():
+        n = int(anchors.index_BM[b, m])
+        assert batch.target_BHM[b, 0, m] == source.tokens_BN[b, n + 1]
+        truth = logits[b, n].log_softmax(-1)[source.tokens_BN[b, n + 1]]
+        assert relative_error(batch.base_BHM[b, 0, m], truth) <= 1e-13
+
+
+def test_the_ratio_is_one_on_the_first_update():
+    """Sampling and scoring agree: every token's ratio is 1 within 1e-5 in fp32."""
+    model = tiny_model(torch.float32)
+    model.ban(61, (9,))
+    rlp, source = objective(), text()
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    metrics = rlp.score(model, state, batch, rlp.denominators(source), RNG).metrics
+    # A mean within 1e-5 of 1 could hide errors that cancel: compare the log-probs themselves, too.
+    assert (metrics["ratio"].sum / metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
+    exact = copy.deepcopy(model).double()
+    exact_batch = dataclasses.replace(batch, base_BHM=batch.base_BHM.double())
+    exact_state = exact.read(source)
+    deviation = rlp.score(exact, exact_state, exact_batch, rlp.denominators(source), RNG)
+    assert (deviation.metrics["ratio"].sum / deviation.metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
+    assert metrics["ratio_clipped"].sum.item() == 0
+
+
+def test_the_baseline_cancels_as_published_and_not_after_a_clip():
+    model, source = likely_to_close(), text()
+    other = tiny_model(seed=5)
+
+    def gradient_with(teacher, config):
+        rlp = objective(config)
+        if teacher is not None:
+            rlp.teacher._model = teacher
+        return gradients(model, rlp(model, source, RNG).loss)
+
+    same = [gradient_with(teacher, SMALL) for teacher in (None, other)]
+    assert max(relative_error(same[1][n], same[0][n]) for n in same[0]) <= 1e-9
+    clipped = dataclasses.replace(SMALL, reward_clip=0.5)
+    differ = [gradient_with(teacher, clipped) for teacher in (None, other)]
+    assert max(relative_error(differ[1][n], differ[0][n]) for n in differ[0]) > 0.1
+
+
+def test_the_update_does_not_depend_on_the_cut_of_the_batch():
+    model, source = likely_to_close(), text()
+    config = dataclasses.replace(SMALL, next_token_weight=0.5, train_predictor=0.3, kl_weight=0.1)
+    whole = objective(config)(model, source, RNG)
+    truth = gradients(model, whole.loss)
+    denominators = objective(config).denominators(source)
+    parts = [objective(config)(model, source.rows(cut), RNG, denominators) for cut in (slice(0, 1), slice(1, 3))]
+    cut = gradients(model, sum(p.loss for p in parts))
+    assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-10
+    assert denominators["anchors"].item() == 2 + 2 + 2 + 1 + 0 + 2
+
+
+def test_options_add_their_terms():
+    """NTP mix and the dropped predictor term, by differences of gradients against explicit computations."""
+    model, source = likely_to_close(), text()
+    plain = gradients(model, objective()(model, source, RNG).loss)
+    mixed = gradients(model, objective(dataclasses.replace(SMALL, next_token_weight=2.0))(model, source, RNG).loss)
+    target_BN, valid_BN = source.targets(1)
+    logits = model.read(source).hidden_BNW @ model.head_weight_VW.T
+    nll = torch.nn.functional.cross_entropy(logits[valid_BN], target_BN[valid_BN])
+    truth = gradients(model, 2.0 * nll)
+    for name in truth:
+        assert relative_error(mixed[name] - plain.get(name, 0), truth[name]) <= 1e-9, name
+    rlp = objective(dataclasses.replace(SMALL, train_predictor=1.0))
+    predictor = gradients(model, rlp(model, source, RNG).loss)
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    thoughts, last = rlp.closed_and_continued(batch, SMALL.thoughts)
+    total = 0.0
+    for b, m in batch.real_BM.nonzero().tolist():
+        for k in range(SMALL.thoughts):
+            length = int(last[b, k, m]) + 1
+            cut = Thoughts(thoughts.tokens_BKSM[:, :, :length], thoughts.anchors)
+            hidden = explicit_hidden(model, source, cut, b, k, m)[-1]
+            total = total - (hidden @ model.head_weight_VW.T).log_softmax(-1)[batch.target_BHM[b, 0, m]]
+    truth = gradients(model, total / (9 * SMALL.thoughts))
+    for name in truth:
+        assert relative_error(predictor[name] - plain[name], truth[name]) <= 1e-9, name
+
+
+def test_shuffled_rewards_are_the_same_rewards():
+    model, source = likely_to_close(), text()
+    plain, shuffled = (
+        objective(dataclasses.replace(SMALL, shuffle_rewards=s))(model, source, RNG) for s in (False, True)
+    )
+    assert torch.equal(plain.record.reward_BKM, shuffled.record.reward_BKM)
+    a, b = plain.record.advantage_BKM, shuffled.record.advantage_BKM
+    assert not torch.equal(a, b)
+    assert relative_error(b.sort(dim=1).values, a.sort(dim=1).values) <= 1e-12
+
+
+def test_unclosed_thoughts_are_paid_by_the_same_rule_or_dropped():
+    model, source = likely_to_close(), text()
+    score, drop = (objective(dataclasses.replace(SMALL, unclosed=rule))(model, source, RNG) for rule in ("score", "drop"))
+    rlp = objective()
+    closed = rlp.think(model, source, model.read(source), RNG).rollout.closed_BKM
+    assert 0 < closed.sum() < closed.numel()
+    assert torch.equal(drop.record.advantage_BKM, score.record.advantage_BKM * closed)
+    share = score.metrics["thought_closed"]
+    real = score.record.thoughts.anchors.index_BM[:, None].expand_as(closed) >= 0
+    assert (share.sum / share.count).item() == pytest.approx(closed[real].double().mean().item())
+
+
+# Positions
+
+
+def test_positions_are_drawn_from_all_that_fit_and_no_others():
+    model, source = likely_to_close(), text()
+    rlp = objective(dataclasses.replace(SMALL, anchors_per_document=1, min_prefix=3, horizon=2))
+    seen = set()
+    for step in range(60):
+        anchors = rlp._draw_anchors(rlp.eligible(source), source, Rng(0, step)).index_BM
+        assert (anchors[0] >= 0).sum() == 2
+        seen |= {(b, n) for b in range(3) for n in anchors[b].tolist() if n >= 0}
+    first = {(0, n) for n in (2, 3)} | {(0, 8)}
+    assert seen == first | {(1, n) for n in range(2, 9)} | {(2, n) for n in (5, 6, 7, 8)}
+    assert model is not None
+
+
+def test_a_position_does_not_depend_on_the_rest_of_the_batch():
+    source, rlp = text(), objective()
+    together = rlp._draw_anchors(rlp.eligible(source), source, RNG).index_BM
+    for row in range(3):
+        alone = source.rows(slice(row, row + 1))
+        own = rlp._draw_anchors(rlp.eligible(alone), alone, RNG).index_BM[0]
+        assert own.tolist() == [n for n in together[row].tolist() if n >= 0]
+
+
+def test_position_filters():
+    model, source = likely_to_close(), text()
+    state = model.read(source)
+    logits = (state.hidden_BNW @ model.head_weight_VW.T).log_softmax(-1)
+    target_BN, valid_BN = source.targets(1)
+    logprob_BN = logits.gather(-1, target_BN[..., None])[..., 0]
+
+    def chosen(**changes):
+        rlp = objective(dataclasses.replace(SMALL, anchors_per_document=99, **changes), marker_id=17)
+        anchors = rlp.choose_anchors(source, RNG, state, model.head_weight_VW)
+        return {(b, n) for b in range(3) for n in anchors.index_BM[b].tolist() if n >= 0}
+
+    low, high = logprob_BN[valid_BN].quantile(0.3).item(), logprob_BN[valid_BN].quantile(0.7).item()
+    band = valid_BN & (logprob_BN >= low) & (logprob_BN <= high)
+    assert chosen(positions="band", band=(low, high)) == set(map(tuple, band.nonzero().tolist()))
+    entropy_BN = -(logits.exp() * logits).sum(-1)
+    hard = set()
+    for b, start, end in source.spans:
+        inside = [n for n in range(start, end) if valid_BN[b, n]]
+        if inside:
+            threshold = entropy_BN[b, inside].quantile(0.5)
+            hard |= {(b, n) for n in inside if entropy_BN[b, n] >= threshold}
+    assert chosen(positions="entropy", entropy_quantile=0.5) == hard
+    source.tokens_BN[1, [2, 6, 10]] = 17
+    source.tokens_BN[0, 5] = 17  # the last of its document: nothing follows
+    others = (source.tokens_BN == 17) & valid_BN
+    assert chosen(positions="marker") == set(map(tuple, others.nonzero().tolist()))
+    assert {(1, 2), (1, 6)} <= chosen(positions="marker")
+
+
+def test_documents_without_room_are_left_out():
+    """Shorter than the prefix, or than the horizon: no anchor, no loss, no NaN."""
+    model = likely_to_close()
+    source = packed_text([[2, 1], []], 4)
+    rlp = objective(dataclasses.replace(SMALL, min_prefix=3))
+    assert rlp.denominators(source)["anchors"].item() == 0
+    output = rlp(model, source, RNG)
+    assert output.loss.item() == 0
+    assert all(g.abs().max() == 0 for g in gradients(model, output.loss).values())
+    long = objective(dataclasses.replace(SMALL, horizon=4))
+    assert long.denominators(packed_text([[4], [5]], 5))["anchors"].item() == 1
+
+
+def test_settings_that_cannot_be():
+    wrong = RlpConfig(length=0, thoughts=1, temperature=0, horizon=0, discount=2, close="", anchors_per_document=0)
+    problems = wrong.problems()
+    assert len(problems) == 7
+    assert any("thoughts must be at least 2 to be compared" in p for p in problems)
+    assert RlpConfig().problems() == []
+
+
+# The teacher
+
+
+def test_the_teacher_starts_as_the_model_and_follows_it():
+    student = tiny_model(torch.float32)
+    teacher = EmaTeacher(0.9)
+    assert teacher.state() == {}
+    teacher.update(student)
+    assert teacher.state() == {}
+    phi = teacher.model(student)
+    start = {n: p.clone() for n, p in phi.named_parameters()}
+    assert all(torch.equal(start[n], p) for n, p in student.named_parameters())
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1.0)
+    for _ in range(3):
+        teacher.update(student)
+    for name, p in phi.named_parameters():
+        assert relative_error(p, start[name] + (1 - 0.9**3)) <= 1e-6
+        assert not p.requires_grad
+    again = EmaTeacher(0.9)
+    again.load(tiny_model(torch.float32, seed=9), teacher.state())
+    assert all(torch.equal(again.state()[n], t) for n, t in teacher.state().items())
+
+
+def test_a_bf16_average_would_not_move():
+    """One step at τ = 0.999 towards a weight 1% away: fp32 moves, bf16 rounds the step away."""
+    student = tiny_model(torch.float32)
+    teacher = EmaTeacher(0.999)
+    start = teacher.model(student).decoder.norm.weight.clone()
+    with torch.no_grad():
+        student.decoder.norm.weight.mul_(1.01)
+    teacher.update(student)
+    moved = teacher.model(student).decoder.norm.weight
+    assert moved.dtype == torch.float32
+    assert relative_error(moved - start, (student.decoder.norm.weight - start) * 1e-3) <= 1e-2
+    low = start.bfloat16()
+    assert torch.equal(low.lerp(student.decoder.norm.weight.bfloat16(), 1e-3), low)
+
+
+def test_evaluation_scores_its_anchors():
+    model, source = likely_to_close(), text()
+    scores = objective().evaluate(model, source, RNG)
+    assert scores.valid_BN.sum().item() == 9
+    logits = model.read(source).hidden_BNW @ model.head_weight_VW.T
+    target_BN, _ = source.targets(1)
+    for b, n in scores.valid_BN.nonzero().tolist():
+        truth = -logits[b, n].log_softmax(-1)[target_BN[b, n]]
+        assert relative_error(scores.text_nll_BN[b, n], truth) <= 1e-12
+        m = scores.thoughts.anchors.index_BM[b].tolist().index(n)
+        hidden = explicit_hidden(model, source, scores.thoughts, b, 0, m)
+        last = int(scores.thoughts.lengths_BKM[b, 0, m]) - 1
+        truth = -(hidden[last] @ model.head_weight_VW.T).log_softmax(-1)[target_BN[b, n]]
+        assert relative_error(scores.thought_nll_BN[b, n], truth) <= 1e-12
