@@ -132,6 +132,11 @@ class Anchors:
         position_BM = self.text.position_BN.gather(1, self.index_BM.clamp(min=0))
         return torch.where(self.index_BM >= 0, position_BM, -1)
 
+    @cached_property
+    def predicting_BM(self) -> Tensor:
+        """bool, whether the anchor exists and its document goes on behind it."""
+        return self.text.targets(1)[1].gather(1, self.index_BM.clamp(min=0)) & (self.index_BM >= 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Thoughts:

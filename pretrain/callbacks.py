@@ -101,15 +101,15 @@ class Records(lightning.Callback):
         """A few thoughts of the step, drawn evenly from all of them: not the best ones."""
         if report.record is None or not module.recipe.logging.samples:
             return
-        has_target_BN = report.text.targets(1)[1][: report.record.reward_BKM.shape[0]]
-        places = has_target_BN.nonzero().tolist()
+        anchors = report.record.thoughts.anchors
+        places = anchors.predicting_BM.nonzero().tolist()
         draw = random.Random(report.step)
         for row, anchor in draw.sample(places, min(module.recipe.logging.samples, len(places))):
             k = draw.randrange(report.record.reward_BKM.shape[1])
             self.directory.append(
                 self.directory.samples,
                 {"step": report.step}
-                | describe_thought(report.text, report.record.thoughts, row, k, anchor, self.tokenizer)
+                | describe_thought(report.record.thoughts, row, k, anchor, self.tokenizer)
                 | {
                     "reward": report.record.reward_BKM[row, k, anchor].item(),
                     "advantage": report.record.advantage_BKM[row, k, anchor].item(),

@@ -39,7 +39,6 @@ class StepReport:
     grad_norm: float
     skipped: int
     metrics: dict[str, float]
-    text: Text
     record: ThoughtRecord | None
 
 
@@ -123,7 +122,7 @@ class PretrainModule(lightning.LightningModule):
         sums = {name: self._sum(pair) for name, pair in metrics.items()}
         means = {name: (total / count).item() for name, (total, count) in sums.items()}
         self.report = StepReport(
-            self.step, self.tokens, self.flops, self.seconds, total_loss, lr, norm, self.skipped, means, text, record
+            self.step, self.tokens, self.flops, self.seconds, total_loss, lr, norm, self.skipped, means, record
         )
         if self._skipped_in_a_row >= config.max_skipped:
             raise TrainingStopped(

@@ -43,7 +43,7 @@ def _nll_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table = Table(title="Held-out NLL, nats per token", title_justify="left")
     for column in ("", f"before (step {before['step']})", f"after (step {after['step']})", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, label in (("nll_text", "without thoughts"), ("nll_thought", "with thoughts (mixed)")):
+    for name, label in (("nll_text", "without thoughts"), ("nll_thought", "with thoughts")):
         if name in after:
             table.add_row(label, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{after[name] - before[name]:+.4f}")
     return table

@@ -28,9 +28,9 @@ def printable(words: str) -> RichText:
     return RichText(repr(words)[1:-1])
 
 
-def describe_thought(text: Text, thoughts: Thoughts, row: int, k: int, m: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_thought(thoughts: Thoughts, row: int, k: int, m: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Where a thought stands, the text before it, the thought, and how the text really goes on."""
-    anchor = int(thoughts.anchors.index_BM[row, m])
+    text, anchor = thoughts.anchors.text, int(thoughts.anchors.index_BM[row, m])
     document = text.document_BN[row]
     inside = [n for n in range(text.shape[1]) if document[n] == document[anchor]]
     before = [n for n in inside if n <= anchor][-CONTEXT_TOKENS:]

@@ -10,7 +10,7 @@ import torch
 
 from models.logprobs import token_logprobs
 from models.precision import Linear, working_copy
-from models.thinking import Delimiters, ThinkingModel
+from models.thinking import Delimiters
 from models.thoughts import END, PAD, START, Anchors, Text, Thoughts
 from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_config, tiny_model
 

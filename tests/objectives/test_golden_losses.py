@@ -17,6 +17,7 @@ from models.thoughts import Text
 from objectives.base import Objective
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
 from tests.helpers import packed_text, tiny_model
 
 FILE = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -24,6 +25,7 @@ STEPS = 20
 OBJECTIVES: dict[str, Objective] = {
     "next_token": NextToken(),
     "quiet_star": QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2)),
+    "rlp": Rlp(RlpConfig(length=6, thoughts=4, next_token_weight=0.1), open_ids=(1, 2), close_ids=(3,)),
 }
 
 
@@ -43,6 +45,7 @@ def losses(objective: Objective) -> dict[str, list[float]]:
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        objective.after_step(model)
         for key, value in {"loss": output.loss, **{k: m.sum / m.count for k, m in output.metrics.items()}}.items():
             recorded.setdefault(key, []).append(value.item())
     return recorded

@@ -203,7 +203,9 @@ def test_shuffled_rewards_are_the_same_rewards():
 
 def test_unclosed_thoughts_are_paid_by_the_same_rule_or_dropped():
     model, source = likely_to_close(), text()
-    score, drop = (objective(dataclasses.replace(SMALL, unclosed=rule))(model, source, RNG) for rule in ("score", "drop"))
+    score, drop = (
+        objective(dataclasses.replace(SMALL, unclosed=rule))(model, source, RNG) for rule in ("score", "drop")
+    )
     rlp = objective()
     closed = rlp.think(model, source, model.read(source), RNG).rollout.closed_BKM
     assert 0 < closed.sum() < closed.numel()

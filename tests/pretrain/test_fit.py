@@ -32,7 +32,17 @@ from tests.helpers import relative_error
 
 ROOT = Path(__file__).parents[2]
 QUIET = ["--objective", "quiet_star", "--objective.length", "3", "--objective.lookahead", "2"]
-OBJECTIVES = {"next_token": ["--objective", "next_token"], "quiet_star": QUIET}
+RLP = [
+    "--objective",
+    "rlp",
+    "--objective.length",
+    "4",
+    "--objective.thoughts",
+    "3",
+    "--objective.anchors_per_document",
+    "2",
+]
+OBJECTIVES = {"next_token": ["--objective", "next_token"], "quiet_star": QUIET, "rlp": RLP}
 
 
 def fit(arguments, *more) -> int:
@@ -41,7 +51,11 @@ def fit(arguments, *more) -> int:
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     tensors, _ = load_checkpoint(find_checkpoint(directory))
-    return {f"{group}/{name}": t for group in ("model", "optimizer") for name, t in tensors[group].items()}
+    return {
+        f"{group}/{name}": t
+        for group in ("model", "optimizer", "objective")
+        for name, t in tensors.get(group, {}).items()
+    }
 
 
 def lines(path: Path) -> list[dict]:
@@ -54,7 +68,7 @@ def test_a_run_and_what_it_leaves(objective, tiny_run, run_directory, capsys):
     out = capsys.readouterr().out
     assert "Held-out NLL" in out
     assert "without thoughts" in out
-    assert ("with thoughts (mixed)" in out) == (objective == "quiet_star")
+    assert ("with thoughts" in out) == (objective != "next_token")
     metrics = lines(run_directory / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
     for m in metrics:
@@ -66,8 +80,8 @@ def test_a_run_and_what_it_leaves(objective, tiny_run, run_directory, capsys):
     deciles = evaluations[0]["nll_text_deciles"]
     assert deciles == sorted(deciles)
     assert (run_directory / "csv").exists()
-    samples = lines(run_directory / "samples.jsonl") if objective == "quiet_star" else []
-    assert len(samples) == (12 if objective == "quiet_star" else 0)
+    samples = lines(run_directory / "samples.jsonl") if objective != "next_token" else []
+    assert len(samples) == (12 if objective != "next_token" else 0)
     for sample in samples:
         assert {"step", "text", "thought", "continues", "reward", "advantage"} <= sample.keys()
     again = load_recipe(str(run_directory / "recipe.yaml"))
