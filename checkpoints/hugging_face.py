@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,18 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# What transformers takes for a key that config.json lacks, where that is not what it takes for Llama.
+ABSENT: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
 PARTS = ("delimiters", "mixing_head")
+FORMAT = 1  # of thinking.json
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -38,6 +48,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     family = hf.get("model_type")
     if family not in ARCHITECTURES:
         raise CheckpointError(f"model_type {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    hf = ABSENT.get(family, {}) | dict(hf)
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"activation {hf['hidden_act']!r} is not supported; supported: silu")
     if hf.get("quantization_config"):
@@ -49,35 +60,46 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     if kind not in SCALINGS:
         raise CheckpointError(f"rope scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
     attention_bias = family == "qwen2" or bool(hf.get("attention_bias", False))
-    return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        ffn_width=hf["intermediate_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        max_positions=hf["max_position_embeddings"],
-        rope_theta=float(theta),
-        rope_scaling={} if kind == "default" else rope,
-        rms_norm_eps=hf["rms_norm_eps"],
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias and family != "qwen2",
-        mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
-        sliding_window=_sliding_window(hf),
-        family=family,
-        initializer_range=hf.get("initializer_range", 0.02),
-    )
+    try:
+        config = DecoderConfig(
+            vocab_size=hf["vocab_size"],
+            width=hf["hidden_size"],
+            ffn_width=hf["intermediate_size"],
+            layers=hf["num_hidden_layers"],
+            heads=hf["num_attention_heads"],
+            kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            max_positions=hf["max_position_embeddings"],
+            rope_theta=float(theta),
+            rope_scaling={} if kind == "default" else rope,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias,
+            out_bias=attention_bias and family != "qwen2",
+            mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            sliding_window=_sliding_window(hf),
+            family=family,
+            initializer_range=hf.get("initializer_range", 0.02),
+        )
+        # Only to find out whether the rope's settings are all there.
+        inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions)
+    except KeyError as error:
+        raise CheckpointError(f"the model's config.json lacks {error}; fetch the model again") from None
+    except ValueError as error:
+        raise CheckpointError(f"the model's config.json contradicts itself: {error}; fetch the model again") from None
+    return config
 
 
 def _sliding_window(hf: Mapping[str, Any]) -> int | None:
+    """The window of those layers that have one; None where no layer has."""
     if hf["model_type"] == "mistral":
-        return hf.get("sliding_window", 4096)  # transformers' default where the key is absent
-    if hf["model_type"] in ("qwen2", "qwen3") and hf.get("use_sliding_window", False):
-        return hf.get("sliding_window", 4096)
-    return None
+        return hf["sliding_window"]
+    if hf["model_type"] == "llama" or not hf.get("use_sliding_window", False):
+        return None
+    windowed = hf["num_hidden_layers"] - hf.get("max_window_layers", 28)
+    layer_types = hf.get("layer_types") or ["sliding_attention"] * windowed
+    return hf.get("sliding_window", 4096) if "sliding_attention" in layer_types else None
 
 
 def config_to_hf(config: DecoderConfig, dtype: torch.dtype = torch.float32, **token_ids: int | None) -> dict[str, Any]:
@@ -152,18 +174,20 @@ def load_decoder(
         decoder = Decoder(config, compute_dtype)
     wanted = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     tensors: dict[str, Tensor] = {}
-    problems = []
+    problems, found = [], set()
     for name, tensor in _tensors(directory):
         name = name.removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
             continue
+        found.add(name)
         if name not in wanted:
             problems.append(f"unexpected {name}")
         elif tensor.shape != wanted[name]:
             problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(wanted[name])}")
         else:
-            tensors[name] = tensor.float()
-    problems += [f"missing {name}" for name in wanted if name not in tensors and not any(name in p for p in problems)]
+            # A copy, because what safetensors reads is a view of the file for as long as it lives.
+            tensors[name] = tensor.to(torch.float32, copy=True)
+    problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
         raise CheckpointError(f"the weights in {directory} do not fit its config.json: {'; '.join(problems)}")
     decoder.load_state_dict(tensors, assign=True)
@@ -174,11 +198,14 @@ def load_decoder(
     return decoder.requires_grad_()
 
 
-def _tensors(directory: Path):
+def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all safetensors files of a model, one at a time."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} names no files; fetch the model again")
+        files = sorted(set(weight_map.values()))
     elif (directory / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
@@ -201,7 +228,12 @@ def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = Non
     decoder = load_decoder(directory, compute_dtype)
     if not (directory / "thinking.json").exists():
         return ThinkingModel(decoder)
-    parts = read_json(directory / "thinking.json").get("parts", [])
+    described = read_json(directory / "thinking.json")
+    if described.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory}/thinking.json has format {described.get('format')!r}, not {FORMAT}; export the run again"
+        )
+    parts = described.get("parts", [])
     model = ThinkingModel(decoder, **{part: part in parts for part in PARTS})
     try:
         with safe_open(directory / "thinking.safetensors", "pt") as file:
@@ -217,9 +249,17 @@ def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = Non
 
 
 def export(
-    model: ThinkingModel, directory: Path, tokenizer_directory: Path | None, dtype: torch.dtype = torch.float32
+    model: ThinkingModel | Decoder,
+    directory: Path,
+    tokenizer_directory: Path | None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a Hugging Face directory; nothing is there until all of it is. Raises CheckpointError if something is."""
+    """Writes a Hugging Face directory; nothing is there until all of it is. Raises CheckpointError if something is.
+
+    The language model is stored in `dtype`, the parts that only thinking uses in their own.
+    """
+    if isinstance(model, Decoder):
+        model = ThinkingModel(model)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; choose another place to export to")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +279,7 @@ def export(
         if parts:
             thinking = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(PARTS)}
             save_file(thinking, made / "thinking.safetensors", metadata={"format": "pt"})
-            (made / "thinking.json").write_text(json.dumps({"format": 1, "parts": parts}, indent=2))
+            (made / "thinking.json").write_text(json.dumps({"format": FORMAT, "parts": parts}, indent=2))
         for name in TOKENIZER_FILES:
             if tokenizer_directory is not None and (tokenizer_directory / name).exists():
                 shutil.copyfile(tokenizer_directory / name, made / name)

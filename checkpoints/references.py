@@ -9,7 +9,9 @@ from pathlib import Path
 ACCEPTED = "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, random:PATH"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Weights only as safetensors; nothing that would have to be unpickled or executed.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+# Folders hold other formats, consolidated files the same weights once more.
+HUB_SKIPPED = ["*/*", "consolidated*"]
 
 
 class CheckpointError(ValueError):
@@ -47,11 +49,25 @@ def _from_hub(reference: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # HTTPError is that of whichever client the hub's library is built on.
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)
+        )
+    except HFValidationError:
+        raise CheckpointError(f"no model {reference!r}; give {ACCEPTED}") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(
+            f"the hub's model {name!r} has no revision {revision!r}; give a branch, tag or commit that it has"
+        ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(
             f"the hub has no model {name!r} that you may read; check the name, or log in with `hf auth login`"

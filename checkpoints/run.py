@@ -23,7 +23,9 @@ from checkpoints.references import CheckpointError
 
 log = logging.getLogger(__name__)
 MANIFEST, STATE = "manifest.json", "state.json"
-NAME = re.compile(r"step-(\d{8})")
+NAME = re.compile(r"step-\d{8}")
+# A checkpoint on its way out because its step is being saved again.
+REPLACED = re.compile(r"\.(step-\d{8})\.\d+\.old")
 
 
 def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -46,12 +48,12 @@ def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Ten
         _flush(path)
     if final.exists():
         replaced = directory / f".{final.name}.{os.getpid()}.old"
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        temporary.rename(final)
+    temporary.rename(final)
     _flush(directory)
+    for replaced in directory.glob(f".{final.name}.*.old"):
+        shutil.rmtree(replaced)
     return final
 
 
@@ -60,10 +62,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     problem = _problem(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
+    files = [path / name for name in json.loads((path / MANIFEST).read_text())["files"]]
     # Copies, because what safetensors loads is a view of the file for as long as it lives.
     tensors = {
         file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()}
-        for file in path.glob("*.safetensors")
+        for file in files
+        if file.suffix == ".safetensors"
     }
     return tensors, json.loads((path / STATE).read_text())
 
@@ -80,7 +84,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 def find_checkpoint(path: Path) -> Path:
     """`path` if it is a checkpoint, else the newest valid one of the run that lies there. Raises CheckpointError."""
-    if NAME.fullmatch(path.name):
+    if NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         problem = _problem(path)
         if problem is not None:
             raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
@@ -92,23 +96,28 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, once the newest is known to be valid."""
+    """Removes what is older than the newest `keep` valid checkpoints; those are read in full to know that they are."""
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got {keep}")
-    checkpoints = _all(directory)
-    if len(checkpoints) <= keep or _problem(checkpoints[-1]) is not None:
-        return
-    for path in checkpoints[:-keep]:
+    valid = 0
+    for path in reversed(_all(directory)):
+        if valid < keep:
+            valid += _problem(path) is None
+            continue
         # Renamed first, so that an interrupted removal leaves no half a checkpoint under its name.
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+        doomed = path.with_name(f".{path.name}.{os.getpid()}.gone")
         path.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def _all(directory: Path) -> list[Path]:
+    """Checkpoints, oldest first; a replaced one counts while a kill has kept its successor from its name."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+    paths = list(directory.iterdir())
+    found = {match[1]: path for path in paths if (match := REPLACED.fullmatch(path.name))}
+    found |= {path.name: path for path in paths if NAME.fullmatch(path.name)}
+    return [found[name] for name in sorted(found)]
 
 
 def _problem(path: Path) -> str | None:
@@ -116,10 +125,13 @@ def _problem(path: Path) -> str | None:
     if not path.is_dir():
         return "there is no such directory"
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        listed = json.loads((path / MANIFEST).read_text())["files"].items()
+        files = {name: {key: entry[key] for key in ("bytes", "sha256")} for name, entry in listed}
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never completed"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is damaged"
+    if STATE not in files:
         return f"its {MANIFEST} is damaged"
     for name, expected in files.items():
         if not (path / name).is_file():

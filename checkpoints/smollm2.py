@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from checkpoints.references import CheckpointError
@@ -103,7 +104,8 @@ def convert(gguf_file: Path, directory: Path) -> None:
         "num_key_value_heads": kv_heads,
         "head_dim": meta["llama.rope.dimension_count"],
         "max_position_embeddings": meta["llama.context_length"],
-        "rms_norm_eps": 1e-5,  # stored as fp32, 9.999999747378752e-06
+        # Stored as fp32: its shortest decimal is what was meant, 1e-05 and not 9.999999747378752e-06.
+        "rms_norm_eps": float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": meta["llama.rope.freq_base"],
         "rope_parameters": {"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
         "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in reader.tensors},
@@ -134,10 +136,8 @@ def convert(gguf_file: Path, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _tokenizer(tokens: list[str], merges: list[str], types: list[int]):
+def _tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> Tokenizer:
     """Byte-level BPE with the pre-tokeniser that GGUF calls `smollm`: digits one by one, then GPT-2's splitting."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))

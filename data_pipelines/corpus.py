@@ -62,7 +62,7 @@ def tokenised(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None =
     name, size or time of change is another. Raises DataError for broken or empty sources, an unknown
     end-of-document token, or a cache that cannot be written.
     """
-    end_id = _end_of_document(config, tokenizer)
+    end_id = end_of_document(config, tokenizer)
     documents = Documents(config)
     root = cache_dir or Path(os.environ.get("FORETHOUGHT_CACHE") or "~/.cache/forethought").expanduser()
     files = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in documents.files]
@@ -75,7 +75,8 @@ def tokenised(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None =
     return Corpus(directory)
 
 
-def _end_of_document(config: DataConfig, tokenizer: Tokenizer) -> int:
+def end_of_document(config: DataConfig, tokenizer: Tokenizer) -> int:
+    """The id of the token that ends every document. Raises DataError if the tokenizer lacks it."""
     token = config.end_of_document
     end_id = tokenizer.eos_id if token is None else tokenizer.token_id(token)
     if end_id is None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.config import DataConfig, DataError
-from data_pipelines.corpus import Corpus, tokenised
+from data_pipelines.corpus import Corpus, end_of_document, tokenised
 from data_pipelines.tokenizer import Tokenizer
 
 Fragment = tuple[int, int]  # start and stop in the corpus' tokens
@@ -57,21 +58,65 @@ class _Line:
             first, document = end, document + 1
 
 
-class PackedText:
+class PackedText(ABC):
     """Training rows by random access, and held-out rows.
 
     Rows are dicts that hold, all int64:
         tokens_BN: token ids.
-        document_BN: the fragment of its row that a token is of, from 0; -1 pads the last held-out row.
-        position_BN: place within the fragment, from 0.
+        document_BN: the document or fragment of its row that a token is of, from 0; -1 is padding, behind all others.
+        position_BN: place within the document or fragment, from 0.
         sample_id_B: r of each row.
 
     Attributes:
         length: N.
-        tokens_per_epoch: tokens of all training documents.
+        seed: of the training rows.
+        tokens_per_epoch: tokens of all training documents, `math.inf` if none ever comes again.
         counts: how many documents were what; keys are `sources.COUNTS`.
         fingerprint: hex digest of all that the rows depend on; two with the same one yield the same rows.
     """
+
+    length: int
+    seed: int
+    tokens_per_epoch: float
+    counts: Counter[str]
+    fingerprint: str
+
+    @abstractmethod
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        """Training rows `first` to `first + count`, a pure function of the fingerprint and those numbers."""
+
+    @abstractmethod
+    def held_out_rows(self, limit: int) -> dict[str, Tensor]:
+        """The first `limit` held-out rows, or as many as there are."""
+
+    def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
+        """The rows of a training step, counted from 0."""
+        return self.rows(step * rows_per_step, rows_per_step)
+
+
+def packed_rows(first: int, rows: Sequence[Iterable[Sequence[int] | np.ndarray]], length: int) -> dict[str, Tensor]:
+    """Rows `first` on, each of the token ids of its documents, which together are at most `length` long."""
+    shape = (len(rows), length)
+    tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    document_BN = np.full(shape, -1)
+    for row, documents in enumerate(rows):
+        at = 0
+        for index, ids in enumerate(documents):
+            part = np.s_[row, at : at + len(ids)]
+            tokens_BN[part] = ids
+            document_BN[part] = index
+            position_BN[part] = np.arange(len(ids))
+            at += len(ids)
+    return {
+        "tokens_BN": torch.from_numpy(tokens_BN),
+        "document_BN": torch.from_numpy(document_BN),
+        "position_BN": torch.from_numpy(position_BN),
+        "sample_id_B": torch.arange(first, first + len(rows)),
+    }
+
+
+class CorpusText(PackedText):
+    """Rows of a corpus."""
 
     def __init__(self, corpus: Corpus, length: int, held_out: float, seed: int):
         self.corpus = corpus
@@ -79,25 +124,23 @@ class PackedText:
         self.seed = seed
         self._train, self._held_out = _split(corpus, held_out)
         self._epoch = (-1, self._train)
-        self.tokens_per_epoch = self._train.tokens
-        self.counts: Counter[str] = corpus.counts
+        self.tokens_per_epoch: int = self._train.tokens
+        self.counts = corpus.counts
         what = json.dumps([corpus.fingerprint, length, held_out, seed])
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """Training rows `first` to `first + count`, a pure function of the fingerprint and those numbers."""
         starts = range(first * self.length, (first + count) * self.length, self.length)
         return self._pack(first, [self._stream(start, start + self.length) for start in starts])
 
-    def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
-        """The rows of a training step, counted from 0."""
-        return self.rows(step * rows_per_step, rows_per_step)
-
     def held_out_rows(self, limit: int) -> dict[str, Tensor]:
-        """The first `limit` rows of the held-out documents, or as many as there are."""
         line = self._held_out
         starts = range(0, line.tokens, self.length)[:limit]
         return self._pack(0, [line.between(start, min(start + self.length, line.tokens)) for start in starts])
+
+    def _pack(self, first: int, rows: list[Iterator[Fragment]]) -> dict[str, Tensor]:
+        tokens_T = self.corpus.tokens_T
+        return packed_rows(first, [(tokens_T[start:stop] for start, stop in row) for row in rows], self.length)
 
     def _stream(self, first: int, last: int) -> Iterator[Fragment]:
         while first < last:
@@ -113,25 +156,6 @@ class PackedText:
             words_D = np.random.Philox(key=key).random_raw(len(self._train.end_D))
             self._epoch = (epoch, self._train.permuted(np.argsort(words_D, kind="stable")))
         return self._epoch[1]
-
-    def _pack(self, first: int, rows: list[Iterator[Fragment]]) -> dict[str, Tensor]:
-        shape = (len(rows), self.length)
-        tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        document_BN = np.full(shape, -1)
-        for row, fragments in enumerate(rows):
-            at = 0
-            for index, (start, stop) in enumerate(fragments):
-                part = np.s_[row, at : at + stop - start]
-                tokens_BN[part] = self.corpus.tokens_T[start:stop]
-                document_BN[part] = index
-                position_BN[part] = np.arange(stop - start)
-                at += stop - start
-        return {
-            "tokens_BN": torch.from_numpy(tokens_BN),
-            "document_BN": torch.from_numpy(document_BN),
-            "position_BN": torch.from_numpy(position_BN),
-            "sample_id_B": torch.arange(first, first + len(rows)),
-        }
 
 
 def _split(corpus: Corpus, share: float) -> tuple[_Line, _Line]:
@@ -171,10 +195,15 @@ def open_data(
     seed: int,
     cache_dir: Path | None = None,
 ) -> PackedText:
-    """The text of a configuration, tokenised (or found in the cache) and packed.
+    """The text of a configuration: tokenised (or found in the cache) and packed, or made by the lab.
 
     Raises DataError for settings, sources or a cache that the user has to mend.
     """
     if problems := config.problems():
         raise DataError("; ".join(problems))
-    return PackedText(tokenised(config, tokenizer, cache_dir), config.length, config.held_out, seed)
+    if config.reference.partition(":")[0] == "lab":
+        from data_pipelines.lab import LabConfig, LabText  # here, since the lab builds on this module
+
+        end_id = end_of_document(config, tokenizer)
+        return LabText(LabConfig.parse(config.reference), tokenizer, end_id, config.length, seed)
+    return CorpusText(tokenised(config, tokenizer, cache_dir), config.length, config.held_out, seed)

@@ -161,7 +161,7 @@ def _find(reference: str) -> list[Path]:
         problem = "is neither a known name nor an existing path"
         if found or path.is_dir():
             problem = "holds no file of a known kind"
-        accepted = f"{PYTHON_DOCS}, or a file, directory or glob of {' '.join(_SUFFIXES)}"
+        accepted = f"{PYTHON_DOCS}, lab, lab:SETTINGS, or a file, directory or glob of {' '.join(_SUFFIXES)}"
         raise DataError(f"data reference {reference!r} {problem}; accepted are {accepted}")
     return files
 

@@ -10,7 +10,7 @@ W width, H query heads, G key-value heads, D head size, V vocabulary, `_` leadin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,10 @@ class ThoughtCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+# Attention of queries [_, H, D] over keys and values [_, G, D] and whatever else may be seen → [_, H, D].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -143,11 +147,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_W: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        """x [_, W] → [_, W]; `attend(q, k, v)` is the attention over whatever these tokens may see."""
-        attended = attend(*self.self_attn.project(self.input_layernorm(x_W), cos, sin))
-        x_W = x_W + self.self_attn.o_proj(attended.flatten(-2))
-        return x_W + self.mlp(self.post_attention_layernorm(x_W))
+    def forward(self, x_W: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        """x [_, W] → x [_, W], keys and values [_, G, D]; `attend` is attention over whatever these tokens may see.
+
+        Keys and values are results like x, because thoughts send gradient into a text's: what hooks a block's results,
+        as sharding does, must see all three.
+        """
+        q, k, v = self.self_attn.project(self.input_layernorm(x_W), cos, sin)
+        x_W = x_W + self.self_attn.o_proj(attend(q, k, v).flatten(-2))
+        return x_W + self.mlp(self.post_attention_layernorm(x_W)), k, v
 
 
 class Decoder(nn.Module):
@@ -198,12 +206,12 @@ class Decoder(nn.Module):
         keys, values = [], []
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k)
-            values.append(v)
             return text_attention(q, k, v, text, self.attention_backend)
 
         for block in self.layers:
-            x = block(x, cos, sin, attend)
+            x, k, v = block(x, cos, sin, attend)
+            keys.append(k)
+            values.append(v)
         return TextState(text, self.norm(x), keys, values)
 
     def think(self, x_BKSMW: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache | None = None) -> Tensor:
@@ -228,7 +236,7 @@ class Decoder(nn.Module):
                     q, k, v, state.keys[layer], state.values[layer], anchors, self.attention_backend
                 )
 
-            x = block(x, cos, sin, attend)
+            x, _, _ = block(x, cos, sin, attend)
         return self.norm(x)
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,10 @@ class Objective(ABC):
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
         """Called after every optimizer step."""
 
+    def other_models(self, model: ThinkingModel) -> list[ThinkingModel]:
+        """Models kept beside the one that is trained, made now if they are not there yet: to be sharded like it."""
+        return []
+
     def state(self) -> dict[str, Tensor]:
         """What an objective keeps between steps, to continue a run exactly."""
         return {}

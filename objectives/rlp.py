@@ -151,6 +151,9 @@ class Rlp(Objective):
     def after_step(self, model: ThinkingModel) -> None:
         self.teacher.update(model)
 
+    def other_models(self, model: ThinkingModel) -> list[ThinkingModel]:
+        return [self.teacher.model(model)]
+
     def state(self) -> dict[str, Tensor]:
         return self.teacher.state()
 

@@ -22,10 +22,10 @@ class EmaTeacher:
         self._model: ThinkingModel | None = None
 
     def model(self, student: ThinkingModel) -> ThinkingModel:
-        """The teacher; a copy of `student` at the first call."""
+        """The teacher, where the student is; a copy of `student` at the first call."""
         if self._model is None:
-            self._model = copy.deepcopy(student).requires_grad_(False).eval()
-        return self._model
+            self._model = copy.deepcopy(student).requires_grad_(False)
+        return self._model.to(student.head_weight_VW.device)
 
     @torch.no_grad()
     def update(self, student: ThinkingModel) -> None:

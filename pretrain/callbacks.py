@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -26,9 +27,15 @@ from pretrain.state import run_state
 console = Console(stderr=True, highlight=False)
 
 
+def is_rank_zero() -> bool:
+    """Also before the ranks have met; from the environment of their launcher."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def say(message: str) -> None:
-    """One line to the terminal or log, never folded."""
-    console.print(message, soft_wrap=True, markup=False)
+    """One line to the terminal or log of rank 0, never folded."""
+    if is_rank_zero():
+        console.print(message, soft_wrap=True, markup=False)
 
 
 class Records(lightning.Callback):
@@ -136,6 +143,7 @@ class HeldOutEvaluation(lightning.Callback):
             self._evaluate(trainer, module)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
+        # Every rank scores all rows: a sharded model needs them all for each pass.
         text = self.text.to(module.device)
         rows = module.recipe.micro_batch_rows or module.recipe.rows_per_step
         # Evaluation has draws of its own: the same at every step, and none of training's.
@@ -178,16 +186,16 @@ class Checkpoints(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         config, last = module.recipe.checkpoint, module.step == module.recipe.steps
-        if last or self.asked_to_stop or (config.every is not None and module.step % config.every == 0):
-            self._save(module)
-            prune(self.directory.checkpoints, config.keep)
-        if self.asked_to_stop:
-            trainer.should_stop = True
+        # One rank told to stop is all told to stop.
+        stop = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
+        if last or stop or (config.every is not None and module.step % config.every == 0):
+            tensors, state = run_state(module, self.data.fingerprint, self.evaluation.difficulty_E)
+            if trainer.is_global_zero:
+                save_checkpoint(self.directory.checkpoints, module.step, tensors, state)
+                prune(self.directory.checkpoints, config.keep)
+            trainer.strategy.barrier()
+        trainer.should_stop = trainer.should_stop or stop
 
     def teardown(self, trainer, module, stage) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def _save(self, module: PretrainModule) -> None:
-        tensors, state = run_state(module, self.data.fingerprint, self.evaluation.difficulty_E)
-        save_checkpoint(self.directory.checkpoints, module.step, tensors, state)

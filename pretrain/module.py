@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import lightning
@@ -20,6 +21,7 @@ from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective, ThoughtRecord
 from pretrain.recipe import OptimizerConfig, Recipe
+from pretrain.sharding import full, reshard, shard
 
 
 class TrainingStopped(RuntimeError):
@@ -72,13 +74,26 @@ class PretrainModule(lightning.LightningModule):
         self.model = model
         self.objective = objective
         self.recipe = recipe
-        self.optimizer = make_optimizer(model, recipe.optimizer)
+        self.optimizer: torch.optim.AdamW | None = None
+        # Called once the optimizer exists, to fill it from a checkpoint.
+        self.on_optimizer: Callable[[PretrainModule], None] | None = None
         self.step = self.tokens = self.flops = self.skipped = 0
         self.seconds = 0.0
         self.report: StepReport | None = None
         self._skipped_in_a_row = 0
+        self._sharded = False
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not self._sharded:
+            # Copies first: a sharded model cannot be copied.
+            for model in (*self.objective.other_models(self.model), self.model):
+                shard(model, self.device_mesh["data_parallel"])
+            self._sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = make_optimizer(self.model, self.recipe.optimizer)
+        if self.on_optimizer is not None:
+            self.on_optimizer(self)
         return self.optimizer
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -87,11 +102,10 @@ class PretrainModule(lightning.LightningModule):
         rng = Rng(self.recipe.seed, self.step)
         denominators = {name: self._sum(count) for name, count in self.objective.denominators(text).items()}
         lr = learning_rate(config, self.step + 1, self.recipe.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.zero_grad()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         flops, record = 0, None
@@ -99,17 +113,20 @@ class PretrainModule(lightning.LightningModule):
         rows = self.recipe.micro_batch_rows or text.shape[0]
         for start in range(0, text.shape[0], rows):
             output = self.objective(self.model, text.rows(slice(start, start + rows)), rng, denominators)
-            self.manual_backward(output.loss)
+            # Sharding averages gradients over ranks, but losses are already divided by the global counts.
+            self.manual_backward(output.loss * self.trainer.world_size)
             loss, flops = loss + output.loss.detach().double(), flops + output.flops
             record = record or output.record
             for name, mean in output.metrics.items():
                 pair = torch.stack([mean.sum, mean.count])
                 metrics[name] = metrics[name] + pair if name in metrics else pair
         total_loss = self._sum(loss).item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
+        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
 
         if math.isfinite(total_loss) and math.isfinite(norm):
             optimizer.step()
+            for other in self.objective.other_models(self.model):
+                reshard(other)
             self.objective.after_step(self.model)
             self._skipped_in_a_row = 0
         else:
@@ -132,4 +149,5 @@ class PretrainModule(lightning.LightningModule):
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
+        # The collective works in place, and one count may be a view of another.
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")

@@ -107,12 +107,17 @@ class Recipe:
     rows_per_step: int = 8
     micro_batch_rows: int | None = None  # rows that go through the model at once; default: all of a device's
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it, else fp32
-    devices: int = 1
+    devices: int = 1  # of each node; the model is sharded over all of them
+    nodes: int = 1
     data_workers: int = 0  # processes that prepare batches ahead of time
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def ranks(self) -> int:
+        return self.devices * self.nodes
 
     @property
     def objective_name(self) -> str:
@@ -136,11 +141,11 @@ class Recipe:
         return OBJECTIVES[self.objective_name][0](self.objective)  # type: ignore[call-arg]
 
     def problems(self) -> list[str]:
-        found = at_least(1, steps=self.steps, rows_per_step=self.rows_per_step, devices=self.devices)
+        found = at_least(1, steps=self.steps, rows_per_step=self.rows_per_step, devices=self.devices, nodes=self.nodes)
         found += at_least(0, data_workers=self.data_workers, seed=self.seed)
         found += at_least(1, micro_batch_rows=self.micro_batch_rows)
-        if self.devices >= 1 and self.rows_per_step % self.devices:
-            found.append(f"rows_per_step {self.rows_per_step} must be a multiple of devices {self.devices}")
+        if self.ranks >= 1 and self.rows_per_step % self.ranks:
+            found.append(f"rows_per_step {self.rows_per_step} must be a multiple of the {self.ranks} devices")
         if isinstance(self.objective, QuietStarConfig) and self.data.length < self.objective.A + 2:
             found.append(
                 f"data.length {self.data.length} is too short for a lookahead of {self.objective.A}; "
@@ -203,8 +208,14 @@ def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts of plain values, from which the same recipe can be built again."""
     tree = dataclasses.asdict(recipe)
     tree["objective"] = {"name": recipe.objective_name, **tree["objective"]}
-    tree["optimizer"]["betas"] = list(recipe.optimizer.betas)
-    return tree
+    return _plain(tree)
+
+
+def _plain(tree: Any) -> Any:
+    """Tuples as the lists that YAML reads back."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return list(tree) if isinstance(tree, tuple) else tree
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

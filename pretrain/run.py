@@ -22,12 +22,13 @@ from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
-from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, say
+from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
 from pretrain.module import PretrainModule
 from pretrain.recipe import Recipe, RecipeError
 from pretrain.report import print_report
 from pretrain.run_directory import RunDirectory
-from pretrain.state import Tensors, model_from_state, restore_run
+from pretrain.sharding import make_strategy
+from pretrain.state import Tensors, model_from_state, restore_after_setup, restore_before_setup
 
 log = logging.getLogger(__name__)
 # Lightning announces its hardware and products at every start.
@@ -131,15 +132,17 @@ def fit(recipe: Recipe) -> Path:
     directory = RunDirectory(recipe.run_dir or "runs/run")
     directory.check(recipe)
     prepared = prepare(recipe, directory)
-    directory.create(recipe, prepared.tokenizer_directory)
     module = PretrainModule(prepared.model, prepared.objective, recipe)
     difficulty_E = None
     if prepared.checkpoint is not None:
         tensors, state = prepared.checkpoint
-        restore_run(module, tensors, state)
+        restore_before_setup(module, tensors, state)
+        module.on_optimizer = lambda module: restore_after_setup(module, tensors, state)
         difficulty_E = tensors.get("evaluation", {}).get("difficulty_E")
         say(f"continuing {directory.path} at step {module.step} of {recipe.steps}")
-    directory.rewind(module.step if prepared.checkpoint is not None else -1)
+    if is_rank_zero():
+        directory.create(recipe, prepared.tokenizer_directory)
+        directory.rewind(module.step if prepared.checkpoint is not None else -1)
 
     finished = False
     if module.step < recipe.steps:
@@ -151,6 +154,8 @@ def fit(recipe: Recipe) -> Path:
         trainer = lightning.Trainer(
             accelerator="auto",
             devices=recipe.devices,
+            num_nodes=recipe.nodes,
+            strategy=make_strategy(recipe.ranks),
             max_epochs=1,
             logger=False,
             callbacks=[records, evaluation, checkpointing],
@@ -171,7 +176,7 @@ def fit(recipe: Recipe) -> Path:
     else:
         finished = True
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
-    if finished:
+    if finished and is_rank_zero():
         print_report(directory, recipe, time.perf_counter() - started)
     return directory.path
 
@@ -181,7 +186,7 @@ def dry_run(recipe: Recipe) -> None:
     prepared = prepare(recipe, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = prepared.model.to(device)
-    rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.devices
+    rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks
     text = Text(**prepared.data.rows(0, rows)).to(device)
     started = time.perf_counter()
     output = prepared.objective(model, text, Rng(recipe.seed, 0))
@@ -199,7 +204,7 @@ def dry_run(recipe: Recipe) -> None:
     )
     say(
         f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {output.flops / 1e12:.2f} TFLOP; "
-        f"about {seconds * passes / recipe.devices * recipe.steps / 60:.0f} minutes for the run"
+        f"about {seconds * passes / recipe.ranks * recipe.steps / 60:.0f} minutes for the run"
     )
     say("the recipe can be run")
 

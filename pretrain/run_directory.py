@@ -18,6 +18,7 @@ FREE_KEYS = (
     "run_dir",
     "micro_batch_rows",
     "devices",
+    "nodes",
     "data_workers",
     "evaluation",
     "checkpoint",

@@ -20,16 +20,20 @@ from models.thinking import ThinkingModel
 from pretrain import __version__
 from pretrain.module import PretrainModule
 from pretrain.recipe import recipe_to_tree
+from pretrain.sharding import full, placed_like
 
 Tensors = dict[str, dict[str, Tensor]]
 COUNTERS = ("step", "tokens", "flops", "seconds", "skipped")
 
 
 def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tensor | None) -> tuple[Tensors, dict]:
-    """(groups of tensors, JSON-able state) of a run between two steps."""
+    """(groups of whole tensors, JSON-able state) of a run between two steps; all ranks must call it."""
+    assert module.optimizer is not None
+    # First of all: it makes a sharded model show its shards, the parameters that the optimizer knows.
+    weights = {name: full(tensor) for name, tensor in module.model.state_dict().items()}
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     optimizer = {
-        f"{names[id(parameter)]}/{key}": value
+        f"{names[id(parameter)]}/{key}": full(value)
         for parameter, states in module.optimizer.state.items()
         for key, value in states.items()
     }
@@ -40,9 +44,9 @@ def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tenso
     }
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    tensors = {"model": dict(module.model.state_dict()), "optimizer": optimizer, "random": random_states}
+    tensors = {"model": weights, "optimizer": optimizer, "random": random_states}
     if objective_state := module.objective.state():
-        tensors["objective"] = objective_state
+        tensors["objective"] = {name: full(tensor) for name, tensor in objective_state.items()}
     if difficulty_E is not None:
         tensors["evaluation"] = {"difficulty_E": difficulty_E}
     model = module.model
@@ -67,17 +71,23 @@ def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: 
     return model
 
 
-def restore_run(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Puts optimizer, counters and random generators where they were; the model is already that of the checkpoint."""
+def restore_before_setup(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Counters and what the objective keeps, before anything is sharded; the model is already the checkpoint's."""
     for name in COUNTERS:
         setattr(module, name, state[name])
     module.objective.load_state(module.model, tensors.get("objective", {}))
+
+
+def restore_after_setup(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Puts optimizer and random generators where they were, once the optimizer exists."""
+    assert module.optimizer is not None
     parameters = dict(module.model.named_parameters())
     for key, value in tensors["optimizer"].items():
         name, entry = key.rsplit("/", 1)
-        module.optimizer.state[parameters[name]][entry] = value.to(
-            parameters[name].device if entry != "step" else value.device
-        )
+        parameter = parameters[name]
+        # Adam's step count is a scalar beside the states, which are shaped like the parameter.
+        placed = placed_like(value, parameter) if value.dim() else value.to(parameter.device)
+        module.optimizer.state[parameter][entry] = placed
     torch.set_rng_state(tensors["random"]["torch"])
     if "cuda" in tensors["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random"]["cuda"])

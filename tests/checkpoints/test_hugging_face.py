@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from checkpoints import smollm2
@@ -66,6 +67,61 @@ def test_an_absent_window_of_mistral_is_4096_and_null_is_none():
     assert config_from_hf(hf).sliding_window == 4096
 
 
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        (dict(use_sliding_window=False), None),
+        (dict(max_window_layers=1), 32),
+        (dict(max_window_layers=2), None),
+        (dict(max_window_layers=28), None),
+        (dict(max_window_layers=0, layer_types=["full_attention"] * 2), None),
+        (dict(max_window_layers=28, layer_types=["full_attention", "sliding_attention"]), 32),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_of_qwen(family, changes, window):
+    """A window counts where some layer has it, and transformers agrees about the layers."""
+    hf = config_to_hf(tiny_config(family=family)) | dict(use_sliding_window=True, sliding_window=32) | changes
+    assert config_from_hf(hf).sliding_window == window
+    theirs = transformers.AutoConfig.for_model(**hf)
+    assert ("sliding_attention" in theirs.layer_types) == (window is not None)
+
+
+def test_absent_keys_mean_what_transformers_takes_for_them():
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        hf = config_to_hf(tiny_config(family=family, heads=32, width=64))
+        for key in ("num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window", "tie_word_embeddings"):
+            hf.pop(key, None)
+        config, theirs = config_from_hf(hf), transformers.AutoConfig.for_model(**hf)
+        assert config.kv_heads == theirs.num_key_value_heads
+        assert config.head_dim == getattr(theirs, "head_dim", 64 // 32)
+        assert config.rms_norm_eps == theirs.rms_norm_eps
+        assert config.sliding_window == getattr(theirs, "sliding_window", None)
+        assert config.tie_embeddings == theirs.tie_word_embeddings
+
+
+def test_a_bare_decoder_is_exported_with_its_tokenizer(tiny_directory, tmp_path):
+    export(load_decoder(tiny_directory), tmp_path / "out", tiny_directory, torch.bfloat16)
+    tokenizer, original = (
+        transformers.AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", tiny_directory)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert tokenizer("thinks while")["input_ids"] == original("thinks while")["input_ids"]
+    assert model.dtype == torch.bfloat16
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors"), "the embeddings are tied"
+
+
+def test_thinking_parts_of_another_format_are_refused(directory):
+    description = {"format": 2, "parts": ["delimiters", "mixing_head"]}
+    (directory / "thinking.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"thinking\.json has format 2, not 1; export the run again"):
+        load_thinking_model(directory)
+    (directory / "thinking.json").write_text(json.dumps({"format": 1, "parts": ["delimiters"]}))
+    with pytest.raises(CheckpointError, match=r"does not hold what thinking\.json says"):
+        load_thinking_model(directory)
+
+
 def test_export_never_overwrites(tmp_path):
     (tmp_path / "out").mkdir()
     export(tiny_model(torch.float32), tmp_path / "out", None)
@@ -88,7 +144,9 @@ def directory(tmp_path) -> Path:
 def test_all_tensors_that_do_not_fit_are_named(directory):
     tensors = load_file(directory / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["model.norm.weight"] = torch.ones(3)
+    # The missing name below is the end of this one.
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(3)
+    del tensors["model.norm.weight"]
     tensors["model.layers.7.extra"] = torch.ones(1)
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
@@ -96,10 +154,33 @@ def test_all_tensors_that_do_not_fit_are_named(directory):
     message = one_line(caught)
     for part in (
         "missing layers.1.mlp.up_proj.weight",
-        "norm.weight is (3,), not (24,)",
+        "layers.0.input_layernorm.weight is (3,), not (24,)",
+        "missing norm.weight",
         "unexpected layers.7.extra",
     ):
         assert part in message
+
+
+def test_other_spellings_of_the_same_weights(tmp_path):
+    """Names without `model.`, the head beside tied embeddings, and rotary frequencies of old exports."""
+    model = tiny_model(torch.float32, tie_embeddings=True)
+    export(model, tmp_path / "model", None)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    tensors["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+    tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(tensors, file)
+    loaded = load_decoder(tmp_path / "model").state_dict()
+    assert loaded.keys() == model.decoder.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.decoder.state_dict().items())
+
+
+def test_a_loaded_model_does_not_change_with_its_file(directory):
+    decoder = load_decoder(directory)
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.write(bytes((directory / "model.safetensors").stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
 
 
 def test_weights_without_safetensors_are_refused(directory):
@@ -121,6 +202,12 @@ def test_damaged_files_are_named(directory):
         load_decoder(directory)
 
 
+def test_an_index_without_files_is_named(directory):
+    (directory / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index\.json names no files"):
+        load_decoder(directory)
+
+
 def test_an_index_cannot_point_outside_its_directory(directory):
     (directory / "model.safetensors").rename(directory.parent / "stolen.safetensors")
     index = {"weight_map": {"model.norm.weight": "../stolen.safetensors"}}
@@ -136,6 +223,8 @@ def test_an_index_cannot_point_outside_its_directory(directory):
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "lacks 'factor'"),
+        ({"num_key_value_heads": 3}, "contradicts itself: 4 query heads"),
     ],
 )
 def test_unsupported_models(directory, change, part):
@@ -159,10 +248,19 @@ def test_random_references(directory):
         resolve("random:nowhere")
 
 
-def test_unknown_reference():
+def test_a_config_without_a_size_is_refused(directory):
+    config = json.loads((directory / "config.json").read_text())
+    del config["vocab_size"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json lacks 'vocab_size'"):
+        load_decoder(directory)
+
+
+@pytest.mark.parametrize("reference", ["no such model", "../models", "a--b/c", "-x/y", "x/y.git"])
+def test_unknown_reference(reference):
     with pytest.raises(CheckpointError) as caught:
-        resolve("no such model")
-    assert "no model 'no such model'; give a local Hugging Face directory, a hub id" in one_line(caught)
+        resolve(reference)
+    assert f"no model {reference!r}; give a local Hugging Face directory, a hub id" in one_line(caught)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -177,22 +275,29 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self, body: bool = True) -> None:
         path = self.path.split("?")[0]
-        files = sorted(self.folder.iterdir())
+        if path.endswith("/revision/absent"):
+            return self.refuse("RevisionNotFound")
+        files = sorted(f for f in self.folder.rglob("*") if f.is_file())
         if path.startswith("/api/models/org/tiny/tree/"):
-            tree = [{"type": "file", "oid": "0" * 40, "size": f.stat().st_size, "path": f.name} for f in files]
+            tree = [{"type": "file", "oid": "0" * 40, "size": f.stat().st_size, "path": self.name(f)} for f in files]
             return self.answer(json.dumps(tree).encode(), body)
         if path.startswith("/api/models/org/tiny"):
-            files = [{"rfilename": f.name} for f in files]
-            return self.answer(json.dumps({"id": "org/tiny", "sha": self.commit, "siblings": files}).encode(), body)
+            siblings = [{"rfilename": self.name(f)} for f in files]
+            return self.answer(json.dumps({"id": "org/tiny", "sha": self.commit, "siblings": siblings}).encode(), body)
         prefix = f"/org/tiny/resolve/{self.commit}/"
         if path.startswith(prefix):
             self.served.append(path.removeprefix(prefix))
             return self.answer((self.folder / path.removeprefix(prefix)).read_bytes(), body)
+        return self.refuse("RepoNotFound")
+
+    def name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+    def refuse(self, code: str) -> None:
         self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
-        return None
 
     def answer(self, content: bytes, body: bool) -> None:
         self.send_response(200)
@@ -219,7 +324,7 @@ def hub(folder: Path):
         server.server_close()
 
 
-def load_from_hub(endpoint: str, reference: str, home: Path) -> subprocess.CompletedProcess:
+def load_from_hub(endpoint: str, reference: str, home: Path, **more: str) -> subprocess.CompletedProcess:
     """Loads a model in a process of its own, since the hub's client reads its settings once."""
     code = f"""
 from checkpoints.hugging_face import load_decoder
@@ -230,7 +335,7 @@ except CheckpointError as error:
     print("error", error)
 """
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PATH": "", "HOME": str(home), "NO_PROXY": "*"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | more
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -245,20 +350,29 @@ except CheckpointError as error:
 
 def test_a_model_from_a_hub(directory, tmp_path):
     (directory / "pytorch_model.bin").write_bytes(b"to be left where it is")
+    (directory / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
+    (directory / "onnx").mkdir()
+    (directory / "onnx" / "config.json").write_text("{}")
     expected = load_decoder(directory).norm.weight.sum().item()
     with hub(directory) as (endpoint, served):
         for reference in ("org/tiny", "org/tiny@main"):
             done = load_from_hub(endpoint, reference, tmp_path / "home")
             assert done.stdout.split()[:1] == ["weights"], done.stdout + done.stderr[-3000:]
             assert float(done.stdout.split()[1]) == expected
-        assert "pytorch_model.bin" not in served
+        assert {"config.json", "model.safetensors"} <= set(served)
+        assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx/config.json"} & set(served)
         missing = load_from_hub(endpoint, "org/absent", tmp_path / "home").stdout.strip()
+        revision = load_from_hub(endpoint, "org/tiny@absent", tmp_path / "home").stdout.strip()
     assert missing.startswith("error the hub has no model 'org/absent'")
-    assert "\n" not in missing
+    assert revision.startswith("error the hub's model 'org/tiny' has no revision 'absent'")
+    assert "\n" not in missing + revision
+    cached = load_from_hub("http://127.0.0.1:9", "org/tiny", tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert cached.stdout.split() == ["weights", str(expected)], "what was fetched once serves offline"
 
 
-def test_no_network(tmp_path):
-    done = load_from_hub("http://127.0.0.1:9", "org/tiny", tmp_path)
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_no_network(offline, tmp_path):
+    done = load_from_hub("http://127.0.0.1:9", "org/tiny", tmp_path, HF_HUB_OFFLINE=offline)
     assert done.stdout.startswith("error cannot fetch 'org/tiny' from the hub")
     assert "give a local directory as --model" in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1

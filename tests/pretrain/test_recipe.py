@@ -93,7 +93,7 @@ logging: 5
         "objective: length must be at least 1, got 0",
         "objective.variant must be one of paper, public_code, got 'codes'",
         "data.length must be a whole number, got 'one'",
-        "rows_per_step 3 must be a multiple of devices 2",
+        "rows_per_step 3 must be a multiple of the 2 devices",
         "optimizer.lr must be a number, got 'fast'",
         "optimizer.betas must be a list of 2 values, got [0.9]",
         "optimizer: clip and eps must be above 0",

@@ -1,0 +1,49 @@
+"""Fully sharded data parallelism (FSDP2) over all devices of a run, and full tensors in and out of it."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.thinking import ThinkingModel
+
+
+def make_strategy(ranks: int) -> str | Strategy:
+    """Lightning's strategy for so many devices."""
+    if ranks == 1:
+        return "auto"
+    # Its own "auto" sizes count one node's devices only.
+    return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+
+
+def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
+    """Shards a model in place, block by block; weights are gathered in the compute dtype, gradients summed in fp32."""
+    policy = MixedPrecisionPolicy(param_dtype=model.decoder.compute_dtype, reduce_dtype=torch.float32)
+    for block in model.decoder.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # A sharded model gathers its weights in `forward` and in the methods named here.
+    for method in ("read", "think", "continue_thoughts"):
+        register_fsdp_forward_method(model, method)
+
+
+def reshard(model: ThinkingModel) -> None:
+    """Frees the whole weights that a pass without backward leaves gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; a collective call if it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, the same whole one on every rank, on the device and sharded as `like`."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)
