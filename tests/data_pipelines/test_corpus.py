@@ -185,7 +185,7 @@ def test_settings_are_all_reported_at_once(tokenizer, cache):
     with pytest.raises(DataError) as caught:
         open_data(config, tokenizer, seed=0, cache_dir=cache)
     for name in wrong:
-        assert f"data.{name} is" in str(caught.value)
+        assert f"{name} is" in str(caught.value)
     assert DataConfig().problems() == []
 
 
