@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from models.flops import Ledger
 from models.logprobs import token_logprobs
@@ -34,22 +35,25 @@ class NextToken(Objective):
     def __call__(
         self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
     ) -> ObjectiveOutput:
-        denominators = denominators or self.denominators(text)
-        target_BN, valid_BN = text.targets(1)
-        state = model.read(text)
-        nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
-        ledger = Ledger(model.decoder.config)
-        ledger.read(text, backward=True)
-        ledger.vocabulary(valid_BN.numel(), backward=True)
-        loss = divide(nll_BN.sum(), denominators["text"])
-        return ObjectiveOutput(loss, {"nll_text": Mean.over(nll_BN, valid_BN)}, ledger.total)
+        nll_BN, valid_BN = self._nll(model, text)
+        loss = divide(nll_BN.sum(), (denominators or self.denominators(text))["text"])
+        metrics = {"nll_text": Mean.over(nll_BN, valid_BN)}
+        return ObjectiveOutput(loss, metrics, self._flops(model, text, backward=True))
 
     @torch.no_grad()
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:
+        nll_BN, valid_BN = self._nll(model, text)
+        return TokenScores(nll_BN, valid_BN, flops=self._flops(model, text, backward=False))
+
+    @staticmethod
+    def _nll(model: ThinkingModel, text: Text) -> tuple[Tensor, Tensor]:
         target_BN, valid_BN = text.targets(1)
-        state = model.read(text)
-        nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+        hidden_BNW = model.read(text).hidden_BNW
+        return -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN, valid_BN
+
+    @staticmethod
+    def _flops(model: ThinkingModel, text: Text, backward: bool) -> int:
         ledger = Ledger(model.decoder.config)
-        ledger.read(text, backward=False)
-        ledger.vocabulary(valid_BN.numel(), backward=False)
-        return TokenScores(nll_BN, valid_BN, flops=ledger.total)
+        ledger.read(text, backward)
+        ledger.vocabulary(text.tokens_BN.numel(), backward)
+        return ledger.total

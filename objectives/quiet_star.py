@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.decoder import TextState
 from models.flops import Ledger
 from models.logprobs import token_logprobs
 from models.philox import Rng
@@ -35,11 +36,6 @@ from objectives.base import (
 )
 from objectives.credit import group_mean_advantage, positive_part, reinforce
 
-DELIMITER_NAMES = {
-    "paper": ("<|startofthought|>", "<|endofthought|>"),
-    "public_code": ("<|startthought|>", "<|endthought|>"),
-}
-
 
 @dataclass(frozen=True)
 class QuietStarConfig(ObjectiveConfig):
@@ -48,12 +44,11 @@ class QuietStarConfig(ObjectiveConfig):
     Where paper and public code (ezelikman/quiet-star at 892446b) differ, `variant` names whom to follow; where the
     paper is silent both follow the code:
 
-    - delimiter names: `<|startofthought|>` (paper), `<|startthought|>` (code);
     - thoughts at evaluation: greedy (paper), sampled (code);
     - positions in the policy loss: all that have a token to predict (paper, Algorithm 1), or the first N − 1 − A of a
       row, padding included (code, which leaves out one position whose A tokens are all there).
 
-    The paper's mixing weight is one minus the code's; w here is the code's, the weight of the thought.
+    The delimiters' names differ, too, but here they are embeddings without names. The paper's mixing weight is one minus the code's; w here is the code's, the weight of the thought.
     """
 
     length: int | None = None  # L, sampled tokens of a thought; 9 unless n_ahead says otherwise
@@ -138,7 +133,9 @@ class QuietStar(Objective):
         ).thoughts
         return self.score(model, state, thoughts, denominators or self.denominators(text))
 
-    def score(self, model: ThinkingModel, state, thoughts: Thoughts, denominators: Denominators) -> ObjectiveOutput:
+    def score(
+        self, model: ThinkingModel, state: TextState, thoughts: Thoughts, denominators: Denominators
+    ) -> ObjectiveOutput:
         """Everything after sampling: `thoughts` are `start` and L tokens at every position of the text in `state`."""
         c, text = self.config, state.text
         L, A, K = c.L, c.A, c.thoughts

@@ -1,0 +1,74 @@
+"""The ledger against torch's own counter, which sees every product that is really computed.
+
+The counter sees attention as the reference backend computes it, all queries times all keys, where the ledger counts the
+pairs that may see each other; the difference is known and put back by hand.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.flops import Ledger
+from models.philox import Rng
+from models.thoughts import Anchors
+from objectives.next_token import NextToken
+from objectives.quiet_star import QuietStar, QuietStarConfig
+from tests.helpers import packed_text, tiny_model
+
+N = 16
+
+
+def counted(objective, model, text) -> tuple[int, int]:
+    """(FLOPs that torch sees in a forward and backward pass, those that the objective reports)."""
+    with FlopCounterMode(display=False) as counter:
+        output = objective(model, text, Rng(0, 0))
+        output.loss.backward()
+    return counter.get_total_flops(), output.flops
+
+
+def wasted(model, text, thoughts: list[tuple[int, int, int]]) -> int:
+    """FLOPs of the pairs that the reference computes and masks: text, then (K, queries, keys of a thought) times passes."""
+    ledger = Ledger(model.decoder.config)
+    B = text.shape[0]
+    seen = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
+    total = 3 * ledger.attention(B * N * N - seen)
+    for K, queries, passes in thoughts:
+        text_pairs = K * queries * (B * N * N - seen)
+        if passes == 3:
+            own_pairs = K * B * N * (queries * queries - queries * (queries + 1) // 2)
+        else:
+            own_pairs = 0  # step by step, a query meets just the keys it may see
+        total += passes * ledger.attention(text_pairs + own_pairs)
+    return total
+
+
+def test_next_token():
+    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model.decoder.attention_backend = "reference"
+    seen, reported = counted(NextToken(), model, text)
+    assert reported + wasted(model, text, []) == seen
+
+
+@pytest.mark.parametrize("policy", [True, False])
+def test_quiet_star(policy):
+    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model.decoder.attention_backend = "reference"
+    objective = QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2, policy_weight=1.0 if policy else 0.0))
+    seen, reported = counted(objective, model, text)
+    expected = reported + wasted(model, text, [(2, 3, 1), (2, 6, 3)])
+    assert expected == pytest.approx(seen, rel=0.005)
+
+
+def test_units():
+    """A multiply-add is two; a thought of one token over a prefix of three meets four keys."""
+    model, text = tiny_model(), packed_text([[5]], 5)
+    c = model.decoder.config
+    ledger = Ledger(c)
+    linear = sum(
+        m.weight.numel() for block in model.decoder.layers for m in block.modules() if hasattr(m, "in_features")
+    )
+    assert ledger.blocks(1) == 2 * linear
+    ledger.think(Anchors(text, torch.tensor([[2]])), K=1, S=1, backward=False)
+    assert ledger.total == 2 * linear + 4 * 4 * c.layers * c.heads * c.head_dim
