@@ -49,13 +49,16 @@ def compute_dtype(setting: str) -> torch.dtype | None:
     return torch.bfloat16 if setting == "bf16" else None
 
 
+def load_reference(reference: str, dtype: torch.dtype | None, seed: int = 0) -> ThinkingModel:
+    """The model of a reference, with the thinking parts it brings. Raises CheckpointError."""
+    if reference.startswith("random:"):
+        return ThinkingModel(load_decoder(reference, dtype, seed=seed))
+    return load_thinking_model(resolve(reference), dtype)
+
+
 def new_model(recipe: Recipe, objective: Objective, tokenizer: Tokenizer) -> ThinkingModel:
     """The recipe's model with the parts its objective uses; parts the model already brings are kept as they are."""
-    dtype = compute_dtype(recipe.compute_dtype)
-    if recipe.model.startswith("random:"):
-        source = ThinkingModel(load_decoder(recipe.model, dtype, seed=recipe.seed))
-    else:
-        source = load_thinking_model(resolve(recipe.model), dtype)
+    source = load_reference(recipe.model, compute_dtype(recipe.compute_dtype), recipe.seed)
     model = ThinkingModel(source.decoder, objective.uses_delimiters, objective.uses_mixing_head)
     if model.delimiters is not None:
         if source.delimiters is not None:
@@ -257,7 +260,7 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
         tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
     else:
         tokenizer_directory, recipe = resolve(reference), None
-        model = load_thinking_model(tokenizer_directory, dtype)
+        model = load_reference(reference, dtype)
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     model.ban(tokenizer.size, tokenizer.control_ids)
     return OpenedModel(model, tokenizer, tokenizer_directory, recipe)

@@ -29,17 +29,15 @@ def counted(objective, model, text) -> tuple[int, int]:
 
 
 def wasted(model, text, thoughts: list[tuple[int, int, int]]) -> int:
-    """FLOPs of the pairs that the reference computes and masks: text, then (K, queries, keys of a thought) times passes."""
+    """FLOPs of the pairs that the reference computes and masks: of text, then of (K, tokens, passes) of thoughts."""
     ledger = Ledger(model.decoder.config)
     B = text.shape[0]
     seen = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
     total = 3 * ledger.attention(B * N * N - seen)
     for K, queries, passes in thoughts:
         text_pairs = K * queries * (B * N * N - seen)
-        if passes == 3:
-            own_pairs = K * B * N * (queries * queries - queries * (queries + 1) // 2)
-        else:
-            own_pairs = 0  # step by step, a query meets just the keys it may see
+        # Step by step (one pass), a query meets just the keys of its own thought that it may see.
+        own_pairs = K * B * N * queries * (queries - 1) // 2 if passes == 3 else 0
         total += passes * ledger.attention(text_pairs + own_pairs)
     return total
 
@@ -66,9 +64,8 @@ def test_units():
     model, text = tiny_model(), packed_text([[5]], 5)
     c = model.decoder.config
     ledger = Ledger(c)
-    linear = sum(
-        m.weight.numel() for block in model.decoder.layers for m in block.modules() if hasattr(m, "in_features")
-    )
+    layers = [m for block in model.decoder.layers for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    linear = sum(layer.weight.numel() for layer in layers)
     assert ledger.blocks(1) == 2 * linear
     ledger.think(Anchors(text, torch.tensor([[2]])), K=1, S=1, backward=False)
     assert ledger.total == 2 * linear + 4 * 4 * c.layers * c.heads * c.head_dim
