@@ -48,8 +48,8 @@ class QuietStarConfig(ObjectiveConfig):
     - positions in the policy loss: all that have a token to predict (paper, Algorithm 1), or the first N − 1 − A of a
       row, padding included (code, which leaves out one position whose A tokens are all there).
 
-    The delimiters' names differ, too, but here they are embeddings without names. The paper's mixing weight is one minus
-    the code's; w here is the code's, the weight of the thought.
+    The delimiters' names differ, too, but here they are embeddings without names. The paper's mixing weight is one
+    minus the code's; w here is the code's, the weight of the thought.
     """
 
     length: int | None = None  # L, sampled tokens of a thought; 9 unless n_ahead says otherwise

@@ -18,6 +18,7 @@ from checkpoints.run import prune, save_checkpoint
 from data_pipelines import PackedText, Tokenizer
 from models.philox import Rng
 from models.thoughts import Text
+from objectives.base import Objective
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.run_directory import RunDirectory
@@ -127,8 +128,16 @@ class Records(lightning.Callback):
 class HeldOutEvaluation(lightning.Callback):
     """Scores held-out text at the start of the run, every so often, and at its end; writes evaluations.jsonl."""
 
-    def __init__(self, directory: RunDirectory, text: Text, mirrors: list[Logger], difficulty_E: Tensor | None):
+    def __init__(
+        self,
+        directory: RunDirectory,
+        objective: Objective,
+        text: Text,
+        mirrors: list[Logger],
+        difficulty_E: Tensor | None,
+    ):
         self.directory = directory
+        self.objective = objective
         self.text = text
         self.mirrors = mirrors
         self.difficulty_E = difficulty_E
@@ -148,7 +157,7 @@ class HeldOutEvaluation(lightning.Callback):
         rows = module.recipe.micro_batch_rows or module.recipe.rows_per_step
         # Evaluation has draws of its own: the same at every step, and none of training's.
         rng = Rng(module.recipe.seed, 2**32 - 1)
-        scores = score_held_out(module.objective, module.model, text, rng, rows)
+        scores = score_held_out(self.objective, module.model, text, rng, rows)
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
         summary = summarise(scores, self.difficulty_E)

@@ -64,6 +64,7 @@ class EvaluationConfig:
 
     every: int | None = None  # steps; none: only at start and end
     rows: int = 8  # held-out rows that are scored
+    objective: ObjectiveConfig | None = None  # whose evaluation; none: that of the objective that is trained
 
     def problems(self) -> list[str]:
         return at_least(1, every=self.every, rows=self.rows)
@@ -121,12 +122,15 @@ class Recipe:
 
     @property
     def objective_name(self) -> str:
-        return next(name for name, (_, config) in OBJECTIVES.items() if type(self.objective) is config)
+        return objective_name(self.objective)
 
-    def make_objective(self, tokenizer: Tokenizer) -> Objective:
-        """Raises RecipeError if the objective's tags or marker are nothing to the tokenizer."""
-        if isinstance(self.objective, RlpConfig):
-            c = self.objective
+    def make_objective(self, tokenizer: Tokenizer, evaluation: bool = False) -> Objective:
+        """The objective that is trained, or the one that evaluates.
+
+        Raises RecipeError if its tags or marker are nothing to the tokenizer.
+        """
+        c = self.evaluation.objective if evaluation and self.evaluation.objective is not None else self.objective
+        if isinstance(c, RlpConfig):
             given = _ids(tokenizer, c.instruction) + _ids(tokenizer, c.open)
             close = _ids(tokenizer, c.close)
             for name, text, ids in (("open", c.open, given), ("close", c.close, close)):
@@ -138,7 +142,7 @@ class Recipe:
                     f"objective.marker {c.marker!r} must be one token of {self.model}, it is {len(marker)}"
                 )
             return Rlp(c, tuple(given), tuple(close), marker[0] if len(marker) == 1 else None)
-        return OBJECTIVES[self.objective_name][0](self.objective)  # type: ignore[call-arg]
+        return OBJECTIVES[objective_name(c)][0](c)  # type: ignore[call-arg]
 
     def problems(self) -> list[str]:
         found = at_least(1, steps=self.steps, rows_per_step=self.rows_per_step, devices=self.devices, nodes=self.nodes)
@@ -152,6 +156,10 @@ class Recipe:
                 f"use at least {self.objective.A + 2}"
             )
         return found
+
+
+def objective_name(config: ObjectiveConfig) -> str:
+    return next(name for name, (_, kind) in OBJECTIVES.items() if type(config) is kind)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -208,6 +216,9 @@ def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts of plain values, from which the same recipe can be built again."""
     tree = dataclasses.asdict(recipe)
     tree["objective"] = {"name": recipe.objective_name, **tree["objective"]}
+    if recipe.evaluation.objective is not None:
+        name = objective_name(recipe.evaluation.objective)
+        tree["evaluation"]["objective"] = {"name": name, **tree["evaluation"]["objective"]}
     return _plain(tree)
 
 

@@ -151,7 +151,8 @@ def fit(recipe: Recipe) -> Path:
     if module.step < recipe.steps:
         mirrors = _mirrors(recipe, directory)
         held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
-        evaluation = HeldOutEvaluation(directory, held_out, mirrors, difficulty_E)
+        evaluator = recipe.make_objective(prepared.tokenizer, evaluation=True)
+        evaluation = HeldOutEvaluation(directory, evaluator, held_out, mirrors, difficulty_E)
         checkpointing = Checkpoints(directory, prepared.data, evaluation)
         records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
         trainer = lightning.Trainer(

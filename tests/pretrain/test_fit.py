@@ -362,3 +362,17 @@ def test_evaluation_matches_the_objective(tiny_run, run_directory):
     scores = opened.recipe.make_objective(opened.tokenizer).evaluate(opened.model, held_out, Rng(0, 0))
     expected = scores.thought_nll_BN[scores.valid_BN].double().mean().item()
     assert lines(run_directory / "evaluations.jsonl")[-1]["nll_thought"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_control_is_evaluated_like_what_it_controls(tiny_run, run_directory):
+    """evaluation.objective: a next-token run scored at RLP's anchors, with thoughts, though it trains none."""
+    like = ["--evaluation.objective.name", "rlp", "--evaluation.objective.length", "4"]
+    assert fit(tiny_run, *OBJECTIVES["next_token"], *like, "--evaluation.objective.thoughts", "3", "--steps", "1") == 0
+    first = lines(run_directory / "evaluations.jsonl")[0]
+    opened = open_model(str(run_directory))
+    evaluator = opened.recipe.make_objective(opened.tokenizer, evaluation=True)
+    held_out = Text(**open_data(opened.recipe.data, opened.tokenizer, 0).held_out_rows(2))
+    anchors = evaluator.denominators(held_out)["anchors"].item()
+    assert first["tokens_scored"] == anchors
+    assert first["nll_thought"] != first["nll_text"]
+    assert opened.recipe.objective_name == "next_token"
