@@ -6,7 +6,12 @@ import os
 import re
 from pathlib import Path
 
-ACCEPTED = "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, random:PATH"
+ACCEPTED = (
+    "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, lab, "
+    "random:PATH, random:lab"
+)
+# The model that recipe lab-base makes, with the tokenizer of the lab's data.
+LAB = Path(__file__).parent / "lab"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Weights only as safetensors; nothing that would have to be unpickled or executed.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
@@ -32,6 +37,8 @@ def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
     path = Path(reference.removeprefix("random:"))
     if path.is_dir():
         return path
+    if reference in ("lab", "random:lab"):
+        return LAB
     if reference.startswith("random:"):
         if path.is_file():
             return path.parent

@@ -265,7 +265,8 @@ def _problem(config: LabConfig, draw: Draw, held_out: bool) -> Problem:
 class LabText(PackedText):
     """Rows that hold as many whole documents as fit, and padding behind them. No row ever comes again.
 
-    Held-out rows are the same for every seed. With a tokenizer other than the lab's, an answer may be several tokens.
+    Held-out rows are the same for every seed and all of them unworked: what is evaluated is the answer. With a
+    tokenizer other than the lab's, an answer may be several tokens.
     Raises DataError if a row has no room for the longest document.
     """
 
@@ -286,21 +287,34 @@ class LabText(PackedText):
             raise DataError(f"data.length is {length}, but the lab's longest documents have {needed} tokens; raise it")
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        rows = [list(self._documents(self.seed, row, held_out=False)) for row in range(first, first + count)]
+        rows = [[ids for _, ids in self._documents(self.seed, row)] for row in range(first, first + count)]
         return packed_rows(first, rows, self.length)
 
     def held_out_rows(self, limit: int) -> dict[str, Tensor]:
-        return packed_rows(0, [list(self._documents(0, row, held_out=True)) for row in range(limit)], self.length)
+        rows = [[ids for _, ids in self._documents(0, row, held_out=True)] for row in range(limit)]
+        return packed_rows(0, rows, self.length)
 
-    def _documents(self, seed: int, row: int, held_out: bool) -> Iterator[list[int]]:
-        """Token ids of the documents of a row, whose indices start at row · length: no row has that many."""
+    def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        """The steps of each held-out problem, at the place of its marker."""
+        marker_id, found = self._tokenizer.encode([MARKER])[0][-1], {}
+        for row in range(limit):
+            start = 0
+            for index, ids in self._documents(0, row, held_out=True):
+                steps = generate(self.config, 0, index, held_out=True).steps
+                found[row, start + ids.index(marker_id)] = tuple(self._tokenizer.encode([steps])[0])
+                start += len(ids)
+        return found
+
+    def _documents(self, seed: int, row: int, held_out: bool = False) -> Iterator[tuple[int, list[int]]]:
+        """(index, token ids) of the documents of a row; indices start at row · length: no row has that many."""
+        config = replace(self.config, worked=0.0) if held_out else self.config
         room = self.length
         for index in count(row * self.length):
-            ids = self._encode(document(self.config, seed, index, held_out))
+            ids = self._encode(document(config, seed, index, held_out))
             room -= len(ids)
             if room < 0:
                 return
-            yield ids
+            yield index, ids
 
     def _encode(self, text: str) -> list[int]:
         begin = [self._tokenizer.bos_id] if self._tokenizer.bos_id is not None and self._tokenizer.add_bos else []

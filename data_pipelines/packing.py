@@ -89,6 +89,10 @@ class PackedText(ABC):
     def held_out_rows(self, limit: int) -> dict[str, Tensor]:
         """The first `limit` held-out rows, or as many as there are."""
 
+    def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        """For text that knows them: right thoughts at (sample id, position) of the first `limit` held-out rows."""
+        return {}
+
     def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
         """The rows of a training step, counted from 0."""
         return self.rows(step * rows_per_step, rows_per_step)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ class Tokenizer:
         self.add_bos = self.bos_id is not None and (adds if says is None else bool(says))
         self.control_ids = tuple(sorted(control))
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
+        self._decoder = json.loads(serialized).get("decoder") or {}
 
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
@@ -88,6 +91,28 @@ class Tokenizer:
         """The id of a token given by its exact name, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
 
+    @cached_property
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes of text that each id below `size` stands for; None for control tokens and ids without a token."""
+        kinds = {part["type"]: part for part in self._decoder.get("decoders", [self._decoder]) if part}
+        added = self._tokenizer.get_added_tokens_decoder()
+
+        def stands_for(id: int) -> bytes | None:
+            token = self._tokenizer.id_to_token(id)
+            if token is None or id in self.control_ids:
+                return None
+            if id in added:
+                return token.encode()
+            if "ByteLevel" in kinds:
+                return bytes(_BYTE_OF[character] for character in token)
+            if "ByteFallback" in kinds and _BYTE_TOKEN.fullmatch(token):
+                return bytes([int(token[3:5], 16)])
+            if "Metaspace" in kinds or "ByteFallback" in kinds:
+                token = token.replace(kinds.get("Metaspace", {}).get("replacement", "▁"), " ")
+            return token.encode()
+
+        return [stands_for(id) for id in range(self.size)]
+
     def has_control_text(self, text: str) -> bool:
         """Whether the text spells a control token."""
         return any(token in text for token in self._control_texts)
@@ -107,6 +132,20 @@ class Tokenizer:
             return [id for id in encoding.ids if id not in self._forbidden]
         parts = (text[start:stop] for start, stop in pairwise([0, *cuts, len(text)]))
         return [id for part in parts for id in self._encode_apart(part)]
+
+
+def _printable_bytes() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies, those of GPT-2 and after.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from 256 on, in their order.
+    """
+    itself = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in itself]
+    return {chr(byte): byte for byte in itself} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _printable_bytes()
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:

@@ -102,12 +102,29 @@ def sample_tokens(
 
 
 @torch.no_grad()
-def token_entropies(hidden: Tensor, weight_VW: Tensor) -> Tensor:
-    """Entropy in nats of each row's next-token distribution; hidden [..., W] → [...], fp32 (fp64 for fp64)."""
+def token_entropies(hidden: Tensor, weight_VW: Tensor, top: int | None = None) -> Tensor:
+    """Entropy in nats of each row's next-token distribution; hidden [..., W] → [...], fp32 (fp64 for fp64).
+
+    With `top`, that of the distribution over only so many most probable tokens.
+    """
     hidden_RW = hidden.flatten(0, -2)
     copy = working_copy(weight_VW, hidden.dtype)
     entropy_R = torch.empty(len(hidden_RW), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     for c in _chunks(len(hidden_RW), len(copy)):
-        logprobs_CV = _logits(hidden_RW[c], copy, 1.0, None).log_softmax(-1)
+        logits_CV = _logits(hidden_RW[c], copy, 1.0, None)
+        if top is not None:
+            logits_CV = logits_CV.topk(min(top, logits_CV.shape[-1])).values
+        logprobs_CV = logits_CV.log_softmax(-1)
         entropy_R[c] = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
     return entropy_R.view(hidden.shape[:-1])
+
+
+@torch.no_grad()
+def most_probable(hidden: Tensor, weight_VW: Tensor) -> Tensor:
+    """The token of highest probability of each row; hidden [..., W] → int64 [...]."""
+    hidden_RW = hidden.flatten(0, -2)
+    copy = working_copy(weight_VW, hidden.dtype)
+    tokens_R = torch.empty(len(hidden_RW), dtype=torch.int64, device=hidden.device)
+    for c in _chunks(len(hidden_RW), len(copy)):
+        tokens_R[c] = _logits(hidden_RW[c], copy, 1.0, None).argmax(-1)
+    return tokens_R.view(hidden.shape[:-1])

@@ -1,6 +1,6 @@
 """Sampling thoughts: no gradient, static caches, one counter-based uniform per token.
 
-Shapes: B rows, M anchors, K thoughts, P tokens given, L tokens sampled at most, S = P + L, W width.
+Shapes: B rows, M anchors, K thoughts, P tokens given, S all tokens of a thought, W width.
 """
 
 from __future__ import annotations
@@ -16,21 +16,39 @@ from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, START, Anchors, Thoughts
 
-# Tokens between two looks at whether every thought has closed; each look waits for the device.
+# Tokens between two looks at whether every thought has ended; each look waits for the device.
 LOOK_EVERY = 8
+THINKING, ANSWERING, ENDED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a thought says once it has ended: the tokens `ask` given, then up to `length` sampled ones until `end`."""
+
+    ask: tuple[int, ...] = ()
+    length: int = 1
+    end: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Sampled thoughts: the tokens given, then those sampled, the closing ones included.
+    """Sampled thoughts, with the tokens given to them.
 
-    logprobs_BKLM: of each sampled token under what it was drawn from, 0 behind the end.
+    sampled_BKSM: bool, which tokens were drawn; the others were given, or are padding.
+    logprobs_BKSM: of each drawn token under what it was drawn from, 0 elsewhere.
     closed_BKM: bool, whether the thought ended by itself; all True where there is nothing to end it.
+    answering_BKSM: bool, tokens drawn as answer, those that end it included; all False without an answer.
+    answered_BKM: bool, whether the answer ended by itself; all True where there is nothing to end it.
+    closing: how many of a closed thought's tokens are those that close it.
     """
 
     thoughts: Thoughts
-    logprobs_BKLM: Tensor
+    sampled_BKSM: Tensor
+    logprobs_BKSM: Tensor
     closed_BKM: Tensor
+    answering_BKSM: Tensor
+    answered_BKM: Tensor
+    closing: int
 
 
 @torch.no_grad()
@@ -44,40 +62,97 @@ def rollout(
     temperature: float = 1.0,
     given: tuple[int, ...] = (START,),
     close: tuple[int, ...] = (),
+    answer: Answer | None = None,
+    allowed: tuple[int, ...] = (),
 ) -> Rollout:
     """Thoughts of the `given` tokens and up to `length` sampled ones at every anchor; greedy at temperature 0.
 
-    A thought ends once its last sampled tokens are `close`; without `close` all have the full length. Banned ids are
-    never drawn, except those of `close`. The draw of a token is keyed by the run's seed, the step and the token's
-    place (sample id, anchor, thought, token), so a thought is the same in whatever batch, chunk or rank it is sampled.
+    A thought ends once its last sampled tokens are `close`; without `close` all have the full length. With an `answer`
+    it goes on: `close` is given to those that have not written it, and then the answer is drawn. Banned ids are never
+    drawn, except those of `close`, of the answer's end, and those `allowed`. The draw of a token is keyed by the run's
+    seed, the step and the token's place (sample id, anchor, thought, token), so a thought is the same in whatever
+    batch, chunk or rank it is sampled.
     """
     text, P = anchors.text, len(given)
     B, M, K = text.shape[0], anchors.index_BM.shape[1], thoughts_per_anchor
     device = text.tokens_BN.device
-    tokens_BKSM = torch.full((B, K, P + length, M), PAD, device=device)
-    tokens_BKSM[:, :, :P] = torch.tensor(given, device=device)[:, None]
-    logprobs_BKLM = state.hidden_BNW.new_zeros((B, K, length, M), dtype=model.head_weight_VW.dtype)
-    open_BKM = torch.ones(B, K, M, dtype=torch.bool, device=device)
-    banned_V = model.banned_V
-    if close:
-        banned_V = banned_V.clone()
-        banned_V[list(close)] = False
-    cache = ThoughtCache(model.decoder.config, B, K, P + length, M, like=state.hidden_BNW)
+    forced = [*close, *answer.ask] if answer is not None else []
+    S = P + length + len(forced) + (answer.length if answer is not None else 0)
+    shape = (B, K, S, M)
+    tokens_BKSM = torch.full(shape, PAD, device=device)
+    tokens_BKSM[:, :, :P] = torch.tensor(given, dtype=torch.int64, device=device)[:, None]
+    logprobs_BKSM = state.hidden_BNW.new_zeros(shape, dtype=model.head_weight_VW.dtype)
+    sampled_BKSM, answering_BKSM = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
+    phase_BKM = torch.full((B, K, M), THINKING if length or answer else ENDED, device=device)
+    # Tokens drawn in the current phase, and how many of `forced` are still to be given.
+    drawn_BKM, pending_BKM = (torch.zeros_like(phase_BKM) for _ in range(2))
+    if answer is not None and length == 0:
+        phase_BKM.fill_(ANSWERING)
+        pending_BKM.fill_(len(forced))
+    closed_BKM = torch.full_like(phase_BKM, not close, dtype=torch.bool)
+    answered_BKM = torch.full_like(phase_BKM, not _end(answer), dtype=torch.bool)
+    forced_Q1 = torch.tensor([*forced, PAD], dtype=torch.int64, device=device)
+    banned_V = model.banned_V.clone()
+    banned_V[[*close, *_end(answer), *allowed]] = False
+
+    cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
     thought_K1 = torch.arange(K, device=device)[:, None]
-    closing_T1 = torch.tensor(close, device=device)[:, None]
-    for s in range(length):
-        newest = slice(0, P) if s == 0 else slice(P + s - 1, P + s)
+    for s in range(P, S):
+        newest = slice(0, P) if s == P else slice(s - 1, s)
         hidden_BKSMW = model.continue_thoughts(tokens_BKSM[:, :, newest], anchors, state, cache)
-        uniforms_BKM = rng.uniform(text.sample_id_B[:, None, None], anchors.index_BM[:, None], thought_K1, s)
-        drawn_BKM, logprobs_BKM = sample_tokens(
+        uniforms_BKM = rng.uniform(text.sample_id_B[:, None, None], anchors.index_BM[:, None], thought_K1, s - P)
+        token_BKM, logprob_BKM = sample_tokens(
             hidden_BKSMW[:, :, -1], model.head_weight_VW, uniforms_BKM, temperature, banned_V
         )
-        tokens_BKSM[:, :, P + s] = torch.where(open_BKM, drawn_BKM, PAD)
-        logprobs_BKLM[:, :, s] = logprobs_BKM * open_BKM
-        if close and s + 1 >= len(close):
-            last_BKTM = tokens_BKSM[:, :, P + s + 1 - len(close) : P + s + 1]
-            open_BKM = open_BKM & ~(last_BKTM == closing_T1).all(dim=2)
-            if (s + 1) % LOOK_EVERY == 0 and not open_BKM.any():
-                break
-    closed_BKM = ~open_BKM if close else torch.ones_like(open_BKM)
-    return Rollout(Thoughts(tokens_BKSM, anchors), logprobs_BKLM, closed_BKM)
+        given_BKM = pending_BKM > 0
+        draws_BKM = ~given_BKM & (phase_BKM != ENDED)
+        tokens_BKSM[:, :, s] = torch.where(
+            given_BKM, forced_Q1[len(forced) - pending_BKM], torch.where(draws_BKM, token_BKM, PAD)
+        )
+        sampled_BKSM[:, :, s] = draws_BKM
+        logprobs_BKSM[:, :, s] = logprob_BKM * draws_BKM
+        answering_BKSM[:, :, s] = draws_BKM & (phase_BKM == ANSWERING)
+        pending_BKM = (pending_BKM - 1).clamp(min=0)
+        drawn_BKM = drawn_BKM + draws_BKM
+
+        thinking_BKM = draws_BKM & (phase_BKM == THINKING)
+        closes_BKM = thinking_BKM & _ends_with(tokens_BKSM, s, close, drawn_BKM)
+        closed_BKM = closed_BKM | closes_BKM
+        over_BKM = closes_BKM | (thinking_BKM & (drawn_BKM == length))
+        if answer is None:
+            phase_BKM = torch.where(over_BKM, ENDED, phase_BKM)
+        else:
+            answering_BKM = draws_BKM & (phase_BKM == ANSWERING)
+            ends_BKM = answering_BKM & _ends_with(tokens_BKSM, s, answer.end, drawn_BKM)
+            answered_BKM = answered_BKM | ends_BKM
+            done_BKM = ends_BKM | (answering_BKM & (drawn_BKM == answer.length))
+            phase_BKM = torch.where(over_BKM, ANSWERING, torch.where(done_BKM, ENDED, phase_BKM))
+            pending_BKM = torch.where(over_BKM, len(forced) - closes_BKM * len(close), pending_BKM)
+            drawn_BKM = drawn_BKM * ~over_BKM
+        if (s - P + 1) % LOOK_EVERY == 0 and (phase_BKM == ENDED).all():
+            break
+    return Rollout(
+        Thoughts(tokens_BKSM, anchors),
+        sampled_BKSM,
+        logprobs_BKSM,
+        closed_BKM,
+        answering_BKSM,
+        answered_BKM,
+        len(close),
+    )
+
+
+def _end(answer: Answer | None) -> tuple[int, ...]:
+    return answer.end if answer is not None else ()
+
+
+def _ends_with(tokens_BKSM: Tensor, s: int, ending: tuple[int, ...], drawn_BKM: Tensor) -> Tensor:
+    """bool [B, K, M]: whether the tokens up to slot s end with `ending`, all of it drawn in this phase."""
+    if not ending:
+        return torch.zeros_like(drawn_BKM, dtype=torch.bool)
+    first = s + 1 - len(ending)
+    if first < 0:
+        return torch.zeros_like(drawn_BKM, dtype=torch.bool)
+    ending_T1 = torch.tensor(ending, device=tokens_BKSM.device)[:, None]
+    same_BKM = (tokens_BKSM[:, :, first : s + 1] == ending_T1).all(dim=2)
+    return same_BKM & (drawn_BKM >= len(ending))

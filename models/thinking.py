@@ -28,10 +28,10 @@ class Delimiters(nn.Module):
         self.end_W = nn.Parameter(torch.zeros(width))
 
     @torch.no_grad()
-    def init_from(self, embedding_W: Tensor) -> None:
-        """Both start as one embedding, in Quiet-STaR that of the first sub-token of `---`."""
-        self.start_W.copy_(embedding_W / self.SCALE)
-        self.end_W.copy_(embedding_W / self.SCALE)
+    def init_from(self, start_W: Tensor, end_W: Tensor) -> None:
+        """They start as the embeddings of tokens, in Quiet-STaR both as that of the first sub-token of `---`."""
+        self.start_W.copy_(start_W / self.SCALE)
+        self.end_W.copy_(end_W / self.SCALE)
 
 
 class MixingHead(nn.Module):

@@ -9,13 +9,14 @@ Shapes: B rows, N text positions, M anchors, K thoughts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text, Thoughts
+from objectives.causal import CausalTest
 
 Denominators = dict[str, Tensor]
 
@@ -55,13 +56,28 @@ class ObjectiveOutput:
 
 @dataclass
 class TokenScores:
-    """NLL in nats of each token's successor [B, N], where `valid_BN`; without thoughts and, if there are any, with."""
+    """Scores of each token's successor [B, N], where `valid_BN`; without thoughts and, if there are any, with.
+
+    nll: in nats. correct: bool, whether the most probable token is the true one. causal_nll_BN: by condition of the
+    causal test. right_BN: bool, whether the thought is exactly the right one, where the test knows that.
+    """
 
     text_nll_BN: Tensor
+    text_correct_BN: Tensor
     valid_BN: Tensor
     thought_nll_BN: Tensor | None = None
+    thought_correct_BN: Tensor | None = None
     thoughts: Thoughts | None = None
+    causal_nll_BN: dict[str, Tensor] = field(default_factory=dict)
+    right_BN: Tensor | None = None
     flops: int = 0
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What a step draws before its first update, for all its updates. flops: what that took."""
+
+    flops: int
 
 
 class Objective(ABC):
@@ -75,8 +91,17 @@ class Objective(ABC):
         """Positions that a thought can take behind its anchor."""
         return 0
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on the same thoughts."""
+        return 1
+
+    def prepare(self, model: ThinkingModel, text: Text, rng: Rng) -> Prepared | None:
+        """The thoughts of a text, sampled ahead; None where `__call__` samples them itself."""
+        return None
+
     @abstractmethod
-    def denominators(self, text: Text) -> Denominators:
+    def denominators(self, text: Text, prepared: Prepared | None = None) -> Denominators:
         """The counts that this text's losses are divided by; they add up over the parts of a batch.
 
         Raises ValueError for a text the objective cannot be applied to.
@@ -84,9 +109,17 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(
-        self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        denominators: Denominators | None = None,
+        prepared: Prepared | None = None,
     ) -> ObjectiveOutput:
-        """Loss and metrics of a text; `denominators` defaults to the text's own."""
+        """Loss and metrics of a text.
+
+        `denominators` defaults to the text's own, `prepared` to what `prepare` gives, whose FLOPs then count here.
+        """
 
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
         """Called after every optimizer step."""
@@ -103,8 +136,8 @@ class Objective(ABC):
         """Restores what `state` gave."""
 
     @abstractmethod
-    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng) -> TokenScores:
-        """Scores of held-out text, without gradient."""
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, test: CausalTest | None = None) -> TokenScores:
+        """Scores of held-out text, without gradient; those of the causal test where thoughts can be put to one."""
 
 
 def divide(total: Tensor, count: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ carry no gradient; log-probs do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,14 @@ def discounted(gain_BKHM: Tensor, discount: float) -> Tensor:
     """R = Σ_h γ^h gain_h over the horizon [B, K, H, M] → [B, K, M]; h = 0 is the first token."""
     weight_H = discount ** torch.arange(gain_BKHM.shape[2], device=gain_BKHM.device, dtype=gain_BKHM.dtype)
     return (gain_BKHM * weight_H[:, None]).sum(dim=2)
+
+
+def prefix_match(predicted: bytes | None, continuation: Sequence[bytes]) -> bool:
+    """Whether the prediction is a prefix of the true continuation that ends where one of its tokens ends.
+
+    `continuation`: the bytes of each true token. No prediction, or an empty one, is wrong. RPT, 2506.08007 §3.2.
+    """
+    return predicted is not None and predicted != b"" and predicted in accumulate(continuation)
 
 
 # Advantages: over the K thoughts of the same anchor, dimension 1 of [B, K, M].

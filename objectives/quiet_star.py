@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.decoder import TextState
 from models.flops import Ledger
-from models.logprobs import token_logprobs
+from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
 from models.rollout import rollout
 from models.thinking import ThinkingModel
@@ -29,11 +29,13 @@ from objectives.base import (
     Objective,
     ObjectiveConfig,
     ObjectiveOutput,
+    Prepared,
     ThoughtRecord,
     TokenScores,
     at_least,
     divide,
 )
+from objectives.causal import CausalTest
 from objectives.credit import group_mean_advantage, positive_part, reinforce
 
 
@@ -63,6 +65,8 @@ class QuietStarConfig(ObjectiveConfig):
     text_nll_weight: float = 0.5
     thought_nll_weight: float = 0.5
     variant: Literal["paper", "public_code"] = "paper"
+    start_from: str = "---"  # text whose first token's embedding the start of a thought begins as (appendix A)
+    end_from: str = "---"  # likewise its end
 
     @property
     def L(self) -> int:
@@ -105,7 +109,7 @@ class QuietStar(Objective):
     def longest_thought(self) -> int:
         return self.config.L + 1 + self.config.A
 
-    def denominators(self, text: Text) -> Denominators:
+    def denominators(self, text: Text, prepared: Prepared | None = None) -> Denominators:
         """`text`: tokens to predict; `ahead` [A]: those at each lookahead; `policy`: positions that are paid."""
         ahead_A = torch.stack([text.targets(s + 1)[1].sum() for s in range(self.config.A)])
         return {"text": ahead_A[0], "ahead": ahead_A, "policy": self._policy_positions(text).sum()}
@@ -120,7 +124,12 @@ class QuietStar(Objective):
         return (torch.arange(N, device=text.tokens_BN.device) < N - 1 - self.config.A).expand(B, N)
 
     def __call__(
-        self, model: ThinkingModel, text: Text, rng: Rng, denominators: Denominators | None = None
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        denominators: Denominators | None = None,
+        prepared: Prepared | None = None,
     ) -> ObjectiveOutput:
         state = model.read(text)
         thoughts = rollout(
@@ -204,7 +213,14 @@ class QuietStar(Objective):
         return ((1 - w) * text_BANW + w * thought_BKANW).to(text_BNW.dtype), w_BKAN
 
     @torch.no_grad()
-    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, temperature: float | None = None) -> TokenScores:
+    def evaluate(
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        test: CausalTest | None = None,
+        temperature: float | None = None,
+    ) -> TokenScores:
         """The next token's NLL from the text alone, and mixed with one thought.
 
         The temperature of the thought is by default 0 (greedy) in the paper's variant, that of training in the code's.
@@ -214,21 +230,48 @@ class QuietStar(Objective):
         state, anchors = model.read(text), Anchors.everywhere(text)
         if temperature is None:
             temperature = 0.0 if c.variant == "paper" else c.temperature
-        thoughts = rollout(model, state, anchors, 1, c.L, rng, temperature).thoughts
-        closed = thoughts.followed_by(torch.full_like(thoughts.tokens_BKSM[:, :, :1], END))
-        hidden_BKSNW = model.think(closed, state)
-        mixed_BKANW, _ = self._mix(model, state.hidden_BNW, hidden_BKSNW[:, :, -1:])
-        text_nll_BN, thought_nll_BN = (
-            -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
-            for hidden_BNW in (state.hidden_BNW, mixed_BKANW[:, 0, 0])
-        )
+        sampled = rollout(model, state, anchors, 1, c.L, rng, temperature).thoughts
         ledger = Ledger(model.decoder.config)
         ledger.read(text, backward=False)
         ledger.think(anchors, 1, c.L, backward=False, stage="rollout")
-        ledger.think(anchors, 1, c.L + 2, backward=False)
-        ledger.vocabulary((c.L + 2) * valid_BN.numel(), backward=False)
-        ledger.mixing(valid_BN.numel(), valid_BN.numel(), backward=False)
-        return TokenScores(text_nll_BN, valid_BN, thought_nll_BN, closed, ledger.total)
+        ledger.vocabulary(c.L * valid_BN.numel(), backward=False, stage="rollout")
+
+        def mixed(tokens_BKSN: Tensor) -> tuple[Thoughts, Tensor]:
+            closed = Thoughts(tokens_BKSN, anchors).followed_by(torch.full_like(tokens_BKSN[:, :, :1], END))
+            hidden_BKSNW = model.think(closed, state)
+            ledger.think(anchors, 1, c.L + 2, backward=False)
+            ledger.mixing(valid_BN.numel(), valid_BN.numel(), backward=False)
+            return closed, self._mix(model, state.hidden_BNW, hidden_BKSNW[:, :, -1:])[0][:, 0, 0]
+
+        def nll(hidden_BNW: Tensor) -> Tensor:
+            ledger.vocabulary(valid_BN.numel(), backward=False)
+            return -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+
+        def correct(hidden_BNW: Tensor) -> Tensor:
+            ledger.vocabulary(valid_BN.numel(), backward=False)
+            return (most_probable(hidden_BNW, model.head_weight_VW) == target_BN) & valid_BN
+
+        thoughts, own_BNW = mixed(sampled.tokens_BKSM)
+        own_nll_BN = nll(own_BNW)
+        causal = {}
+        if test is not None:
+            start_BK1N = sampled.tokens_BKSM[:, :, :1]
+            bodies = test.conditions(sampled.tokens_BKSM[:, 0, 1:], anchors, valid_BN, rng)
+            causal = {"own": own_nll_BN} | {
+                condition: nll(mixed(torch.cat([start_BK1N, bodies[condition][:, None]], dim=2))[1])
+                for condition in ("other", "shuffled", "filler")
+                if condition in bodies
+            }
+        return TokenScores(
+            nll(state.hidden_BNW),
+            correct(state.hidden_BNW),
+            valid_BN,
+            own_nll_BN,
+            correct(own_BNW),
+            thoughts,
+            causal,
+            flops=ledger.total,
+        )
 
 
 def _ahead(x_BN: Tensor, A: int) -> Tensor:

@@ -19,6 +19,7 @@ from data_pipelines import PackedText, Tokenizer
 from models.philox import Rng
 from models.thoughts import Text
 from objectives.base import Objective
+from objectives.causal import CausalTest
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.run_directory import RunDirectory
@@ -135,12 +136,14 @@ class HeldOutEvaluation(lightning.Callback):
         text: Text,
         mirrors: list[Logger],
         difficulty_E: Tensor | None,
+        test: CausalTest | None,
     ):
         self.directory = directory
         self.objective = objective
         self.text = text
         self.mirrors = mirrors
         self.difficulty_E = difficulty_E
+        self.test = test
 
     def on_train_start(self, trainer, module) -> None:
         if self.difficulty_E is None:
@@ -157,7 +160,7 @@ class HeldOutEvaluation(lightning.Callback):
         rows = module.recipe.micro_batch_rows or module.recipe.rows_per_step
         # Evaluation has draws of its own: the same at every step, and none of training's.
         rng = Rng(module.recipe.seed, 2**32 - 1)
-        scores = score_held_out(self.objective, module.model, text, rng, rows)
+        scores = score_held_out(self.objective, module.model, text, rng, rows, self.test)
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
         summary = summarise(scores, self.difficulty_E)

@@ -1,14 +1,15 @@
-"""Held-out evaluation: NLL without thoughts, with them, and by how hard a token is.
+"""Held-out evaluation: NLL without thoughts, with them, by how hard a token is, and after thoughts of others.
 
 The gain of thinking is expected on hard tokens, so tokens are binned by difficulty: the NLL that the model gave them,
 without thoughts, before the run's first step. The bins stay fixed, whatever the model learns.
 
-Shapes: B rows, N text positions, E evaluated tokens.
+Shapes: B rows, N text positions, E evaluated tokens, D documents, R resamples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,41 +18,111 @@ from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
+from objectives.causal import CausalTest
 
 DECILES = 10
+RESAMPLES = 2000
+INTERVAL = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """NLL in nats of each evaluated token; the one with thoughts is None for objectives that do not think."""
+    """Scores of each evaluated token, fp64 on the CPU; those with thoughts are missing for objectives without.
 
+    document_E: int64, numbers the documents. causal_E: NLL by condition of the causal test. right_E: 1 where the
+    thought is the right one, nan where no right one is known.
+    """
+
+    document_E: Tensor
     text_nll_E: Tensor
-    thought_nll_E: Tensor | None
-    flops: int
+    text_correct_E: Tensor
+    thought_nll_E: Tensor | None = None
+    thought_correct_E: Tensor | None = None
+    causal_E: dict[str, Tensor] = field(default_factory=dict)
+    right_E: Tensor | None = None
+    flops: int = 0
 
 
 @torch.no_grad()
 def score_held_out(
-    objective: Objective, model: ThinkingModel, text: Text, rng: Rng, rows_at_once: int
+    objective: Objective,
+    model: ThinkingModel,
+    text: Text,
+    rng: Rng,
+    rows_at_once: int,
+    test: CausalTest | None = None,
 ) -> HeldOutScores:
-    """Scores of all tokens of held-out text that have a predecessor, in fp64 on the CPU."""
-    text_nll, thought_nll, flops = [], [], 0
-    for start in range(0, text.shape[0], rows_at_once):
-        scores = objective.evaluate(model, text.rows(slice(start, start + rows_at_once)), rng)
-        text_nll.append(scores.text_nll_BN[scores.valid_BN].double().cpu())
-        if scores.thought_nll_BN is not None:
-            thought_nll.append(scores.thought_nll_BN[scores.valid_BN].double().cpu())
-        flops += scores.flops
-    return HeldOutScores(torch.cat(text_nll), torch.cat(thought_nll) if thought_nll else None, flops)
+    """Scores of all tokens of held-out text that the objective evaluates."""
+    cuts = [slice(start, start + rows_at_once) for start in range(0, text.shape[0], rows_at_once)]
+    scores = [objective.evaluate(model, text.rows(cut), rng, test) for cut in cuts]
+    document_BN = torch.cat([document_numbers(text.rows(cut)) + cut.start * text.shape[1] for cut in cuts])
+
+    def gathered(values: list[Tensor | None]) -> Tensor | None:
+        picked = [v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True) if v is not None]
+        return torch.cat(picked) if picked else None
+
+    def required(values: list[Tensor]) -> Tensor:
+        return torch.cat([v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True)])
+
+    # A part with a single anchor has no other thought to try; a condition counts where all parts have it.
+    conditions = [c for c in scores[0].causal_nll_BN if all(c in s.causal_nll_BN for s in scores)]
+    valid_BN = torch.cat([s.valid_BN for s in scores]).cpu()
+    return HeldOutScores(
+        document_BN.cpu()[valid_BN],
+        required([s.text_nll_BN for s in scores]),
+        required([s.text_correct_BN for s in scores]),
+        gathered([s.thought_nll_BN for s in scores]),
+        gathered([s.thought_correct_BN for s in scores]),
+        {c: required([s.causal_nll_BN[c] for s in scores]) for c in conditions},
+        gathered([s.right_BN for s in scores]),
+        sum(s.flops for s in scores),
+    )
 
 
-def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, float | list[float]]:
-    """Means over all tokens and over deciles of difficulty, easiest first; ties keep the order of the text."""
+def document_numbers(text: Text) -> Tensor:
+    """int64 [B, N]: a number of its own for each document of a text."""
+    row_B1 = torch.arange(text.shape[0], device=text.tokens_BN.device)[:, None]
+    return row_B1 * text.shape[1] + text.document_start_BN
+
+
+def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
+    """{"nll": mean, "low": …, "high": …}: the mean over tokens and its 95% interval.
+
+    By a percentile bootstrap over documents, whose tokens are not independent of each other (Efron 1979). The
+    resamples are the same at every call.
+    """
+    numbers_D, index_E = document_E.unique(return_inverse=True)
+    D = len(numbers_D)
+    sum_D = torch.zeros(D, dtype=torch.float64).index_add_(0, index_E, values_E)
+    count_D = torch.zeros(D, dtype=torch.float64).index_add_(0, index_E, torch.ones_like(values_E))
+    drawn_RD = torch.randint(D, (RESAMPLES, D), generator=torch.Generator().manual_seed(0))
+    mean_R = sum_D[drawn_RD].sum(dim=1) / count_D[drawn_RD].sum(dim=1)
+    low, high = mean_R.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    return {"nll": values_E.mean().item(), "low": low, "high": high}
+
+
+def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
+    """Means over all tokens and over deciles of difficulty, easiest first; ties keep the order of the text.
+
+    The causal test's conditions come with intervals: of their NLL, and of their difference to the own thought's.
+    """
     order = difficulty_E.argsort(stable=True)
-    summary: dict[str, float | list[float]] = {"tokens_scored": float(len(order))}
+    summary: dict[str, Any] = {"tokens_scored": float(len(order))}
     for name, nll_E in (("nll_text", scores.text_nll_E), ("nll_thought", scores.thought_nll_E)):
-        if nll_E is None:
-            continue
-        summary[name] = nll_E.mean().item()
-        summary[f"{name}_deciles"] = [part.mean().item() for part in nll_E[order].tensor_split(DECILES)]
+        if nll_E is not None:
+            summary[name] = nll_E.mean().item()
+            summary[f"{name}_deciles"] = [part.mean().item() for part in nll_E[order].tensor_split(DECILES)]
+    for name, share_E in (
+        ("accuracy_text", scores.text_correct_E),
+        ("accuracy_thought", scores.thought_correct_E),
+        ("thought_right", scores.right_E),
+    ):
+        if share_E is not None:
+            summary[name] = share_E.mean().item()
+    if scores.causal_E:
+        own_E, all_E = scores.causal_E["own"], scores.causal_E | {"none": scores.text_nll_E}
+        summary["causal"] = {c: interval(nll_E, scores.document_E) for c, nll_E in all_E.items()}
+        summary["causal_minus_own"] = {
+            c: interval(nll_E - own_E, scores.document_E) for c, nll_E in all_E.items() if c != "own"
+        }
     return summary

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.base import Objective, ThoughtRecord
+from objectives.base import Denominators, Objective, Prepared, ThoughtRecord
 from pretrain.recipe import OptimizerConfig, Recipe
 from pretrain.sharding import full, reshard, shard
 
@@ -30,7 +30,10 @@ class TrainingStopped(RuntimeError):
 
 @dataclass
 class StepReport:
-    """What one step did. seconds: of training so far, this step included; tokens and flops likewise."""
+    """What one step did. seconds: of training so far, this step included; tokens and flops likewise.
+
+    loss, grad_norm and metrics are means over the step's updates; a metric that had nothing to count is left out.
+    """
 
     step: int
     tokens: int
@@ -100,52 +103,72 @@ class PretrainModule(lightning.LightningModule):
         started = time.perf_counter()
         config, text = self.recipe.optimizer, Text(**batch)
         rng = Rng(self.recipe.seed, self.step)
-        denominators = {name: self._sum(count) for name, count in self.objective.denominators(text).items()}
         lr = learning_rate(config, self.step + 1, self.recipe.steps)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        flops, record = 0, None
-        metrics: dict[str, Tensor] = {}
         rows = self.recipe.micro_batch_rows or text.shape[0]
-        for start in range(0, text.shape[0], rows):
-            output = self.objective(self.model, text.rows(slice(start, start + rows)), rng, denominators)
-            # Sharding averages gradients over ranks, but losses are already divided by the global counts.
-            self.manual_backward(output.loss * self.trainer.world_size)
-            loss, flops = loss + output.loss.detach().double(), flops + output.flops
-            record = record or output.record
-            for name, mean in output.metrics.items():
-                pair = torch.stack([mean.sum, mean.count])
-                metrics[name] = metrics[name] + pair if name in metrics else pair
-        total_loss = self._sum(loss).item()
-        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
-
-        if math.isfinite(total_loss) and math.isfinite(norm):
+        parts = [text.rows(slice(start, start + rows)) for start in range(0, text.shape[0], rows)]
+        prepared = [self.objective.prepare(self.model, part, rng) for part in parts]
+        denominators = self._denominators(parts, prepared)
+        flops, updates = sum(p.flops for p in prepared if p is not None), self.objective.updates
+        losses, norms, finite = [], [], True
+        record: ThoughtRecord | None = None
+        metrics: dict[str, Tensor] = {}
+        for _ in range(updates):
+            optimizer.zero_grad()
+            loss = torch.zeros((), dtype=torch.float64, device=self.device)
+            for part, thoughts in zip(parts, prepared, strict=True):
+                output = self.objective(self.model, part, rng, denominators, thoughts)
+                # Sharding averages gradients over ranks, but losses are already divided by the global counts.
+                self.manual_backward(output.loss * self.trainer.world_size)
+                loss, flops = loss + output.loss.detach().double(), flops + output.flops
+                record = record or output.record
+                for name, mean in output.metrics.items():
+                    pair = torch.stack([mean.sum, mean.count])
+                    metrics[name] = metrics[name] + pair if name in metrics else pair
+            losses.append(self._sum(loss).item())
+            norms.append(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item())
+            finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
+            if not finite:
+                break
             optimizer.step()
             for other in self.objective.other_models(self.model):
                 reshard(other)
             self.objective.after_step(self.model)
-            self._skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self._skipped_in_a_row += 1
+
+        self.skipped += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self.step += 1
         self.tokens += int(self._sum((text.document_BN >= 0).sum()))
         self.flops += int(self._sum(torch.tensor(flops, device=self.device)))
         self.seconds += time.perf_counter() - started
-        sums = {name: self._sum(pair) for name, pair in metrics.items()}
-        means = {name: (total / count).item() for name, (total, count) in sums.items()}
+        sums = {name: self._sum(pair).tolist() for name, pair in metrics.items()}
+        means = {name: total / count for name, (total, count) in sums.items() if count}
         self.report = StepReport(
-            self.step, self.tokens, self.flops, self.seconds, total_loss, lr, norm, self.skipped, means, record
+            self.step,
+            self.tokens,
+            self.flops,
+            self.seconds,
+            sum(losses) / len(losses),
+            lr,
+            sum(norms) / len(norms),
+            self.skipped,
+            means,
+            record,
         )
         if self._skipped_in_a_row >= config.max_skipped:
             raise TrainingStopped(
                 f"{self._skipped_in_a_row} steps in a row, up to step {self.step}, had a non-finite loss or gradient; "
                 "the newest checkpoint is from before them: lower optimizer.lr or look at the data, and start again"
             )
+
+    def _denominators(self, parts: list[Text], prepared: list[Prepared | None]) -> Denominators:
+        """Counts of the whole batch, over micro-batches and ranks."""
+        counts = [self.objective.denominators(part, p) for part, p in zip(parts, prepared, strict=True)]
+        totals = {name: torch.stack([count[name] for count in counts]).sum(dim=0) for name in counts[0]}
+        return {name: self._sum(total) for name, total in totals.items()}
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

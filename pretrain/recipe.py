@@ -19,15 +19,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from data_pipelines import DataConfig, Tokenizer
+from objectives.anchored import AnchoredConfig
 from objectives.base import Objective, ObjectiveConfig, at_least
 from objectives.next_token import NextToken, NextTokenConfig
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
+from objectives.rpt import Rpt, RptConfig
 
 OBJECTIVES: dict[str, tuple[type[Objective], type[ObjectiveConfig]]] = {
     "next_token": (NextToken, NextTokenConfig),
     "quiet_star": (QuietStar, QuietStarConfig),
     "rlp": (Rlp, RlpConfig),
+    "rpt": (Rpt, RptConfig),
 }
 
 
@@ -65,6 +68,8 @@ class EvaluationConfig:
     every: int | None = None  # steps; none: only at start and end
     rows: int = 8  # held-out rows that are scored
     objective: ObjectiveConfig | None = None  # whose evaluation; none: that of the objective that is trained
+    causal: bool = True  # also after other thoughts than the model's own: another's, shuffled, filler
+    filler: str = "."  # whose first token fills the latter
 
     def problems(self) -> list[str]:
         return at_least(1, every=self.every, rows=self.rows)
@@ -130,19 +135,32 @@ class Recipe:
         Raises RecipeError if its tags or marker are nothing to the tokenizer.
         """
         c = self.evaluation.objective if evaluation and self.evaluation.objective is not None else self.objective
+        if not isinstance(c, AnchoredConfig):
+            return OBJECTIVES[objective_name(c)][0](c)  # type: ignore[call-arg]
+        given = (*encode_tag(tokenizer, c.instruction), *encode_tag(tokenizer, c.open))
+        close = self._tag(tokenizer, "close", c.close)
+        self._tag(tokenizer, "open", c.open)
+        marker = encode_tag(tokenizer, c.marker)
+        if c.positions == "marker" and len(marker) != 1:
+            raise RecipeError(f"objective.marker {c.marker!r} must be one token of {self.model}, it is {len(marker)}")
+        marker_id = marker[0] if len(marker) == 1 else None
         if isinstance(c, RlpConfig):
-            given = _ids(tokenizer, c.instruction) + _ids(tokenizer, c.open)
-            close = _ids(tokenizer, c.close)
-            for name, text, ids in (("open", c.open, given), ("close", c.close, close)):
-                if not ids or tokenizer.decode(ids).find(text) < 0:
-                    raise RecipeError(f"objective.{name} {text!r} cannot be written in the tokens of {self.model}")
-            marker = _ids(tokenizer, c.marker)
-            if c.positions == "marker" and len(marker) != 1:
-                raise RecipeError(
-                    f"objective.marker {c.marker!r} must be one token of {self.model}, it is {len(marker)}"
-                )
-            return Rlp(c, tuple(given), tuple(close), marker[0] if len(marker) == 1 else None)
-        return OBJECTIVES[objective_name(c)][0](c)  # type: ignore[call-arg]
+            return Rlp(c, given, close, marker_id)
+        assert isinstance(c, RptConfig)
+        box = tuple(
+            self._tag(tokenizer, name, text) if text else ()
+            for name, text in (("box_open", c.box_open), ("box_close", c.box_close))
+        )
+        if c.template == "free" and tokenizer.eos_id is None:
+            raise RecipeError(f"{self.model} has no end-of-sequence token to end a response; use template forced")
+        end = (tokenizer.eos_id,) if c.template == "free" else ()
+        return Rpt(c, given, close, tokenizer.token_bytes, box, end, marker_id)  # type: ignore[arg-type]
+
+    def _tag(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[int, ...]:
+        ids = encode_tag(tokenizer, text)
+        if not ids or text not in tokenizer.decode(list(ids)):
+            raise RecipeError(f"objective.{name} {text!r} cannot be written in the tokens of {self.model}")
+        return ids
 
     def problems(self) -> list[str]:
         found = at_least(1, steps=self.steps, rows_per_step=self.rows_per_step, devices=self.devices, nodes=self.nodes)
@@ -162,10 +180,10 @@ def objective_name(config: ObjectiveConfig) -> str:
     return next(name for name, (_, kind) in OBJECTIVES.items() if type(config) is kind)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_tag(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """A tag's token if the vocabulary has it as one, else the tokens that spell it."""
     whole = tokenizer.token_id(text) if text else None
-    return [whole] if whole is not None else tokenizer.encode([text])[0]
+    return (whole,) if whole is not None else tuple(tokenizer.encode([text])[0])
 
 
 # Keys that name something and may also hold settings: `data: python-docs` is `data: {reference: python-docs}`.
@@ -319,7 +337,9 @@ def help_on_keys() -> str:
 
 
 def _help(kind: type, prefix: str) -> list[str]:
-    source, lines = inspect.getsource(kind), []
+    # Settings of a base class may be given another default without their comment being said again.
+    source = "".join(inspect.getsource(base) for base in kind.__mro__ if dataclasses.is_dataclass(base))
+    lines = []
     hints = get_type_hints(kind)
     for spec in dataclasses.fields(kind):
         hint, name = hints[spec.name], prefix + spec.name

@@ -22,9 +22,12 @@ from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
+from objectives.causal import CausalTest
+from objectives.quiet_star import QuietStarConfig
+from objectives.rpt import Rpt
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
 from pretrain.module import PretrainModule
-from pretrain.recipe import Recipe, RecipeError
+from pretrain.recipe import Recipe, RecipeError, encode_tag
 from pretrain.report import print_report
 from pretrain.run_directory import RunDirectory
 from pretrain.sharding import make_strategy
@@ -34,7 +37,6 @@ log = logging.getLogger(__name__)
 # Lightning announces its hardware and products at every start.
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
-DELIMITER_ORIGIN = "---"  # whose first sub-token's embedding the delimiters start from (Quiet-STaR appendix A)
 
 
 def compute_dtype(setting: str) -> torch.dtype | None:
@@ -64,8 +66,12 @@ def new_model(recipe: Recipe, objective: Objective, tokenizer: Tokenizer) -> Thi
         if source.delimiters is not None:
             model.delimiters = source.delimiters
         else:
-            origin = tokenizer.encode([DELIMITER_ORIGIN])[0][0]
-            model.delimiters.init_from(source.decoder.embed_tokens.weight[origin])
+            assert isinstance(recipe.objective, QuietStarConfig)
+            origins = (recipe.objective.start_from, recipe.objective.end_from)
+            ids = [encode_tag(tokenizer, origin)[:1] for origin in origins]
+            if not all(ids):
+                raise RecipeError("objective.start_from and end_from cannot be empty; name a text like ---")
+            model.delimiters.init_from(*(source.decoder.embed_tokens.weight[id] for (id,) in ids))
     if model.mixing_head is not None:
         if source.mixing_head is not None:
             model.mixing_head = source.mixing_head
@@ -93,6 +99,7 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     data = open_data(recipe.data, tokenizer, recipe.seed)
     objective = recipe.make_objective(tokenizer)
+    _load_proxy(objective, recipe, tokenizer)
     newest = newest_checkpoint(directory.checkpoints) if directory is not None else None
     checkpoint = None
     if newest is None:
@@ -113,6 +120,29 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     model.ban(tokenizer.size, tokenizer.control_ids)
     _check_lengths(recipe, objective, model)
     return Prepared(recipe, objective, tokenizer, tokenizer_directory, data, model, checkpoint)
+
+
+def causal_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> CausalTest | None:
+    """The causal test of the recipe's evaluation. Raises RecipeError if the filler is no token."""
+    config = recipe.evaluation
+    if not config.causal:
+        return None
+    filler = encode_tag(tokenizer, config.filler)
+    if not filler:
+        raise RecipeError("evaluation.filler is empty; name a text whose first token fills a thought, like .")
+    return CausalTest(filler[0], data.solutions(config.rows))
+
+
+def _load_proxy(objective: Objective, recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """RPT's second model, if the recipe names one; it must read the same tokens."""
+    if not (isinstance(objective, Rpt) and objective.config.proxy):
+        return
+    reference = objective.config.proxy
+    if Tokenizer.from_directory(resolve(reference)).fingerprint != tokenizer.fingerprint:
+        raise RecipeError(
+            f"objective.proxy {reference} has another tokenizer than {recipe.model}; choose one of the same family"
+        )
+    objective.proxy = load_reference(reference, compute_dtype(recipe.compute_dtype)).requires_grad_(False)
 
 
 def _check_lengths(recipe: Recipe, objective: Objective, model: ThinkingModel) -> None:
@@ -152,7 +182,8 @@ def fit(recipe: Recipe) -> Path:
         mirrors = _mirrors(recipe, directory)
         held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
         evaluator = recipe.make_objective(prepared.tokenizer, evaluation=True)
-        evaluation = HeldOutEvaluation(directory, evaluator, held_out, mirrors, difficulty_E)
+        test = causal_test(recipe, prepared.tokenizer, prepared.data)
+        evaluation = HeldOutEvaluation(directory, evaluator, held_out, mirrors, difficulty_E, test)
         checkpointing = Checkpoints(directory, prepared.data, evaluation)
         records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
         trainer = lightning.Trainer(

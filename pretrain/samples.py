@@ -63,7 +63,7 @@ def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperat
         length = trained.L if isinstance(trained, QuietStarConfig) else DEFAULT_LENGTH
     objective = QuietStar(QuietStarConfig(length=length, lookahead=1, thoughts=1))
     text = Text.from_rows(torch.tensor([ids]))
-    scores = objective.evaluate(model, text, Rng(seed, 0), temperature)
+    scores = objective.evaluate(model, text, Rng(seed, 0), temperature=temperature)
     assert scores.thoughts is not None and scores.thought_nll_BN is not None
     table = Table(title="A thought at every token")
     for column in ("token", "thought", "next token", "p without", "p with"):

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -192,7 +193,8 @@ def test_rows_hold_whole_documents_and_padding(lab_tokenizer, held_out):
     assert rows["sample_id_B"].tolist() == list(range(8))
     for row in range(8):
         found = documents_of(rows, row)
-        expected = [document(text.config, 0, row * LENGTH + n, held_out) for n in range(len(found) + 1)]
+        config = dataclasses.replace(text.config, worked=0.0) if held_out else text.config
+        expected = [document(config, 0, row * LENGTH + n, held_out) for n in range(len(found) + 1)]
         assert [lab_tokenizer.decode(ids) for ids in found] == [one + "<|endoftext|>" for one in expected[:-1]]
         used = sum(map(len, found))
         assert used + len(lab_tokenizer.encode([expected[-1]])[0]) + 1 > LENGTH
@@ -200,6 +202,21 @@ def test_rows_hold_whole_documents_and_padding(lab_tokenizer, held_out):
             assert (rows[name][row, used:] == value).all()
         assert rows["position_BN"][row, :used].tolist() == [n for ids in found for n in range(len(ids))]
         assert rows["document_BN"][row, :used].tolist() == [n for n, ids in enumerate(found) for _ in ids]
+
+
+def test_solutions_are_the_steps_of_each_problem(lab_tokenizer):
+    text = opened(lab_tokenizer, "tasks=sum+pointer,chain=2-5,worked=0.5")
+    rows, solutions = text.held_out_rows(6), text.solutions(6)
+    places = iter(sorted(solutions))
+    for row in range(6):
+        start = 0
+        for number, ids in enumerate(documents_of(rows, row)):
+            problem = generate(text.config, 0, row * LENGTH + number, held_out=True)
+            place = next(places)
+            assert place == (row, start + len(problem.prompt))
+            assert lab_tokenizer.decode(list(solutions[place])) == problem.steps
+            start += len(ids)
+    assert next(places, None) is None
 
 
 def test_rows_are_a_pure_function(lab_tokenizer):

@@ -172,7 +172,7 @@ def test_bf16_on_fp32_masters_errs_no_more_than_bf16_weights_do():
 def test_delimiters_move_a_hundred_times_as_fast_under_adam():
     model = tiny_model(torch.float32)
     embedding = model.decoder.embed_tokens.weight[5].detach().clone()
-    model.delimiters.init_from(embedding)
+    model.delimiters.init_from(embedding, embedding)
     used = model.embed_thoughts(torch.tensor([START, END, 5]).view(1, 1, 3, 1))[0, 0, :, 0]
     assert relative_error(used[0], used[2]) <= 1e-6 and relative_error(used[1], used[2]) <= 1e-6
     optimizer = torch.optim.Adam([model.delimiters.start_W, model.decoder.embed_tokens.weight], lr=1e-3)

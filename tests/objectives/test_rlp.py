@@ -126,7 +126,7 @@ def test_the_ratio_is_one_on_the_first_update():
     # A mean within 1e-5 of 1 could hide errors that cancel: compare the log-probs themselves, too.
     assert (metrics["ratio"].sum / metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
     exact = copy.deepcopy(model).double()
-    exact_batch = dataclasses.replace(batch, base_BHM=batch.base_BHM.double())
+    exact_batch = dataclasses.replace(batch, base_BHM=batch.base_BHM.double(), reward_BKM=None, advantage_BKM=None)
     exact_state = exact.read(source)
     deviation = rlp.score(exact, exact_state, exact_batch, rlp.denominators(source), RNG)
     assert (deviation.metrics["ratio"].sum / deviation.metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
@@ -177,7 +177,7 @@ def test_options_add_their_terms():
     predictor = gradients(model, rlp(model, source, RNG).loss)
     state = model.read(source)
     batch = rlp.think(model, source, state, RNG)
-    thoughts, last = rlp.closed_and_continued(batch, SMALL.thoughts)
+    thoughts, last = rlp.closed_and_continued(batch)
     total = 0.0
     for b, m in batch.real_BM.nonzero().tolist():
         for k in range(SMALL.thoughts):

@@ -181,8 +181,8 @@ def test_the_update_does_not_depend_on_micro_batches(tiny_run, tmp_path):
 def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_directory, monkeypatch, capsys):
     original = QuietStar.__call__
 
-    def poisoned(self, model, text, rng, denominators=None):
-        output = original(self, model, text, rng, denominators)
+    def poisoned(self, model, text, rng, denominators=None, prepared=None):
+        output = original(self, model, text, rng, denominators, prepared)
         if rng.step in (1, 4, 5, 6):
             output.loss = output.loss * float("nan")
         return output
