@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -106,6 +106,7 @@ class Recipe:
 
     steps: int
     objective: ObjectiveConfig
+    control: ObjectiveConfig | None = None  # trained afterwards into <run_dir>/control, at equal FLOPs
     model: str = "smollm2-135m"
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
@@ -162,6 +163,13 @@ class Recipe:
             raise RecipeError(f"objective.{name} {text!r} cannot be written in the tokens of {self.model}")
         return ids
 
+    def control_recipe(self, steps: int, run_dir: str) -> Recipe:
+        """The control run: all the same but the objective and its steps, evaluated as often and in the same way."""
+        assert self.control is not None
+        every = self.evaluation.every and max(1, round(self.evaluation.every * steps / self.steps))
+        evaluation = replace(self.evaluation, every=every, objective=self.evaluation.objective or self.objective)
+        return replace(self, objective=self.control, control=None, steps=steps, run_dir=run_dir, evaluation=evaluation)
+
     def problems(self) -> list[str]:
         found = at_least(1, steps=self.steps, rows_per_step=self.rows_per_step, devices=self.devices, nodes=self.nodes)
         found += at_least(0, data_workers=self.data_workers, seed=self.seed)
@@ -187,7 +195,7 @@ def encode_tag(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 # Keys that name something and may also hold settings: `data: python-docs` is `data: {reference: python-docs}`.
-SHORT_FORMS = {"data": "reference", "objective": "name"}
+SHORT_FORMS = {"data": "reference", "objective": "name", "control": "name"}
 
 
 def shipped() -> list[str]:
@@ -234,6 +242,8 @@ def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts of plain values, from which the same recipe can be built again."""
     tree = dataclasses.asdict(recipe)
     tree["objective"] = {"name": recipe.objective_name, **tree["objective"]}
+    if recipe.control is not None:
+        tree["control"] = {"name": objective_name(recipe.control), **tree["control"]}
     if recipe.evaluation.objective is not None:
         name = objective_name(recipe.evaluation.objective)
         tree["evaluation"]["objective"] = {"name": name, **tree["evaluation"]["objective"]}

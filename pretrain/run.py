@@ -27,8 +27,8 @@ from objectives.quiet_star import QuietStarConfig
 from objectives.rpt import Rpt
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
 from pretrain.module import PretrainModule
-from pretrain.recipe import Recipe, RecipeError, encode_tag
-from pretrain.report import print_report
+from pretrain.recipe import Recipe, RecipeError, encode_tag, objective_name
+from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory
 from pretrain.sharding import make_strategy
 from pretrain.state import Tensors, model_from_state, restore_after_setup, restore_before_setup
@@ -157,12 +157,36 @@ def _check_lengths(recipe: Recipe, objective: Objective, model: ThinkingModel) -
 
 
 def fit(recipe: Recipe) -> Path:
-    """Runs a recipe to its end, continuing what its directory holds; returns that directory.
+    """Runs a recipe to its end, and its control if it has one, continuing what its directory holds; returns that.
 
     Raises RecipeError, DataError or CheckpointError for what the user can mend, TrainingStopped if the run gave up.
     """
     started = time.perf_counter()
     directory = RunDirectory(recipe.run_dir or "runs/run")
+    finished = _train(recipe, directory)
+    if finished and recipe.control is not None:
+        steps = equal_flops_steps(recipe, directory)
+        say(f"control: {objective_name(recipe.control)} on the same data for the same FLOPs, {steps} steps")
+        control = recipe.control_recipe(steps, str(directory.control))
+        finished = _train(control, RunDirectory(directory.control))
+    if finished and is_rank_zero():
+        write_report(directory, recipe, time.perf_counter() - started)
+        print_report(directory, recipe, time.perf_counter() - started)
+    return directory.path
+
+
+def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
+    """Steps of the control that cost what the run has cost, by the cost of its first."""
+    assert recipe.control is not None
+    control = prepare(recipe.control_recipe(1, str(directory.control)), None)
+    text = Text(**control.data.rows(0, recipe.rows_per_step))
+    with torch.no_grad():
+        flops = control.objective(control.model, text, Rng(recipe.seed, 0)).flops
+    return max(1, round(directory.read(directory.metrics)[-1]["flops"] / flops))
+
+
+def _train(recipe: Recipe, directory: RunDirectory) -> bool:
+    """One run; whether it came to its end."""
     directory.check(recipe)
     prepared = prepare(recipe, directory)
     module = PretrainModule(prepared.model, prepared.objective, recipe)
@@ -176,44 +200,40 @@ def fit(recipe: Recipe) -> Path:
     if is_rank_zero():
         directory.create(recipe, prepared.tokenizer_directory)
         directory.rewind(module.step if prepared.checkpoint is not None else -1)
-
-    finished = False
-    if module.step < recipe.steps:
-        mirrors = _mirrors(recipe, directory)
-        held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
-        evaluator = recipe.make_objective(prepared.tokenizer, evaluation=True)
-        test = causal_test(recipe, prepared.tokenizer, prepared.data)
-        evaluation = HeldOutEvaluation(directory, evaluator, held_out, mirrors, difficulty_E, test)
-        checkpointing = Checkpoints(directory, prepared.data, evaluation)
-        records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
-        trainer = lightning.Trainer(
-            accelerator="auto",
-            devices=recipe.devices,
-            num_nodes=recipe.nodes,
-            strategy=make_strategy(recipe.ranks),
-            max_epochs=1,
-            logger=False,
-            callbacks=[records, evaluation, checkpointing],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        data_module = TextDataModule(
-            prepared.data, recipe.steps, recipe.rows_per_step, start_step=module.step, num_workers=recipe.data_workers
-        )
-        trainer.fit(module, datamodule=data_module)
-        for mirror in mirrors:
-            mirror.finalize("success")
-        finished = module.step == recipe.steps
-        if not finished:
-            say(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
-    else:
-        finished = True
+    if module.step >= recipe.steps:
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
-    if finished and is_rank_zero():
-        print_report(directory, recipe, time.perf_counter() - started)
-    return directory.path
+        return True
+
+    mirrors = _mirrors(recipe, directory)
+    held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
+    evaluator = recipe.make_objective(prepared.tokenizer, evaluation=True)
+    test = causal_test(recipe, prepared.tokenizer, prepared.data)
+    evaluation = HeldOutEvaluation(directory, evaluator, held_out, mirrors, difficulty_E, test)
+    checkpointing = Checkpoints(directory, prepared.data, evaluation)
+    records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=recipe.devices,
+        num_nodes=recipe.nodes,
+        strategy=make_strategy(recipe.ranks),
+        max_epochs=1,
+        logger=False,
+        callbacks=[records, evaluation, checkpointing],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    data_module = TextDataModule(
+        prepared.data, recipe.steps, recipe.rows_per_step, start_step=module.step, num_workers=recipe.data_workers
+    )
+    trainer.fit(module, datamodule=data_module)
+    for mirror in mirrors:
+        mirror.finalize("success")
+    if module.step < recipe.steps:
+        say(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
+        return False
+    return True
 
 
 def dry_run(recipe: Recipe) -> None:

@@ -1,4 +1,8 @@
-"""The files of a run: recipe.yaml, tokenizer/, metrics.jsonl, evaluations.jsonl, samples.jsonl, checkpoints/."""
+"""The files of a run.
+
+recipe.yaml, tokenizer/, metrics.jsonl, evaluations.jsonl, samples.jsonl, warnings.jsonl, checkpoints/, report.html and
+report.png, and control/, a run of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from pretrain.recipe import Recipe, RecipeError, recipe_from_tree, recipe_to_tre
 # What may differ between a run and its continuation: nothing that changes what a step computes.
 FREE_KEYS = (
     "steps",
+    "control",
     "run_dir",
     "micro_batch_rows",
     "devices",
@@ -38,6 +43,8 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.warnings = self.path / "warnings.jsonl"
+        self.control = self.path / "control"
 
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError naming what differs if the directory holds a run of another recipe."""
@@ -63,7 +70,7 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Drops records of steps after `step`: the continuation will write them again."""
-        for path in (self.metrics, self.evaluations, self.samples):
+        for path in (self.metrics, self.evaluations, self.samples, self.warnings):
             if path.exists():
                 kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
                 _write_durably(path, "".join(line + "\n" for line in kept))

@@ -6,6 +6,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Backend
 
 from data_pipelines import Tokenizer
+from data_pipelines.lab import write_tokenizer
 
 SAMPLE = [
     "The cat sat on the mat, and the dog ran after the cat.",
@@ -52,3 +53,15 @@ def tokenizer_directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_directory) -> Tokenizer:
     return Tokenizer.from_directory(tokenizer_directory)
+
+
+@pytest.fixture(scope="session")
+def lab_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("lab")
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def lab_tokenizer(lab_directory) -> Tokenizer:
+    return Tokenizer.from_directory(lab_directory)

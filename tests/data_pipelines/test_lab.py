@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from data_pipelines import DataConfig, DataError, Tokenizer, open_data
+from data_pipelines import DataConfig, DataError, open_data
 from data_pipelines.lab import (
     FORMATS,
     HELD_OUT_ONE_IN,
@@ -16,7 +16,6 @@ from data_pipelines.lab import (
     document,
     generate,
     problems,
-    write_tokenizer,
 )
 
 LENGTH = 96
@@ -28,18 +27,6 @@ FIRST_DOCUMENTS = [
     "08 14 25 39 47 56 63 72 81 90:9GGG=<think>0 8 1</think>1",
 ]  # 2⁴⁰, 0 and 1 of seed 7
 MIXED = LabConfig(tasks=TASKS, chain=(2, 5), worked=0.6, garbage=0.3, format=FORMATS)
-
-
-@pytest.fixture(scope="module")
-def lab_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("lab")
-    write_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def lab_tokenizer(lab_directory) -> Tokenizer:
-    return Tokenizer.from_directory(lab_directory)
 
 
 def opened(tokenizer, settings="", seed=0, length=LENGTH) -> LabText:

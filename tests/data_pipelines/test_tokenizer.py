@@ -2,7 +2,7 @@ import hashlib
 import json
 
 import pytest
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from data_pipelines import DataError, Tokenizer
@@ -130,3 +130,46 @@ def test_broken_files_are_named(tmp_path, name, content):
 def test_missing_directory_is_named(tmp_path):
     with pytest.raises(DataError, match=r"^no tokenizer at [^\n]*absent/tokenizer.json"):
         Tokenizer.from_directory(tmp_path / "absent")
+
+
+TEXTS = ["a cat", "  naïve — 猫 \N{CAT FACE}\n\tx", "The cat sat on the mat. <|endoftext|>", ""]
+
+
+def test_token_bytes_of_a_byte_level_vocabulary(tokenizer):
+    table = tokenizer.token_bytes
+    assert len(table) == tokenizer.size
+    assert [id for id, found in enumerate(table) if found is None] == list(tokenizer.control_ids)
+    for text, row in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert b"".join(table[id] for id in row) == text.encode()
+    # Every byte can be written.
+    assert {found for found in table if found is not None and len(found) == 1} == {bytes([b]) for b in range(256)}
+
+
+def test_token_bytes_of_pieces_with_byte_fallback():
+    """As in Llama 2 and Mistral: `▁` for a space, and `<0xE7>` for a byte that no piece has."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "c", "t", "▁c", "▁ca"]
+    merges = [("▁", "c"), ("▁c", "a")]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = Tokenizer(backend.to_str().encode(), {"bos_token": "<s>", "eos_token": "</s>"})
+    for text, row in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert b"".join(tokenizer.token_bytes[id] for id in row) == text.encode()
+    assert tokenizer.token_bytes[:3] == [None] * 3
+    assert tokenizer.token_bytes[vocabulary["▁ca"]] == b" ca"
+
+
+def test_token_bytes_of_a_vocabulary_as_it_is_written(lab_tokenizer):
+    """The lab's: tokens that are their own text, tags among them."""
+    (row,) = lab_tokenizer.encode(["3+5=<think>8</think>8"])
+    assert b"".join(lab_tokenizer.token_bytes[id] for id in row) == b"3+5=<think>8</think>8"
+    assert lab_tokenizer.token_bytes[lab_tokenizer.eos_id] is None
+
+
+@pytest.mark.smollm2
+def test_token_bytes_of_smollm2(smollm2_directory):
+    tokenizer = Tokenizer.from_directory(smollm2_directory)
+    for text, row in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert b"".join(tokenizer.token_bytes[id] for id in row) == text.encode()

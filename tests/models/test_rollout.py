@@ -11,8 +11,8 @@ import torch
 from models import logprobs
 from models.logprobs import token_logprobs
 from models.philox import Rng
-from models.rollout import rollout
-from models.thoughts import START, Anchors, Text
+from models.rollout import Answer, rollout
+from models.thoughts import PAD, START, Anchors, Text
 from tests.helpers import packed_text, relative_error, tiny_model
 
 
@@ -125,3 +125,85 @@ def test_rollout_leaves_no_gradient_and_later_passes_have_theirs():
     token_logprobs(plain, again.head_weight_VW, thoughts.tokens_BKSM.clamp(min=0)).sum().backward()
     for name in used:
         assert relative_error(model.get_parameter(name).grad, again.get_parameter(name).grad) <= 1e-6, name
+
+
+# Thoughts that end, and answers behind them
+
+OPEN, CLOSE, ASK, END = (7, 8), (9, 10), (11,), (12, 13)
+
+
+def draw(answer, length=6, given=OPEN, close=CLOSE, seed=3, allowed=()):
+    """A model that mostly draws what ends things, so that all ways to end occur."""
+    model, text = tiny_model(), packed_text([[30], [14, 9]], 30)
+    model.ban(16, (0, 1, 2, 3, 4, 5, 9, 12))
+    with torch.no_grad():
+        state = model.read(text)
+    drawn = rollout(model, state, Anchors.everywhere(text), 4, length, Rng(seed, 0), 1.3, given, close, answer, allowed)
+    return model, state, text, drawn
+
+
+def replayed(tokens: list[int], sampled: list[bool], answer, length: int) -> tuple[list[bool], bool, bool]:
+    """Which tokens of a finished thought must have been drawn, and whether it closed and answered: a plain reading."""
+    expected, closed, answered = [False] * len(OPEN), False, False
+    place = count = len(OPEN)
+    while place < len(tokens) and count < len(OPEN) + length and not closed:
+        expected.append(True)
+        place, count = place + 1, count + 1
+        closed = tokens[place - 2 : place] == list(CLOSE) and place - 2 >= len(OPEN)
+    if answer is not None:
+        forced = [*([] if closed else CLOSE), *answer.ask]
+        assert tokens[place : place + len(forced)] == forced
+        expected += [False] * len(forced)
+        first = place = place + len(forced)
+        while place < len(tokens) and place < first + answer.length and not answered:
+            expected.append(True)
+            place += 1
+            answered = tuple(tokens[max(first, place - len(answer.end)) : place]) == answer.end
+    assert place == len(tokens)
+    assert sampled[: len(tokens)] == expected and not any(sampled[len(tokens) :])
+    return expected, closed, answered
+
+
+@pytest.mark.parametrize("answer", [None, Answer(ASK, 4, END), Answer((), 3, END)])
+def test_thoughts_end_and_answer_as_a_plain_reading_says(answer):
+    _, _, text, drawn = draw(answer)
+    seen = set()
+    for b, n in ((text.document_BN >= 0) & text.targets(1)[1]).nonzero().tolist():
+        for k in range(4):
+            tokens = [t for t in drawn.thoughts.tokens_BKSM[b, k, :, n].tolist() if t != PAD]
+            expected, closed, answered = replayed(tokens, drawn.sampled_BKSM[b, k, :, n].tolist(), answer, 6)
+            assert closed == bool(drawn.closed_BKM[b, k, n])
+            if answer is not None:
+                assert answered == bool(drawn.answered_BKM[b, k, n])
+            assert drawn.answering_BKSM[b, k, :, n].sum() <= (answer.length if answer else 0)
+            seen.add((closed, answered))
+    assert len(seen) == (2 if answer is None else 4)
+
+
+def test_log_probs_of_draws_are_scored_ones():
+    model, state, _, drawn = draw(Answer(ASK, 4, END))
+    with torch.no_grad():
+        hidden = model.think(drawn.thoughts, state)
+    banned = model.banned_V.clone()
+    banned[[9, 12]] = False
+    logits = (hidden[:, :, :-1] @ model.head_weight_VW.T / 1.3).masked_fill(banned, -torch.inf)
+    tokens = drawn.thoughts.tokens_BKSM[:, :, 1:].clamp(min=0)
+    truth = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    where = drawn.sampled_BKSM[:, :, 1:]
+    assert relative_error(drawn.logprobs_BKSM[:, :, 1:][where], truth[where]) <= 1e-12
+    assert drawn.logprobs_BKSM[~drawn.sampled_BKSM].abs().max() == 0
+
+
+def test_an_answer_without_a_thought():
+    _, _, _, drawn = draw(Answer(ASK, 2), length=0)
+    tokens = drawn.thoughts.tokens_BKSM
+    assert tokens.shape[2] == 2 + 2 + 1 + 2
+    assert (tokens[:, :, :5] == torch.tensor([*OPEN, *CLOSE, *ASK])[:, None]).all()
+    assert drawn.sampled_BKSM[:, :, :5].sum() == 0 and drawn.sampled_BKSM[:, :, 5:].all()
+    assert drawn.answered_BKM.all() and not drawn.closed_BKM.any()
+
+
+def test_allowed_ids_can_be_drawn_though_they_are_banned():
+    for allowed, expected in (((), False), ((4,), True)):
+        tokens = draw(None, allowed=allowed)[3].thoughts.tokens_BKSM
+        assert bool((tokens == 4).any()) == expected

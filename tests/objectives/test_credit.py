@@ -16,6 +16,7 @@ from objectives.credit import (
     kl_to_reference,
     leave_one_out_advantage,
     positive_part,
+    prefix_match,
     reinforce,
     standardised_advantage,
 )
@@ -118,3 +119,30 @@ def test_kl_to_reference_is_unbiased():
     logprobs = policy.log().requires_grad_()
     (gradient,) = torch.autograd.grad(kl_to_reference(logprobs, policy.log()).sum(), logprobs)
     assert gradient.abs().max() <= 1e-15
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected"),
+    [
+        (b" the", True),
+        (b" the cat", True),
+        (b" the c", True),
+        (b" the ca", False),  # ends inside a token
+        (b" the cat sat", True),
+        (b" the cat sat on", False),  # longer than what there is
+        (b"the", False),
+        (b"", False),
+        (None, False),
+        (" the cat sat é".encode()[:-1], False),
+    ],
+)
+def test_prefix_match(predicted, expected):
+    assert prefix_match(predicted, [b" the", b" c", b"at", b" sat"]) == expected
+
+
+def test_prefix_match_compares_bytes_not_characters():
+    halves = ["é".encode()[:1], "é".encode()[1:], b"!"]
+    assert prefix_match(halves[0], halves)
+    assert prefix_match("é".encode(), halves)
+    assert not prefix_match("e\N{COMBINING ACUTE ACCENT}".encode(), halves)
+    assert not prefix_match("é".encode(), [])

@@ -18,6 +18,7 @@ from objectives.base import Objective
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
+from objectives.rpt import Rpt, RptConfig
 from tests.helpers import packed_text, tiny_model
 
 FILE = Path(__file__).parent.parent / "golden" / "losses.json"
@@ -26,6 +27,20 @@ OBJECTIVES: dict[str, Objective] = {
     "next_token": NextToken(),
     "quiet_star": QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2)),
     "rlp": Rlp(RlpConfig(length=6, thoughts=4, next_token_weight=0.1), open_ids=(1, 2), close_ids=(3,)),
+    "rpt": Rpt(
+        RptConfig(
+            length=5,
+            thoughts=6,
+            temperature=2.0,
+            template="forced",
+            answer_length=2,
+            hard_entropy=0.1,
+            drop_flat_from=9,
+        ),
+        open_ids=(1, 2),
+        close_ids=(3,),
+        token_bytes=[b"ab"[token % 2 :][:1] for token in range(61)],
+    ),
 }
 
 

@@ -345,3 +345,49 @@ def test_evaluation_scores_its_anchors():
         last = int(scores.thoughts.lengths_BKM[b, 0, m]) - 1
         truth = -(hidden[last] @ model.head_weight_VW.T).log_softmax(-1)[target_BN[b, n]]
         assert relative_error(scores.thought_nll_BN[b, n], truth) <= 1e-12
+
+
+# Several updates on the same thoughts
+
+
+def test_a_second_update_has_true_ratios_and_the_first_ones_advantages():
+    """Against the clipped surrogate of log-probs from explicit sequences, under moved weights."""
+    model, source = likely_to_close(), text()
+    config = dataclasses.replace(SMALL, updates=2, eps_low=0.05, eps_high=0.1)
+    rlp = objective(config)
+    batch = rlp.prepare(model, source, RNG)
+    counts = rlp.denominators(source, batch)
+    first = rlp(model, source, RNG, counts, batch)
+    alone = objective(SMALL)(model, source, RNG)
+    assert first.loss.item() == pytest.approx(alone.loss.item(), abs=1e-12)
+    assert torch.equal(first.record.advantage_BKM, alone.record.advantage_BKM)
+    truth = gradients(model, alone.loss)
+    assert all(relative_error(g, truth[n]) <= 1e-12 for n, g in gradients(model, first.loss).items())
+    # What the step's single update would have cost, plus a reading of its own for the thoughts.
+    assert batch.flops + first.flops > alone.flops
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    second = rlp(model, source, RNG, counts, batch)
+    assert torch.equal(second.record.advantage_BKM, first.record.advantage_BKM)
+    drawn, advantage = batch.rollout, first.record.advantage_BKM
+    banned = rlp._banned(model)
+    total, clipped = 0.0, 0
+    for b, m in batch.real_BM.nonzero().tolist():
+        for k in range(config.thoughts):
+            hidden = explicit_hidden(model, source, drawn.thoughts, b, k, m)
+            own = drawn.sampled_BKSM[b, k, :, m].nonzero()[:, 0].tolist()
+            for u in own:
+                logits = (hidden[u - 1] @ model.head_weight_VW.T / config.temperature).masked_fill(banned, -torch.inf)
+                now = logits.log_softmax(-1)[drawn.thoughts.tokens_BKSM[b, k, u, m]]
+                ratio = (now - drawn.logprobs_BKSM[b, k, u, m]).exp()
+                clipped += not 0.95 <= ratio <= 1.1
+                a = advantage[b, k, m]
+                total = total - torch.minimum(ratio * a, ratio.clamp(0.95, 1.1) * a) / len(own)
+    total = total / (counts["anchors"] * config.thoughts)
+    share = second.metrics["ratio_clipped"]
+    assert 0 < clipped == share.sum.item() < share.count.item()
+    assert second.loss.item() == pytest.approx(total.item(), rel=1e-10)
+    truth = gradients(model, total)
+    assert max(relative_error(g, truth[n]) for n, g in gradients(model, second.loss).items()) <= 1e-10

@@ -1,0 +1,199 @@
+"""Does RLP plant what is latent? The lab's experiment with its controls, by one command:
+
+    python -m benchmarks.lab
+
+For each seed, from the shipped base model: RLP (recipe quickstart), next-token prediction at equal FLOPs, RLP with its
+rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star) at equal FLOPs. Each is then put to
+the same held-out problems: NLL of the answer without a thought, after its own, after others; share of right thoughts.
+What RLP's models do on longer chains, other tasks and other surface forms is compared with the base model.
+
+Writes medians and ranges over the seeds to benchmarks/results/lab.json and prints them. Runs are kept in runs/lab-*, so
+the command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import environment
+from data_pipelines import DataConfig, Tokenizer, open_data
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+from objectives.causal import CausalTest
+from objectives.quiet_star import QuietStar
+from objectives.rlp import Rlp
+from pretrain.evaluation import score_held_out, summarise
+from pretrain.recipe import Recipe, encode_tag, load_recipe
+from pretrain.run import equal_flops_steps, fit, open_model
+from pretrain.run_directory import RunDirectory
+
+RESULTS = Path(__file__).parent / "results" / "lab.json"
+TRAINED_ON = "lab:tasks=sum,chain=4"
+ROWS = 48  # held-out rows of 256 tokens, about 20 problems each
+LONGEST = 20  # sampled tokens of a thought: room for chains of 8 with their spaces and the closing tag
+SHIFTS = {
+    "trained on: sum, 4 steps": TRAINED_ON,
+    "sum, 3 steps": "lab:tasks=sum,chain=3",
+    "sum, 5 steps": "lab:tasks=sum,chain=5",
+    "sum, 6 steps": "lab:tasks=sum,chain=6",
+    "sum, 8 steps": "lab:tasks=sum,chain=8",
+    "sum, 4 steps, letters for operators": "lab:tasks=sum,chain=4,format=letters",
+    "sum, 4 steps, written from right to left": "lab:tasks=sum,chain=4,format=mirrored",
+    "substitution, 4 steps": "lab:tasks=substitution,chain=4",
+    "substitution, 4 steps, letters": "lab:tasks=substitution,chain=4,format=letters",
+    "arithmetic, 4 steps": "lab:tasks=arithmetic,chain=4",
+    "boolean, 4 steps": "lab:tasks=boolean,chain=4",
+    "pointer, 4 steps": "lab:tasks=pointer,chain=4",
+}
+
+
+def run(recipe: Recipe, **changes: Any) -> tuple[Path, Recipe]:
+    """Fits a changed recipe, or continues it; the directory it lies in, and the recipe."""
+    recipe = replace(recipe, **changes)
+    return fit(recipe), recipe
+
+
+def train(seed: int, work: Path) -> dict[str, Path]:
+    """The runs of a seed, by name."""
+    quickstart = replace(load_recipe("quickstart"), control=None, seed=seed)
+    at = {name: str(work / f"lab-{name}-{seed}") for name in ("rlp", "next_token", "shuffled", "rpt", "quiet_star")}
+    rlp, _ = run(quickstart, run_dir=at["rlp"])
+    controlled = replace(quickstart, control=load_recipe("smollm2-next-token").objective)
+    steps = equal_flops_steps(controlled, RunDirectory(rlp))
+    next_token, _ = run(controlled.control_recipe(steps, at["next_token"]))
+    shuffled, _ = run(quickstart, run_dir=at["shuffled"], objective=replace(quickstart.objective, shuffle_rewards=True))
+    rpt, _ = run(load_recipe("lab-rpt"), seed=seed, run_dir=at["rpt"])
+    quiet = replace(load_recipe("lab-quiet-star"), seed=seed)
+    steps = equal_flops_steps(replace(quickstart, control=quiet.objective), RunDirectory(rlp))
+    every = max(1, steps // 5)
+    quiet_star, _ = run(quiet, run_dir=at["quiet_star"], steps=steps, evaluation=replace(quiet.evaluation, every=every))
+    return {"rlp": rlp, "next_token": next_token, "shuffled": shuffled, "rpt": rpt, "quiet_star": quiet_star}
+
+
+def answers(model: ThinkingModel, tokenizer: Tokenizer, lab: str, seed: int) -> dict[str, float]:
+    """Scores on held-out problems, with thoughts between think tags."""
+    quickstart = load_recipe("quickstart")
+    evaluator = replace(quickstart, objective=replace(quickstart.objective, length=LONGEST), seed=seed).make_objective(
+        tokenizer
+    )
+    assert isinstance(evaluator, Rlp)
+    data = open_data(DataConfig(lab, length=256), tokenizer, 0)
+    text = Text(**data.held_out_rows(ROWS))
+    test = CausalTest(encode_tag(tokenizer, " ")[0], data.solutions(ROWS))
+    scores = score_held_out(evaluator, model, text, Rng(seed, 2**32 - 2), 8, test)
+    summary = summarise(scores, scores.text_nll_E)
+    found = {f"nll_{condition}": summary["causal"][condition]["nll"] for condition in summary["causal"]}
+    return found | {name: summary[name] for name in ("thought_right", "accuracy_thought", "accuracy_text")}
+
+
+@torch.no_grad()
+def quiet_answers(model: ThinkingModel, tokenizer: Tokenizer, objective: QuietStar, seed: int) -> dict[str, float]:
+    """Quiet-STaR's own evaluation at the marker: greedy thoughts between its delimiters, mixed in."""
+    data = open_data(DataConfig(TRAINED_ON, length=256), tokenizer, 0)
+    text, solutions = Text(**data.held_out_rows(ROWS)), data.solutions(ROWS)
+    nll, right, base = [], [], []
+    for row in range(ROWS):
+        scores = objective.evaluate(model, text.rows(slice(row, row + 1)), Rng(seed, 2**32 - 2))
+        assert scores.thoughts is not None and scores.thought_nll_BN is not None
+        for (of, place), steps in solutions.items():
+            if of == row:
+                said = scores.thoughts.tokens_BKSM[0, 0, 1 : 1 + objective.config.L, place].tolist()
+                nll.append(scores.thought_nll_BN[0, place].item())
+                base.append(scores.text_nll_BN[0, place].item())
+                right.append(float(said == list(steps)))
+    return {
+        "mixed_nll_own": statistics.mean(nll),
+        "mixed_nll_none": statistics.mean(base),
+        "mixed_thought_right": statistics.mean(right),
+    }
+
+
+def cost(directory: Path) -> dict[str, float]:
+    """Seconds of training, FLOPs and steps."""
+    run_directory = RunDirectory(directory)
+    last = run_directory.read(run_directory.metrics)[-1]
+    return {name: last[name] for name in ("seconds", "flops", "step")}
+
+
+def over_seeds(found: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+        }
+        for name in found[0]
+        for values in [[one[name] for one in found]]
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=140)
+    columns = ("nll_none", "nll_own", "nll_shuffled", "nll_other", "nll_filler", "nll_right", "thought_right")
+    table = Table(title="Held-out answers, nats; medians over the seeds (range)", title_justify="left")
+    for column in ("", *columns, "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, found in results["objectives"].items():
+        cells = [f"{found[c]['median']:.2f} ({found[c]['min']:.2f}–{found[c]['max']:.2f})" for c in columns]
+        table.add_row(name, *cells, f"{found['seconds']['median']:.0f}" if "seconds" in found else "")
+    console.print(table)
+    table = Table(title="Shift: base → after RLP", title_justify="left")
+    for column in ("problems", "right thoughts", "NLL after own thought", "NLL without"):
+        table.add_column(column, justify="left" if column == "problems" else "right")
+    for name, (base, after) in results["shift"].items():
+        pairs = [(base[c]["median"], after[c]["median"]) for c in ("thought_right", "nll_own", "nll_none")]
+        table.add_row(name, *(f"{a:.2f} → {b:.2f}" for a, b in pairs))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
+    base = open_model("lab")
+    found: dict[str, list[dict[str, float]]] = {"base": []}
+    shifts: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {name: ([], []) for name in SHIFTS}
+    for seed in seeds:
+        runs = train(seed, arguments.work)
+        found["base"].append(answers(base.model, base.tokenizer, TRAINED_ON, seed))
+        for name, directory in runs.items():
+            opened = open_model(str(directory))
+            scores = answers(opened.model, opened.tokenizer, TRAINED_ON, seed) | cost(directory)
+            if name == "quiet_star":
+                assert opened.recipe is not None
+                objective = opened.recipe.make_objective(opened.tokenizer)
+                assert isinstance(objective, QuietStar)
+                scores |= quiet_answers(opened.model, opened.tokenizer, objective, seed)
+            found.setdefault(name, []).append(scores)
+            if name == "rlp":
+                for shift, lab in SHIFTS.items():
+                    for model, into in zip((base.model, opened.model), shifts[shift], strict=True):
+                        into.append(answers(model, opened.tokenizer, lab, seed))
+    results = {
+        "environment": environment(),
+        "seeds": list(seeds),
+        "objectives": {name: over_seeds(scores) for name, scores in found.items()},
+        "by_seed": found,
+        "shift": {name: [over_seeds(a), over_seeds(b)] for name, (a, b) in shifts.items()},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

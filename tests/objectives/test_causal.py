@@ -1,0 +1,103 @@
+"""The conditions of the causal test by hand, and that each is scored as the explicit sequence it stands for.
+
+Shapes as in objectives/causal.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from models.philox import Rng
+from models.thoughts import PAD, Anchors, Thoughts
+from objectives.causal import CausalTest
+from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
+from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
+
+RNG = Rng(4, 2)
+
+
+def columns(body_BLM: torch.Tensor, b: int, m: int) -> list[int]:
+    return [t for t in body_BLM[b, :, m].tolist() if t != PAD]
+
+
+def test_conditions_by_hand():
+    source = packed_text([[6], [6]], 6)
+    anchors = Anchors(source, torch.tensor([[1, 3], [2, -1]]))
+    body = torch.tensor([[[21, 31], [22, PAD], [23, PAD]], [[41, 99], [42, 99], [PAD, 99]]])
+    test = CausalTest(5, {(7, 1): (1, 2), (8, 2): (3,)})
+    found = test.conditions(body, anchors, anchors.index_BM >= 0, RNG)
+    assert list(found) == ["own", "other", "shuffled", "filler", "right"]
+    assert found["own"] is body
+    # Three anchors, each with the body of the one before.
+    assert [columns(found["other"], *at) for at in ((0, 0), (0, 1), (1, 0))] == [[41, 42], [21, 22, 23], [31]]
+    assert [columns(found["filler"], *at) for at in ((0, 0), (0, 1), (1, 0))] == [[5, 5, 5], [5], [5, 5]]
+    assert [columns(found["right"], *at) for at in ((0, 0), (0, 1), (1, 0))] == [[1, 2], [], [3]]
+    assert sorted(columns(found["shuffled"], 0, 0)) == [21, 22, 23]
+    assert columns(found["shuffled"], 0, 1) == [31]
+
+    def order(rng: Rng) -> tuple[int, ...]:
+        return tuple(columns(test.conditions(body, anchors, anchors.index_BM >= 0, rng)["shuffled"], 0, 0))
+
+    assert order(RNG) == tuple(columns(found["shuffled"], 0, 0))
+    assert len({order(Rng(0, step)) for step in range(60)}) == 6
+    alone = Anchors(source, torch.tensor([[1], [-1]]))
+    assert "other" not in CausalTest(5).conditions(body[:, :, :1], alone, alone.index_BM >= 0, RNG)
+    assert "right" not in CausalTest(5).conditions(body, anchors, anchors.index_BM >= 0, RNG)
+
+
+def test_rlps_conditions_are_scored_as_explicit_sequences():
+    model, source = tiny_model(), packed_text([[6, 5], [11], [2, 1, 8]], 11)
+    model.ban(14, (0, 1, 9))
+    rlp = Rlp(RlpConfig(length=5, thoughts=4, anchors_per_document=2), (7, 8), (9,))
+    index = rlp.evaluate(model, source, RNG).thoughts.anchors.index_BM
+    places = [(b, m, int(index[b, m])) for b, m in (index >= 0).nonzero().tolist()]
+    # Of the first anchor the right thought is what the model says anyway; of the others it is not.
+    plain = rlp.evaluate(model, source, RNG)
+    own = {(b, m): [t for t in plain.thoughts.tokens_BKSM[b, 0, :, m].tolist() if t != PAD][2:-1] for b, m, _ in places}
+    solutions = {(7 + b, n): tuple(own[b, m]) if i == 0 else (3, 4, 5) for i, (b, m, n) in enumerate(places)}
+    test = CausalTest(6, solutions)
+    scores = rlp.evaluate(model, source, RNG, test)
+    assert set(scores.causal_nll_BN) == {"own", "other", "shuffled", "filler", "right"}
+    assert torch.equal(scores.causal_nll_BN["own"], scores.thought_nll_BN)
+    target_BN, _ = source.targets(1)
+    width = max(map(len, own.values()))
+    body = torch.full((3, width, index.shape[1]), PAD)
+    for (b, m), tokens in own.items():
+        body[b, : len(tokens), m] = torch.tensor(tokens)
+    for condition, body_BLM in test.conditions(body, plain.thoughts.anchors, index >= 0, RNG).items():
+        for b, m, n in places:
+            tokens = [7, 8, *columns(body_BLM, b, m), 9]
+            whole = torch.zeros(3, 1, len(tokens), index.shape[1], dtype=torch.int64)
+            whole[b, 0, :, m] = torch.tensor(tokens)
+            hidden = explicit_hidden(model, source, Thoughts(whole, plain.thoughts.anchors), b, 0, m)[-1]
+            logits = (hidden @ model.head_weight_VW.T).log_softmax(-1)
+            truth = -logits[target_BN[b, n]]
+            assert relative_error(scores.causal_nll_BN[condition][b, n], truth) <= 1e-12, condition
+            if condition == "own":
+                assert bool(scores.thought_correct_BN[b, n]) == (logits.argmax() == target_BN[b, n]).item()
+    for i, (b, _, n) in enumerate(places):
+        assert bool(scores.right_BN[b, n]) == (i == 0)
+    logits = model.read(source).hidden_BNW @ model.head_weight_VW.T
+    assert torch.equal(scores.text_correct_BN, (logits.argmax(-1) == target_BN) & scores.valid_BN)
+
+
+def test_quiet_stars_conditions_swap_whole_thoughts():
+    """After another position's thought: the same as a model forced to think it there."""
+    model, source = tiny_model(), packed_text([[6, 5], [11]], 11)
+    quiet = QuietStar(QuietStarConfig(length=3, lookahead=2))
+    scores = quiet.evaluate(model, source, RNG, CausalTest(6))
+    assert set(scores.causal_nll_BN) == {"own", "other", "shuffled", "filler"}
+    thoughts = scores.thoughts
+    target_BN, valid_BN = source.targets(1)
+    bodies = CausalTest(6).conditions(thoughts.tokens_BKSM[:, 0, 1:4], thoughts.anchors, valid_BN, RNG)
+    text_BNW = model.read(source).hidden_BNW
+    for condition, body_BLN in bodies.items():
+        tokens = thoughts.tokens_BKSM.clone()
+        tokens[:, 0, 1:4] = body_BLN
+        for b, n in valid_BN.nonzero().tolist():
+            hidden = explicit_hidden(model, source, Thoughts(tokens, thoughts.anchors), b, 0, n)[-1]
+            w = model.mixing_head(text_BNW[b, n], hidden)
+            mixed = (1 - w) * text_BNW[b, n] + w * hidden
+            truth = -(mixed @ model.head_weight_VW.T).log_softmax(-1)[target_BN[b, n]]
+            assert relative_error(scores.causal_nll_BN[condition][b, n], truth) <= 1e-11, condition

@@ -1,0 +1,267 @@
+"""RPT against explicit sequences in fp64, its reward on bytes worked out by hand, and what it does at the edges.
+
+Shapes as in objectives/rpt.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from models.philox import Rng
+from models.rollout import Rollout
+from models.thoughts import PAD, Anchors, Text, Thoughts
+from objectives.rpt import Rpt, RptConfig
+from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
+
+RNG = Rng(seed=3, step=1)
+OPEN, CLOSE, BOX = (7, 8), (9,), ((11,), (12,))
+SMALL = RptConfig(
+    length=4,
+    thoughts=4,
+    temperature=3.0,
+    anchors_per_document=2,
+    positions="random",
+    template="forced",
+    answer_length=3,
+    box_open="[",
+)
+# Few letters, and a token for two of them: predictions are often right, in more than one way of spelling them.
+BYTES = [b"ab" if token == 6 else b"ab"[token % 2 :][:1] for token in range(60)] + [None]
+
+
+def objective(config: RptConfig = SMALL, box=BOX, end=(), token_bytes=BYTES) -> Rpt:
+    return Rpt(config, OPEN, CLOSE, token_bytes, box, end)
+
+
+def text() -> Text:
+    return packed_text([[6, 5], [11], [2, 1, 8]], 11)
+
+
+def model_of_few_words(seed: int = 0):
+    """Only a, b, ab and the two ends can be drawn."""
+    model = tiny_model(seed=seed)
+    model.ban(7, (0, 1, 4, 5))
+    return model
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def said(tokens: list[int]) -> bytes:
+    return b"".join(BYTES[token] for token in tokens)
+
+
+def explicit_loss(rpt: Rpt, model, source: Text, batch):
+    """GRPO's loss and rewards, response by response, from plain causal passes."""
+    c, drawn = rpt.config, batch.rollout
+    banned = model.banned_V.clone()
+    banned[[9, 12]] = False
+    anchors = batch.real_BM.nonzero().tolist()
+    total, rewards = 0.0, {}
+    for b, m in anchors:
+        place = int(drawn.thoughts.anchors.index_BM[b, m])
+        document = source.document_BN[b]
+        true = [int(source.tokens_BN[b, n]) for n in range(place + 1, 11) if document[n] == document[place]]
+        ends = {said(true[: n + 1]) for n in range(len(true))}
+        group, policies = [], []
+        for k in range(c.thoughts):
+            tokens = [t for t in drawn.thoughts.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
+            # [open, body, close, box, answer]
+            at = next(i for i in range(2, len(tokens)) if tokens[i] == 9) + 1
+            assert tokens[at] == 11
+            answer = tokens[at + 1 :]
+            right = answer[-1] == 12 and len(answer) > 1 and said(answer[:-1]) in ends
+            group.append(float(right))
+            closed = bool(drawn.closed_BKM[b, k, m])
+            own = [*range(2, at if closed else at - 1), *range(at + 1, len(tokens))]
+            whole = torch.zeros_like(drawn.thoughts.tokens_BKSM[:, :, :1]).repeat(1, 1, len(tokens), 1)
+            whole[b, k, :, m] = torch.tensor(tokens)
+            hidden = explicit_hidden(model, source, Thoughts(whole, drawn.thoughts.anchors), b, k, m)
+            logits = (hidden @ model.head_weight_VW.T / c.temperature).masked_fill(banned, -torch.inf)
+            policies.append(sum(logits[u - 1].log_softmax(-1)[tokens[u]] for u in own) / len(own))
+            rewards[b, k, m] = float(right)
+        reward_K = torch.tensor(group, dtype=torch.float64)
+        advantage_K = (reward_K - reward_K.mean()) / (reward_K.std() + 1e-6)
+        total = total - sum(a * p for a, p in zip(advantage_K, policies, strict=True))
+    return total / (len(anchors) * c.thoughts), rewards
+
+
+def test_grpo_on_explicit_sequences():
+    model, source, rpt = model_of_few_words(), text(), objective()
+    batch = rpt.prepare(model, source, RNG)
+    output = rpt(model, source, RNG, rpt.denominators(source, batch), batch)
+    truth, rewards = explicit_loss(rpt, model, source, batch)
+    assert 0.05 < sum(rewards.values()) / len(rewards) < 0.95
+    for (b, k, m), reward in rewards.items():
+        assert output.record.reward_BKM[b, k, m].item() == reward
+    got, expected = gradients(model, output.loss), gradients(model, truth)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+    assert output.metrics["ratio"].sum.item() == pytest.approx(output.metrics["ratio"].count.item(), rel=1e-12)
+
+
+# What is rewarded
+
+
+def drawn_tokens(tokens: list[int], answering: list[bool], answered: bool) -> Rollout:
+    tokens_BKSM = torch.tensor(tokens)[None, None, :, None]
+    mask = torch.tensor(answering)[None, None, :, None]
+    yes = torch.ones(1, 1, 1, dtype=torch.bool)
+    source = Text.from_rows(torch.zeros(1, 4, dtype=torch.int64))
+    thoughts = Thoughts(tokens_BKSM, Anchors(source, torch.tensor([[1]])))
+    return Rollout(thoughts, tokens_BKSM >= 0, tokens_BKSM.double(), yes, mask, yes & answered, 0)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("I think.</think>\\boxed{ cat}", b" cat"),
+        ("\\boxed{dog}</think>\\boxed{ cat} no, \\boxed{cow}", b"cow"),
+        ("</think>\\boxed{}", b""),
+        ("\\boxed{ cat}", None),
+        ("\\boxed{ cat}</think>", None),
+        ("</think>\\boxed{ cat", None),
+        ("</think> cat", None),
+        ("a</think>b</think>\\boxed{é}", "é".encode()),
+    ],
+)
+def test_the_last_box_behind_the_closing_tag(response, expected):
+    table = [bytes([byte]) for byte in range(256)]
+    rpt = objective(RptConfig(), token_bytes=table)
+    tokens = list(response.encode())
+    drawn = drawn_tokens([*tokens, PAD], [False] * (len(tokens) + 1), True)
+    assert rpt.predictions(drawn) == [[[expected]]]
+
+
+def test_forced_predictions_are_what_stands_before_the_end():
+    rpt = objective()
+    answering = [False, False, False, True, True, True]
+    tokens = [7, 9, 11, 6, 3, 12]
+    assert rpt.predictions(drawn_tokens(tokens, answering, True)) == [[[b"abb"]]]
+    assert rpt.predictions(drawn_tokens(tokens, answering, False)) == [[[None]]]
+    unboxed = objective(box=((), ()))
+    assert unboxed.predictions(drawn_tokens([7, 9, 6, 3], [False, False, True, True], True)) == [[[b"abb"]]]
+
+
+def test_the_continuation_ends_with_its_document_and_before_control_tokens():
+    source = Text(
+        torch.tensor([[2, 3, 2, 60, 2, 3]]),
+        torch.tensor([[0, 0, 0, 0, 1, 1]]),
+        torch.tensor([[0, 1, 2, 3, 0, 1]]),
+        torch.tensor([0]),
+    )
+    rpt = objective(box=((), ()))
+    drawn = drawn_tokens([7, 9, 2], [False, False, True], True)
+    anchors = Anchors(source, torch.tensor([[0]]))
+    drawn = dataclasses.replace(drawn, thoughts=Thoughts(drawn.thoughts.tokens_BKSM, anchors))
+    for prediction, reward in ((b"b", 1), (b"ba", 1), (b"baa", 0), (b"a", 0), (b"", 0), (None, 0)):
+        assert rpt._rewards([[[prediction]]], drawn, torch.float64).item() == reward
+    assert rpt.eligible(source).tolist() == [[True, True, False, False, True, False]]
+
+
+# Where, and which groups
+
+
+def test_hard_positions_are_the_proxys():
+    model, other, source = model_of_few_words(), tiny_model(seed=5), text()
+    config = dataclasses.replace(SMALL, positions="hard", anchors_per_document=99)
+
+    def entropies(which):
+        logits = which.read(source).hidden_BNW @ which.head_weight_VW.T
+        p = logits.topk(16).values.softmax(-1)
+        return -(p * p.log()).sum(-1)
+
+    for proxy in (None, other):
+        entropy_BN = entropies(proxy or model)
+        threshold = entropy_BN[objective().eligible(source)].median().item()
+        rpt = objective(dataclasses.replace(config, hard_entropy=threshold))
+        rpt.proxy = proxy
+        batch = rpt.prepare(model, source, RNG)
+        index_BM = batch.rollout.thoughts.anchors.index_BM
+        chosen = {(b, n) for b in range(3) for n in index_BM[b].tolist() if n >= 0}
+        hard_BN = rpt.eligible(source) & (entropy_BN >= threshold)
+        assert chosen == set(map(tuple, hard_BN.nonzero().tolist())) != set()
+        assert rpt.other_models(model) == ([proxy] if proxy else [])
+
+
+def test_groups_without_spread_are_left_out_from_their_step_on():
+    model, source = model_of_few_words(), text()
+    keep = objective(dataclasses.replace(SMALL, drop_flat_from=2))
+    before, after = keep.prepare(model, source, Rng(3, 1)), keep.prepare(model, source, Rng(3, 2))
+    assert torch.equal(before.kept_BM, before.real_BM)
+    spread_BM = (after.reward_BKM.amax(1) > after.reward_BKM.amin(1)) & after.real_BM
+    assert 0 < spread_BM.sum() < after.real_BM.sum()
+    assert torch.equal(after.kept_BM, spread_BM)
+    assert keep.denominators(source, after)["anchors"] == spread_BM.sum()
+    never = objective(dataclasses.replace(SMALL, drop_flat_from=None))
+    rng = Rng(3, 2)
+    kept, all_of_them = (gradients(model, o(model, source, rng).loss) for o in (keep, never))
+    scale = after.real_BM.sum() / spread_BM.sum()
+    assert max(relative_error(kept[n], all_of_them[n] * scale) for n in kept) <= 1e-10
+
+
+def test_the_update_does_not_depend_on_the_cut_of_the_batch():
+    model, source = model_of_few_words(), text()
+    config = dataclasses.replace(SMALL, drop_flat_from=0)
+    truth = gradients(model, objective(config)(model, source, RNG).loss)
+    rpt = objective(config)
+    parts = [source.rows(cut) for cut in (slice(0, 1), slice(1, 3))]
+    prepared = [rpt.prepare(model, part, RNG) for part in parts]
+    counts = [rpt.denominators(part, p) for part, p in zip(parts, prepared, strict=True)]
+    total = {name: counts[0][name] + counts[1][name] for name in counts[0]}
+    cut = gradients(model, sum(rpt(model, part, RNG, total, p).loss for part, p in zip(parts, prepared, strict=True)))
+    assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-10
+
+
+# At the edges
+
+
+def test_a_text_without_a_position_gives_no_loss():
+    model = model_of_few_words()
+    for source, config in (
+        (packed_text([[1], []], 4), SMALL),
+        (text(), dataclasses.replace(SMALL, positions="hard", hard_entropy=100.0)),
+        (text(), dataclasses.replace(SMALL, min_prefix=50)),
+    ):
+        output = objective(config)(model, source, RNG)
+        assert output.loss.item() == 0
+        assert all(g.abs().max() == 0 for g in gradients(model, output.loss).values())
+
+
+def test_a_document_nearly_over_can_still_be_predicted():
+    """A prediction longer than what is left is wrong, not an error."""
+    model, source = model_of_few_words(), packed_text([[2], [2, 2]], 4)
+    output = objective(dataclasses.replace(SMALL, answer_length=12))(model, source, RNG)
+    assert torch.isfinite(output.loss)
+    assert objective().denominators(source)["anchors"].item() == 3
+
+
+def test_settings_that_cannot_be():
+    wrong = RptConfig(length=0, thoughts=1, answer_length=0, drop_flat_from=-1, box_open="")
+    problems = wrong.problems()
+    assert len(problems) == 5
+    assert any("use template forced" in p for p in problems)
+    assert RptConfig().problems() == []
+
+
+def test_free_responses_end_with_the_models_own_end():
+    model, source = model_of_few_words(), text()
+    config = RptConfig(length=6, thoughts=4, positions="random", temperature=2.0)
+    rpt = objective(config, box=((11,), (12,)), end=(13,))
+    batch = rpt.prepare(model, source, RNG)
+    drawn = batch.rollout
+    real = batch.real_BM[:, None].expand_as(drawn.closed_BKM)
+    assert 0 < drawn.closed_BKM[real].sum() < real.sum()
+    tokens = drawn.thoughts.tokens_BKSM
+    assert ((tokens == 13).any(dim=2) == drawn.closed_BKM)[real].all()
+    assert not drawn.answering_BKSM.any()
+    metrics = rpt(model, source, RNG).metrics
+    assert metrics["ratio"].sum.item() == pytest.approx(metrics["ratio"].count.item(), rel=1e-12)
+    assert metrics["answered"].sum.item() < metrics["answered"].count.item()
