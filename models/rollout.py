@@ -129,7 +129,7 @@ def rollout(
             phase_BKM = torch.where(over_BKM, ANSWERING, torch.where(done_BKM, ENDED, phase_BKM))
             pending_BKM = torch.where(over_BKM, len(forced) - closes_BKM * len(close), pending_BKM)
             drawn_BKM = drawn_BKM * ~over_BKM
-        if (s - P + 1) % LOOK_EVERY == 0 and (phase_BKM == ENDED).all():
+        if (s - P + 1) % LOOK_EVERY == 0 and model.all_agree((phase_BKM == ENDED).all()):
             break
     return Rollout(
         Thoughts(tokens_BKSM, anchors),

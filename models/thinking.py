@@ -5,6 +5,8 @@ Shapes: B rows, N text positions, M anchors, K thoughts, S tokens of a thought, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +72,8 @@ class ThinkingModel(nn.Module):
     """Decoder, delimiters, mixing head; what an objective does not use is None."""
 
     banned_V: Tensor
+    # Whether all ranks say so: a sharded model's passes are collective, so its ranks must stop sampling together.
+    all_agree: Callable[[Tensor], bool] = staticmethod(bool)
 
     def __init__(self, decoder: Decoder, delimiters: bool = False, mixing_head: bool = False):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +30,13 @@ def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
     # A sharded model gathers its weights in `forward` and in the methods named here.
     for method in ("read", "think", "continue_thoughts"):
         register_fsdp_forward_method(model, method)
+
+    def all_agree(here: Tensor) -> bool:
+        everywhere = here.to(torch.int32)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=mesh.get_group())
+        return bool(everywhere)
+
+    model.all_agree = all_agree
 
 
 def reshard(model: ThinkingModel) -> None:

@@ -207,3 +207,23 @@ def test_allowed_ids_can_be_drawn_though_they_are_banned():
     for allowed, expected in (((), False), ((4,), True)):
         tokens = draw(None, allowed=allowed)[3].thoughts.tokens_BKSM
         assert bool((tokens == 4).any()) == expected
+
+
+def test_sampling_stops_early_only_where_all_agree():
+    """A rank whose thoughts have all ended goes on with the others, and nothing about its thoughts changes."""
+    model, text = tiny_model(), packed_text([[9]], 9)
+    model.ban(10, (0, 1, 2, 3, 4, 5, 6, 7))
+    with torch.no_grad():
+        state = model.read(text)
+    passes, drawn = [], []
+    forward = model.continue_thoughts
+    model.continue_thoughts = lambda *arguments: passes.append(1) or forward(*arguments)
+    for agree in (bool, lambda here: False):
+        model.all_agree = agree
+        passes.clear()
+        drawn.append((rollout(model, state, Anchors.everywhere(text), 2, 30, Rng(0, 0), 2.0, (7,), (9,)), len(passes)))
+    (early, few), (late, all_of_them) = drawn
+    assert few < all_of_them == 30
+    assert early.closed_BKM.all()
+    assert torch.equal(early.thoughts.tokens_BKSM, late.thoughts.tokens_BKSM)
+    assert torch.equal(early.logprobs_BKSM, late.logprobs_BKSM)
