@@ -330,7 +330,12 @@ class Anchored(Objective):
         ratio_J = (policy.logprob_J - policy.old_J).exp().detach()
         all_J = torch.ones_like(ratio_J, dtype=torch.bool)
         clipped_J = (ratio_J > 1 + c.eps_high) | (ratio_J < 1 - c.eps_low)
+        anchors = drawn.thoughts.anchors
+        places = {(row, n) for row, index in enumerate(anchors.index_BM.tolist()) for n in index}
+        skipped = [all((row, n) not in places for n in range(start, end)) for row, start, end in anchors.text.spans]
         return {
+            # Documents without any anchor: too short, or nothing eligible in them.
+            "documents_skipped": Mean.of(skipped, real_BKM.device),
             "reward": Mean.over(gain_BKM, real_BKM),
             "reward_positive": Mean.over((gain_BKM > 0).double(), real_BKM),
             "reward_spread": Mean.over(gain_BKM.std(dim=1), batch.real_BM),

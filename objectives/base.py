@@ -9,8 +9,10 @@ Shapes: B rows, N text positions, M anchors, K thoughts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from models.philox import Rng
@@ -33,6 +35,12 @@ class Mean:
         """The mean of `values` where the bool `where` (broadcast) is set."""
         where = where.expand_as(values)
         return Mean((values.detach().double() * where).sum(), where.sum().double())
+
+    @staticmethod
+    def of(values: Sequence[float], device: torch.device) -> Mean:
+        """The mean of numbers known on the host."""
+        pair = torch.tensor([float(sum(values)), float(len(values))], dtype=torch.float64, device=device)
+        return Mean(pair[0], pair[1])
 
 
 @dataclass

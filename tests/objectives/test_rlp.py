@@ -279,6 +279,8 @@ def test_documents_without_room_are_left_out():
     output = rlp(model, source, RNG)
     assert output.loss.item() == 0
     assert all(g.abs().max() == 0 for g in gradients(model, output.loss).values())
+    skipped = objective()(model, source, RNG).metrics["documents_skipped"]
+    assert (skipped.sum.item(), skipped.count.item()) == (1, 2)
     long = objective(dataclasses.replace(SMALL, horizon=4))
     assert long.denominators(packed_text([[4], [5]], 5))["anchors"].item() == 1
 

@@ -1,0 +1,137 @@
+"""Runs in the lab: with a control, with the causal test, and the mistakes one can make with tags."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from checkpoints.references import LAB
+from pretrain.cli import main
+from pretrain.recipe import load_recipe, recipe_from_tree, recipe_to_tree
+from tests.pretrain.test_fit import lines
+
+SMALL = [
+    "--model",
+    "random:lab",
+    "--steps",
+    "4",
+    "--rows-per-step",
+    "1",
+    "--data.length",
+    "64",
+    "--evaluation.rows",
+    "2",
+]
+SMALL += ["--objective.length", "4", "--objective.thoughts", "3", "--evaluation.every", "2", "--logging.every", "1"]
+
+
+def fit(recipe: str, directory, *more: str) -> int:
+    return main(["fit", recipe, *SMALL, "--run-dir", str(directory), *more])
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A tiny quickstart, its control included."""
+    directory = tmp_path_factory.mktemp("runs") / "quickstart"
+    assert fit("quickstart", directory) == 0
+    return directory
+
+
+def test_the_control_spends_as_much_on_the_same_problems(quickstart):
+    main_run, control = lines(quickstart / "metrics.jsonl"), lines(quickstart / "control" / "metrics.jsonl")
+    assert main_run[-1]["step"] == 4 < control[-1]["step"]
+    one_step = control[0]["flops"]
+    assert abs(control[-1]["flops"] - main_run[-1]["flops"]) <= one_step
+    recipe = load_recipe(str(quickstart / "control" / "recipe.yaml"))
+    assert (recipe.objective_name, recipe.control) == ("next_token", None)
+    assert recipe.optimizer == load_recipe(str(quickstart / "recipe.yaml")).optimizer
+    ours, theirs = (lines(d / "evaluations.jsonl") for d in (quickstart, quickstart / "control"))
+    # Before the first step both are the same model, put to the same test.
+    for key in ours[0].keys() - {"step", "tokens", "flops"}:
+        assert ours[0][key] == theirs[0][key], key
+    assert len(theirs) in (len(ours), len(ours) + 1)
+
+
+def test_the_causal_test_is_in_every_evaluation(quickstart):
+    for record in lines(quickstart / "evaluations.jsonl"):
+        assert set(record["causal"]) == {"own", "other", "shuffled", "filler", "right", "none"}
+        assert set(record["causal_minus_own"]) == {"other", "shuffled", "filler", "right", "none"}
+        assert record["causal"]["own"]["nll"] == pytest.approx(record["nll_thought"])
+        assert record["causal"]["none"]["nll"] == pytest.approx(record["nll_text"])
+        for condition, found in record["causal"].items():
+            assert found["low"] <= found["nll"] <= found["high"], condition
+            if condition != "own":
+                difference = found["nll"] - record["causal"]["own"]["nll"]
+                assert record["causal_minus_own"][condition]["nll"] == pytest.approx(difference)
+        assert 0 <= record["thought_right"] <= record["tokens_scored"]
+
+
+def test_a_finished_run_goes_on_to_its_control(quickstart, tmp_path, capsys):
+    """What was killed between the two continues with the second, and leaves the first alone."""
+    copy = tmp_path / "copy"
+    shutil.copytree(quickstart, copy)
+    expected = (copy / "control" / "evaluations.jsonl").read_text()
+    before = (copy / "metrics.jsonl").read_text()
+    shutil.rmtree(copy / "control")
+    assert fit("quickstart", copy) == 0
+    assert "already at step 4" in capsys.readouterr().err
+    assert (copy / "control" / "evaluations.jsonl").read_text() == expected
+    assert (copy / "metrics.jsonl").read_text() == before
+
+
+def test_without_the_causal_test(tmp_path):
+    assert fit("lab-rpt", tmp_path / "run", "--evaluation.causal", "false") == 0
+    assert "causal" not in lines(tmp_path / "run" / "evaluations.jsonl")[-1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "part"),
+    [
+        ("quickstart", ["--objective.open", "'{'"], "objective.open '{' cannot be written in the tokens of random:lab"),
+        ("quickstart", ["--objective.close", "é"], "objective.close 'é' cannot be written"),
+        ("quickstart", ["--objective.marker", "=="], "objective.marker '==' must be one token of random:lab, it is 2"),
+        ("lab-rpt", ["--objective.box_open", "\\boxed{"], "objective.box_open '\\\\boxed{' cannot be written"),
+        ("quickstart", ["--evaluation.filler", "''"], "evaluation.filler is empty"),
+        ("quickstart", ["--data.length", "8"], "raise it"),
+    ],
+)
+def test_what_cannot_be_written_is_named(recipe, arguments, part, tmp_path, capsys):
+    assert fit(recipe, tmp_path / "run", *arguments, "--dry-run") == 1
+    message = capsys.readouterr().err.strip()
+    assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_settings_are_checked_together(tmp_path, capsys):
+    more = ["--objective.thoughts", "1", "--objective.length", "0", "--objective.horizon", "0"]
+    assert main(["fit", "quickstart", "--run-dir", str(tmp_path / "run"), *more]) == 1
+    message = capsys.readouterr().err
+    assert message.count("  - ") == 3
+    assert "thoughts must be at least 2 to be compared with each other" in message
+
+
+def test_a_proxy_reads_the_same_tokens(tmp_path, tiny_directory, capsys):
+    like = ["--objective.positions", "hard", "--objective.hard_entropy", "0"]
+    assert fit("lab-rpt", tmp_path / "run", *like, "--objective.proxy", "random:lab", "--steps", "2") == 0
+    assert fit("lab-rpt", tmp_path / "other", *like, "--objective.proxy", str(tiny_directory)) == 1
+    assert "has another tokenizer than random:lab" in capsys.readouterr().err
+
+
+def test_a_free_response_needs_an_end(tmp_path, capsys):
+    directory = tmp_path / "endless"
+    shutil.copytree(LAB, directory)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<|unknown|>"}))
+    free = ["--objective.template", "free", "--objective.box_open", "':'", "--objective.box_close", "'>'"]
+    more = [*free, "--model", f"random:{directory}", "--data.end_of_document", "<|endoftext|>"]
+    assert fit("lab-rpt", tmp_path / "run", *more) == 1
+    assert "has no end-of-sequence token" in capsys.readouterr().err
+
+
+def test_a_control_survives_yaml():
+    recipe = load_recipe("quickstart")
+    assert recipe_from_tree(recipe_to_tree(recipe)) == recipe
+    assert recipe.control is not None
+    control = recipe.control_recipe(1000, "there")
+    assert (control.steps, control.evaluation.every, control.evaluation.objective) == (1000, 200, recipe.objective)
