@@ -86,6 +86,8 @@ class Prepared:
 
     recipe: Recipe
     objective: Objective
+    evaluator: Objective
+    test: CausalTest | None
     tokenizer: Tokenizer
     tokenizer_directory: Path
     data: PackedText
@@ -99,6 +101,8 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     data = open_data(recipe.data, tokenizer, recipe.seed)
     objective = recipe.make_objective(tokenizer)
+    evaluator = recipe.make_objective(tokenizer, evaluation=True)
+    test = causal_test(recipe, tokenizer, data)
     _load_proxy(objective, recipe, tokenizer)
     newest = newest_checkpoint(directory.checkpoints) if directory is not None else None
     checkpoint = None
@@ -118,8 +122,8 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
             f"{model.decoder.config.vocab_size} embeddings; choose another model"
         )
     model.ban(tokenizer.size, tokenizer.control_ids)
-    _check_lengths(recipe, objective, model)
-    return Prepared(recipe, objective, tokenizer, tokenizer_directory, data, model, checkpoint)
+    _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
+    return Prepared(recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, model, checkpoint)
 
 
 def causal_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> CausalTest | None:
@@ -145,8 +149,7 @@ def _load_proxy(objective: Objective, recipe: Recipe, tokenizer: Tokenizer) -> N
     objective.proxy = load_reference(reference, compute_dtype(recipe.compute_dtype)).requires_grad_(False)
 
 
-def _check_lengths(recipe: Recipe, objective: Objective, model: ThinkingModel) -> None:
-    thought = objective.longest_thought
+def _check_lengths(recipe: Recipe, thought: int, model: ThinkingModel) -> None:
     config = model.decoder.config
     limit = min(config.max_positions, config.sliding_window or config.max_positions)
     if recipe.data.length + thought > limit:
@@ -205,9 +208,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
 
     mirrors = _mirrors(recipe, directory)
     held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
-    evaluator = recipe.make_objective(prepared.tokenizer, evaluation=True)
-    test = causal_test(recipe, prepared.tokenizer, prepared.data)
-    evaluation = HeldOutEvaluation(directory, evaluator, held_out, mirrors, difficulty_E, test)
+    evaluation = HeldOutEvaluation(directory, prepared.evaluator, held_out, mirrors, difficulty_E, prepared.test)
     checkpointing = Checkpoints(directory, prepared.data, evaluation)
     records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
     trainer = lightning.Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from checkpoints.references import CheckpointError
 from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.thoughts import Text, Thoughts
+from objectives.anchored import AnchoredConfig
+from objectives.base import TokenScores
 from objectives.quiet_star import QuietStar, QuietStarConfig
 
 if TYPE_CHECKING:
@@ -53,27 +56,51 @@ def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperat
     Raises CheckpointError for a model that was not trained to think.
     """
     model, tokenizer = opened.model, opened.tokenizer
-    if model.delimiters is None or model.mixing_head is None:
-        raise CheckpointError("this model has no thought delimiters or mixing head; sample one trained by quiet_star")
     ids = tokenizer.encode([words])[0]
     if not ids:
         raise CheckpointError("there is nothing to read; give --text some words")
-    trained = opened.recipe.objective if opened.recipe is not None else None
-    if length is None:
-        length = trained.L if isinstance(trained, QuietStarConfig) else DEFAULT_LENGTH
-    objective = QuietStar(QuietStarConfig(length=length, lookahead=1, thoughts=1))
     text = Text.from_rows(torch.tensor([ids]))
-    scores = objective.evaluate(model, text, Rng(seed, 0), temperature=temperature)
+    scores = _evaluate(opened, text, length, temperature, Rng(seed, 0))
     assert scores.thoughts is not None and scores.thought_nll_BN is not None
+    anchor_of = {n: m for m, n in enumerate(scores.thoughts.anchors.index_BM[0].tolist())}
     table = Table(title="A thought at every token")
     for column in ("token", "thought", "next token", "p without", "p with"):
         table.add_column(column, justify="right" if column.startswith("p ") else "left")
     for n, token in enumerate(ids):
-        thought = [t for t in scores.thoughts.tokens_BKSM[0, 0, :, n].tolist() if t >= 0]
+        thought = scores.thoughts.tokens_BKSM[0, 0, :, anchor_of[n]].tolist() if n in anchor_of else []
         known = bool(scores.valid_BN[0, n])
+        parts = ([token], [t for t in thought if t >= 0], ids[n + 1 : n + 2])
         table.add_row(
-            *(printable(tokenizer.decode(part)) for part in ([token], thought, ids[n + 1 : n + 2])),
+            *(printable(tokenizer.decode(part)) for part in parts),
             f"{scores.text_nll_BN[0, n].neg().exp():.4f}" if known else "",
             f"{scores.thought_nll_BN[0, n].neg().exp():.4f}" if known else "",
         )
     Console(highlight=False).print(table)
+
+
+def _evaluate(opened: OpenedModel, text: Text, length: int | None, temperature: float, rng: Rng) -> TokenScores:
+    """The scores of the objective that the model was trained by, at every position where that thinks."""
+    model, recipe = opened.model, opened.recipe
+    trained = recipe.objective if recipe is not None else None
+    if isinstance(trained, AnchoredConfig):
+        assert recipe is not None
+        # A marker says where to think; any other choice of positions is training's own.
+        config = dataclasses.replace(
+            trained,
+            length=length or trained.length,
+            temperature=temperature,
+            anchors_per_document=text.shape[1],
+            min_prefix=1,
+            positions="marker" if trained.positions == "marker" else "random",
+        )
+        objective = dataclasses.replace(recipe, objective=config).make_objective(opened.tokenizer)
+        return objective.evaluate(model, text, rng)
+    if model.delimiters is None or model.mixing_head is None:
+        raise CheckpointError(
+            "this model has no thought delimiters or mixing head; sample a run of quiet_star, or the run directory of "
+            "one of rlp or rpt"
+        )
+    if length is None:
+        length = trained.L if isinstance(trained, QuietStarConfig) else DEFAULT_LENGTH
+    quiet_star = QuietStar(QuietStarConfig(length=length, lookahead=1, thoughts=1))
+    return quiet_star.evaluate(model, text, rng, temperature=temperature)

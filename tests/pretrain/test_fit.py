@@ -282,7 +282,7 @@ def test_a_thinking_model_can_be_trained_on(tiny_run, run_directory, tmp_path):
 
 def test_sample_needs_a_model_that_thinks(tiny_directory, capsys):
     assert main(["sample", str(tiny_directory), "--text", "hello"]) == 1
-    assert "sample one trained by quiet_star" in capsys.readouterr().err
+    assert "sample a run of quiet_star, or the run directory" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(tiny_run, run_directory, capsys):

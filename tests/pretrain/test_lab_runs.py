@@ -135,3 +135,13 @@ def test_a_control_survives_yaml():
     assert recipe.control is not None
     control = recipe.control_recipe(1000, "there")
     assert (control.steps, control.evaluation.every, control.evaluation.objective) == (1000, 200, recipe.objective)
+
+
+def test_sample_shows_a_thought_where_the_run_thinks(quickstart, capsys):
+    assert main(["sample", str(quickstart), "--text", "3+5+9=7", "--length", "3", "--temperature", "1"]) == 0
+    out = capsys.readouterr().out
+    (thinking,) = [line for line in out.splitlines() if "<think>" in line]
+    assert thinking.split("│")[1].strip() == "="
+    assert 0 <= float(thinking.split("│")[4]) <= 1
+    assert main(["sample", str(quickstart / "control"), "--text", "3+5+9=7"]) == 1
+    assert "sample a run of quiet_star" in capsys.readouterr().err
