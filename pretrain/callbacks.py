@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import signal
 import sys
+from collections import deque
 from typing import Any
 
 import lightning
@@ -25,6 +27,7 @@ from pretrain.module import PretrainModule, StepReport
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.state import run_state
+from pretrain.watch import WINDOW, Watch, length_trend
 
 console = Console(stderr=True, highlight=False)
 
@@ -41,7 +44,7 @@ def say(message: str) -> None:
 
 
 class Records(lightning.Callback):
-    """Writes metrics.jsonl and samples.jsonl, mirrors the metrics to the loggers, and shows progress.
+    """Writes metrics.jsonl, samples.jsonl and warnings.jsonl, mirrors the metrics to the loggers, and shows progress.
 
     A bar with loss and tokens per second on a terminal, plain lines elsewhere.
     """
@@ -52,10 +55,16 @@ class Records(lightning.Callback):
         self.counts = {f"data/{name}": count for name, count in counts.items()}
         self.mirrors = mirrors
         self.progress: Progress | None = None
+        self.watch = Watch()
+        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._last = (0, 0.0)
 
     def on_train_start(self, trainer: lightning.Trainer, module: PretrainModule) -> None:  # type: ignore[override]
         self._last = (module.tokens, module.seconds)
+        for record in self.directory.read(self.directory.metrics):
+            # A continued run has given these warnings already.
+            self.watch.update(record)
+            self._recent.append(record)
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
@@ -90,7 +99,13 @@ class Records(lightning.Callback):
             **report.metrics,
             **self.counts,
         }
+        self._recent.append(record)
+        if (trend := length_trend(list(self._recent))) is not None:
+            record["thought_length_trend"] = trend
         self.directory.append(self.directory.metrics, record)
+        for warning in self.watch.update(record):
+            self.directory.append(self.directory.warnings, dataclasses.asdict(warning))
+            say(f"warning, {warning.name}: {warning.message}")
         for mirror in self.mirrors:
             mirror.log_metrics(record, step=report.step)
         self._write_samples(report, module)

@@ -55,7 +55,7 @@ def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperat
 
     Raises CheckpointError for a model that was not trained to think.
     """
-    model, tokenizer = opened.model, opened.tokenizer
+    tokenizer = opened.tokenizer
     ids = tokenizer.encode([words])[0]
     if not ids:
         raise CheckpointError("there is nothing to read; give --text some words")

@@ -145,3 +145,27 @@ def test_sample_shows_a_thought_where_the_run_thinks(quickstart, capsys):
     assert 0 <= float(thinking.split("│")[4]) <= 1
     assert main(["sample", str(quickstart / "control"), "--text", "3+5+9=7"]) == 1
     assert "sample a run of quiet_star" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_says_so_once_and_also_when_continued(tmp_path, capsys):
+    """A model that never closes its thoughts, in groups of which it learns nothing."""
+    never = [
+        "--objective.close",
+        "T",
+        "--objective.temperature",
+        "0.01",
+        "--optimizer.lr",
+        "0",
+        "--evaluation.every",
+        "null",
+    ]
+    assert fit("quickstart", tmp_path / "run", *never, "--control", "null", "--steps", "30") == 0
+    shown = capsys.readouterr().err
+    assert shown.count("warning, unclosed_thoughts:") == shown.count("warning, dead_groups:") == 1
+    given = lines(tmp_path / "run" / "warnings.jsonl")
+    assert {w["name"] for w in given} >= {"unclosed_thoughts", "dead_groups"}
+    assert all(w["step"] == 20 for w in given)
+    assert fit("quickstart", tmp_path / "run", *never, "--control", "null", "--steps", "33") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert lines(tmp_path / "run" / "warnings.jsonl") == given
+    assert "thought_length_trend" in lines(tmp_path / "run" / "metrics.jsonl")[-1]
