@@ -3,9 +3,9 @@
     python -m benchmarks.lab
 
 For each seed, from the shipped base model: RLP (recipe quickstart), next-token prediction at equal FLOPs, RLP with its
-rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star) at equal FLOPs. Each is then put to
-the same held-out problems: NLL of the answer without a thought, after its own, after others; share of right thoughts.
-What RLP's models do on longer chains, other tasks and other surface forms is compared with the base model.
+rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star). Each is then put to the same
+held-out problems: NLL of the answer without a thought, after its own, after others; share of right thoughts. What RLP's
+models do on longer chains, other tasks and other surface forms is compared with the base model.
 
 Writes medians and ranges over the seeds to benchmarks/results/lab.json and prints them. Runs are kept in runs/lab-*, so
 the command continues where it was stopped.
@@ -39,6 +39,7 @@ from pretrain.run import equal_flops_steps, fit, open_model
 from pretrain.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results" / "lab.json"
+BASE = "lab"
 TRAINED_ON = "lab:tasks=sum,chain=4"
 ROWS = 48  # held-out rows of 256 tokens, about 20 problems each
 LONGEST = 20  # sampled tokens of a thought: room for chains of 8 with their spaces and the closing tag
@@ -74,10 +75,7 @@ def train(seed: int, work: Path) -> dict[str, Path]:
     next_token, _ = run(controlled.control_recipe(steps, at["next_token"]))
     shuffled, _ = run(quickstart, run_dir=at["shuffled"], objective=replace(quickstart.objective, shuffle_rewards=True))
     rpt, _ = run(load_recipe("lab-rpt"), seed=seed, run_dir=at["rpt"])
-    quiet = replace(load_recipe("lab-quiet-star"), seed=seed)
-    steps = equal_flops_steps(replace(quickstart, control=quiet.objective), RunDirectory(rlp))
-    every = max(1, steps // 5)
-    quiet_star, _ = run(quiet, run_dir=at["quiet_star"], steps=steps, evaluation=replace(quiet.evaluation, every=every))
+    quiet_star, _ = run(load_recipe("lab-quiet-star"), seed=seed, run_dir=at["quiet_star"])
     return {"rlp": rlp, "next_token": next_token, "shuffled": shuffled, "rpt": rpt, "quiet_star": quiet_star}
 
 
@@ -164,7 +162,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     seeds = range(arguments.seeds)
-    base = open_model("lab")
+    base = open_model(BASE)
     found: dict[str, list[dict[str, float]]] = {"base": []}
     shifts: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {name: ([], []) for name in SHIFTS}
     for seed in seeds:

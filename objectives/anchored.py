@@ -368,7 +368,7 @@ class Anchored(Objective):
         target_BM = text.targets(1)[0].gather(1, at_BM)
         ledger = Ledger(model.decoder.config)
         ledger.read(text, backward=False)
-        ledger.think(anchors, 1, drawn.thoughts.tokens_BKSM.shape[2], backward=False, stage="rollout")
+        ledger.think(anchors, 1, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
         ledger.vocabulary(c.length * real_BM.numel(), backward=False, stage="rollout")
 
         def predict(hidden_BMW: Tensor) -> tuple[Tensor, Tensor]:

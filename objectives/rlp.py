@@ -120,7 +120,7 @@ class Rlp(Anchored):
         ledger = Ledger(model.decoder.config)
         ledger.read(text, backward=False)
         ledger.vocabulary(base_BHM.numel(), backward=False)
-        ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2], backward=False, stage="rollout")
+        ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
         ledger.vocabulary(drawn.closed_BKM.numel() * c.length, backward=False, stage="rollout")
         return ThoughtBatch(ledger.total, drawn, target_BHM, base_BHM, anchors.index_BM >= 0)
 

@@ -15,6 +15,7 @@ from models.philox import Rng
 from models.thoughts import Anchors
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
 from tests.helpers import packed_text, tiny_model
 
 N = 16
@@ -57,6 +58,33 @@ def test_quiet_star(policy):
     seen, reported = counted(objective, model, text)
     expected = reported + wasted(model, text, [(2, 3, 1), (2, 6, 3)])
     assert expected == pytest.approx(seen, rel=0.005)
+
+
+def test_rlp():
+    """With few anchors the reference meets every text key with every thought token, and the ledger only those seen."""
+    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model.decoder.attention_backend = "reference"
+    model.ban(61, (3,))
+    P, L, K = 2, 5, 4
+    # Without a next-token term the text's last block has no backward but that of its keys and values, which the ledger
+    # counts like all others: one part in as many as there are layers.
+    config = RlpConfig(length=L, thoughts=K, anchors_per_document=2, next_token_weight=0.1, train_predictor=0.1)
+    objective = Rlp(config, (1, 2), (3,))
+    objective.teacher.model(model)
+    ledger = Ledger(model.decoder.config)
+    seen, reported = counted(objective, model, text)
+    anchors = objective._draw_anchors(objective.eligible(text), text, Rng(0, 0))
+    prefix = sum(end - start for _, _, start, end in anchors.prefixes)
+    M = anchors.index_BM.numel()
+    text_pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
+    # The teacher reads, and the model reads with gradient; then P + L − 1 tokens are fed, and P + L + 1 scored.
+    total = (1 + 3) * ledger.attention(2 * N * N - text_pairs)
+    for tokens, passes in ((P + L - 1, 1), (P + L + 1, 3)):
+        own = (P * P if passes == 1 else tokens * tokens) - (P if passes == 1 else tokens) * (
+            (P if passes == 1 else tokens) + 1
+        ) // 2
+        total += passes * ledger.attention(K * tokens * (M * N - prefix) + M * K * own)
+    assert reported + total == pytest.approx(seen, rel=0.005)
 
 
 def test_units():

@@ -153,7 +153,7 @@ def test_a_run_that_fails_says_so_once_and_also_when_continued(tmp_path, capsys)
         "--objective.close",
         "T",
         "--objective.temperature",
-        "0.01",
+        "1e-6",
         "--optimizer.lr",
         "0",
         "--evaluation.every",
