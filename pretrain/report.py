@@ -1,66 +1,449 @@
-"""What a run ends with: a table of held-out NLL before and after, a few thoughts, and where everything lies."""
+"""What a run ends with, from its own records: tables and thoughts on the terminal, report.html and report.png.
+
+The picture shows what the run is about: held-out NLL over compute, beside that of the control, and whether the thought
+matters. The HTML stands alone: pictures are inside it, it loads nothing and runs nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import base64
+import io
+import math
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, recipe_to_yaml
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import printable
 
-SHOWN_THOUGHTS = 4
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+TERMINAL_THOUGHTS, TERMINAL_CHARACTERS = 4, 300
+HTML_THOUGHTS, HTML_CHARACTERS = 12, 2000
+# Below so many tokens a decile is too noisy to be shown beside a control, which says more.
+DECILE_TOKENS = 100
+
+SENTENCES = {
+    "next_token": "The model learns to predict the next token and does not think.",
+    "quiet_star": (
+        "At every token the model writes a short thought. Thoughts that make the tokens behind it less surprising "
+        "become likelier, and the model learns to predict with them."
+    ),
+    "rlp": (
+        "At some tokens the model thinks before the next one. A thought is paid by how much likelier it makes the true "
+        "next token, and better paid thoughts become likelier."
+    ),
+    "rpt": (
+        "At some tokens the model thinks and then says how the text goes on. A thought is paid when that is right, and "
+        "paid thoughts become likelier."
+    ),
+}
+# Name in evaluations.jsonl → how it is called.
+HELD_OUT = {
+    "nll_text": "without thoughts",
+    "nll_thought": "after its own thought",
+    "accuracy_text": "greedy hits, without",
+    "accuracy_thought": "greedy hits, after it",
+    "thought_right": "right thoughts",
+}
+CONDITIONS = {
+    "own": "its own thought",
+    "other": "the thought of another text",
+    "shuffled": "its own, in random order",
+    "filler": "filler of the same length",
+    "none": "no thought",
+    "right": "a right thought",
+}
+NOT_PLOTTED = ("step", "tokens", "flops", "seconds")
+RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#9a9a9a"
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1.5rem 0 }
+caption { text-align: left; font-weight: 600 }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #8886; text-align: right; vertical-align: top }
+th:first-child, td:first-child, .words th, .words td { text-align: left }
+.words td { overflow-wrap: anywhere }
+img { max-width: 100%; background: #fff; border-radius: 6px }
+pre { overflow: auto; padding: 1rem; background: #8882; border-radius: 6px }
+"""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table, on a terminal or in HTML. words: of text, not of numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    words: bool = False
+
+    def to_rich(self) -> Table:
+        style = box.HORIZONTALS if self.words else box.SIMPLE_HEAD
+        table = Table(title=self.title, title_justify="left", show_lines=self.words, box=style)
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if self.words or i == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def to_html(self) -> str:
+        def line(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        rows = "\n".join(line(row, "td") for row in self.rows)
+        kind = ' class="words"' if self.words else ""
+        head = f"<caption>{escape(self.title)}</caption>\n<thead>{line(self.columns, 'th')}</thead>"
+        return f"<table{kind}>\n{head}\n<tbody>\n{rows}\n</tbody>\n</table>"
+
+
+class RunRecords:
+    """The records of a run, and of its control if that came to its end."""
+
+    def __init__(self, directory: RunDirectory, recipe: Recipe):
+        self.directory, self.recipe, self.name = directory, recipe, recipe.objective_name
+        self.metrics = directory.read(directory.metrics)
+        self.evaluations = directory.read(directory.evaluations)
+        self.samples = directory.read(directory.samples)
+        self.warnings = directory.read(directory.warnings)
+        self.control: RunRecords | None = None
+        control = RunDirectory(directory.control)
+        if control.recipe.exists():
+            records = RunRecords(control, control.load_recipe())
+            if records.metrics and records.evaluations and records.last["step"] >= records.recipe.steps:
+                self.control = records
+
+    @property
+    def before(self) -> Record:
+        return self.evaluations[0]
+
+    @property
+    def after(self) -> Record:
+        return self.evaluations[-1]
+
+    @property
+    def last(self) -> Record:
+        return self.metrics[-1]
+
+    # Tables
+
+    def held_out(self) -> Sheet:
+        before, after = self.before, self.after
+        columns = ["", f"before\n(step {before['step']})", f"after\n(step {after['step']})", "change"]
+        others = []
+        if self.control is not None:
+            columns.append(f"after, control\n({self.control.name},\nequal FLOPs)")
+            others.append(self.control.after)
+        rows = []
+        for name, label in HELD_OUT.items():
+            if _known(after, name):
+                values = [_shown(name, record) for record in (before, after)]
+                rows.append([label, *values, _change(name, before, after), *(_shown(name, other) for other in others)])
+        return Sheet("Held-out NLL, nats per token (lower is better)", columns, rows)
+
+    def causal(self) -> Sheet | None:
+        causal, minus_own = self.after.get("causal"), self.after.get("causal_minus_own", {})
+        if not causal:
+            return None
+        rows = []
+        for condition in [c for c in CONDITIONS if c in causal]:
+            difference = minus_own.get(condition)
+            shown = f"{difference['nll']:+.3f} {_interval(difference)}" if difference else ""
+            nll = causal[condition]
+            rows.append([CONDITIONS[condition], f"{nll['nll']:.3f} {_interval(nll)}", shown])
+        title = "Does the thought matter? The same tokens, each after … (95% intervals)"
+        return Sheet(title, ["", "NLL", "minus its own thought's"], rows)
+
+    def causal_sentence(self) -> str | None:
+        shuffled = self.after.get("causal_minus_own", {}).get("shuffled")
+        if shuffled is None:
+            return None
+        low, high = -shuffled["high"], -shuffled["low"]
+        return f"own thought minus shuffled: {-shuffled['nll']:+.3f} nats [{low:+.3f}, {high:+.3f}]"
+
+    def deciles(self) -> Sheet:
+        before, after = self.before, self.after
+        thought = after.get("nll_thought_deciles")
+        columns = ["decile", "before", "without thoughts"] + (["with thoughts", "gain"] if thought else [])
+        rows = []
+        for i, (first, text) in enumerate(zip(before["nll_text_deciles"], after["nll_text_deciles"], strict=True)):
+            row = [str(i + 1), f"{first:.4f}", f"{text:.4f}"]
+            rows.append([*row, f"{thought[i]:.4f}", f"{text - thought[i]:+.4f}"] if thought else row)
+        return Sheet("After the run, by difficulty of the token (decile of its NLL before the run)", columns, rows)
+
+    def deciles_are_firm(self) -> bool:
+        return self.after.get("tokens_scored", math.inf) >= DECILE_TOKENS * len(self.after["nll_text_deciles"])
+
+    def thoughts(self, samples: list[Record], longest: int, title: str) -> Sheet:
+        rows = [
+            [
+                str(sample["step"]),
+                *(_cut(printable(sample[name]).plain, longest) for name in ("text", "thought", "continues")),
+                f"{sample['reward']:+.3f}",
+            ]
+            for sample in samples
+        ]
+        return Sheet(title, ["step", "text", "thought", "continues", "reward"], rows, words=True)
+
+    # Lines
+
+    def cost(self) -> str:
+        last = self.last
+        return (
+            f"{self.name}: {last['step']:,} steps, {last['tokens']:,} tokens, {last['flops'] / 1e12:,.1f} TFLOP, "
+            f"{last['seconds']:.0f} s of training"
+        )
+
+    def costs(self, seconds: float) -> list[str]:
+        control = [f"control, {self.control.cost()}"] if self.control is not None else []
+        return [self.cost(), *control, f"this command took {seconds:.0f} s"]
+
+    def warning_lines(self) -> list[str]:
+        return [f"{w['name']} (step {w['step']}): {w['message']}" for w in self.warnings]
+
+    def curve(self, records: list[Record], x: str, name: str) -> tuple[list[float], list[float]]:
+        points = [(record[x], record[name]) for record in records if _known(record, name)]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    # Commands
+
+    def commands(self) -> list[str]:
+        path = shlex.quote(str(self.directory.path))
+        found = [f"forethought export {path} OUT"]
+        if self.name == "quiet_star":
+            found.append(f'forethought sample {path} --text "The capital of France is"')
+        return found
+
+
+def _known(record: Record, name: str) -> bool:
+    """Whether a record has a number of that name."""
+    value = record.get(name)
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _shown(name: str, record: Record) -> str:
+    if not _known(record, name):
+        return ""
+    return f"{record[name]:.4f}" if name.startswith("nll") else f"{record[name]:.1%}"
+
+
+def _change(name: str, before: Record, after: Record) -> str:
+    if not _known(before, name):
+        return ""
+    change = after[name] - before[name]
+    return f"{change:+.4f}" if name.startswith("nll") else f"{100 * change:+.1f} points"
+
+
+def _interval(value: Record) -> str:
+    return f"[{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _cut(words: str, longest: int) -> str:
+    return words if len(words) <= longest else f"{words[: longest // 2]} … {words[-longest // 2 :]}"
+
+
+# On the terminal
 
 
 def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> None:
-    """Prints to standard output, from the run's own records."""
-    console = Console(highlight=False)
-    evaluations = directory.read(directory.evaluations)
-    before, after = evaluations[0], evaluations[-1]
-    console.print(_nll_table(before, after))
-    console.print(_decile_table(before, after))
-    samples = directory.read(directory.samples)[-SHOWN_THOUGHTS:]
-    if samples:
-        table = Table(title="Thoughts of the last steps, drawn at random", title_justify="left", show_lines=True)
-        for column in ("text", "thought", "continues", "reward"):
-            table.add_column(column)
-        for sample in samples:
-            words = (printable(sample[name]) for name in ("text", "thought", "continues"))
-            table.add_row(*words, f"{sample['reward']:+.3f}")
-        console.print(table)
-    last = directory.read(directory.metrics)[-1]
-    console.print(
-        f"{last['step']} steps, {last['tokens']:,} tokens and {last['flops'] / 1e12:,.0f} TFLOP in "
-        f"{last['seconds']:.0f} s of training; this command took {seconds:.0f} s"
+    """Prints to standard output. seconds: what the whole command took."""
+    console, run = Console(highlight=False, markup=False, emoji=False), RunRecords(directory, recipe)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    console.print(run.held_out().to_rich())
+    causal, sentence = run.causal(), run.causal_sentence()
+    if causal is not None:
+        console.print(causal.to_rich())
+    if sentence is not None:
+        say(f"{sentence}\n")
+    if run.control is None or run.deciles_are_firm():
+        console.print(run.deciles().to_rich())
+    if run.samples:
+        samples = run.samples[-TERMINAL_THOUGHTS:]
+        title = "Thoughts of the last steps, drawn at random"
+        console.print(run.thoughts(samples, TERMINAL_CHARACTERS, title).to_rich())
+    for line in run.warning_lines():
+        say(f"warning: {line}")
+    for line in run.costs(seconds):
+        say(line)
+    if (directory.path / "report.html").exists():
+        say(f"report:     {directory.path / 'report.html'}")
+    say(f"checkpoint: {directory.checkpoints}/step-{run.last['step']:08d}")
+    for command in run.commands():
+        say(f"go on:      {command}")
+
+
+# Pictures
+
+
+def overview(run: RunRecords) -> Figure:
+    """Held-out NLL over compute, and what the thought is worth. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    runs = [(run, run.name, RUN_COLOUR)]
+    if run.control is not None:
+        runs.append((run.control, f"control ({run.control.name})", CONTROL_COLOUR))
+    for records, label, colour in runs:
+        for name, how, style in (("nll_thought", "after its own thought", "-"), ("nll_text", "without thoughts", "--")):
+            x, y = records.curve(records.evaluations, "flops", name)
+            if x:
+                left.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{label}, {how}")
+    left.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
+    left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
+    left.legend(frameon=False, fontsize="small")
+    if run.after.get("causal"):
+        _plot_causal(right, run.after["causal"])
+    else:
+        name = "reward" if any(_known(record, "reward") for record in run.metrics) else "loss"
+        right.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR)
+        right.set(title=f"{name.capitalize()} in training", xlabel="step", ylabel=name)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _plot_causal(axes: Axes, causal: dict[str, dict[str, float]]) -> None:
+    conditions = [c for c in CONDITIONS if c in causal][::-1]
+    nll = [causal[c]["nll"] for c in conditions]
+    # A bootstrap interval may miss the mean by a rounding error.
+    below = [max(0.0, causal[c]["nll"] - causal[c]["low"]) for c in conditions]
+    above = [max(0.0, causal[c]["high"] - causal[c]["nll"]) for c in conditions]
+    colours = [RUN_COLOUR if c == "own" else OTHER_COLOUR for c in conditions]
+    axes.barh([CONDITIONS[c] for c in conditions], nll, color=colours, xerr=[below, above], ecolor="#333333", capsize=3)
+    for i, value in enumerate(nll):
+        axes.text(value + above[i], i, f"  {value:.2f}", va="center")
+    axes.margins(x=0.15)
+    axes.set(title="Does the thought matter? The same tokens after …", xlabel="nats per token, with 95% intervals")
+
+
+def training_curves(run: RunRecords) -> Figure:
+    """Every metric over the steps, each on axes of its own. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(name for record in run.metrics for name in record)
+    names = [name for name in names if name not in NOT_PLOTTED and not name.startswith("data/")]
+    names = [name for name in names if any(_known(record, name) for record in run.metrics)]
+    columns = 4
+    rows = max(1, math.ceil(len(names) / columns))
+    figure = Figure(figsize=(11, 1.9 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, name in zip(grid, names, strict=False):
+        axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR, linewidth=1)
+        axes.set_title(name, fontsize="small")
+        axes.tick_params(labelsize="x-small")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+# In files
+
+
+def write_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Path:
+    """Writes report.html, and report.png where matplotlib is installed; returns the former.
+
+    seconds: what the whole command took.
+    """
+    run = RunRecords(directory, recipe)
+    picture = curves = None
+    try:
+        picture, curves = _png(overview(run)), _png(training_curves(run))
+    except ImportError as error:
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+    if picture is not None:
+        (directory.path / "report.png").write_bytes(picture)
+    path = directory.path / "report.html"
+    path.write_text(_page(run, seconds, picture, curves), encoding="utf-8")
+    return path
+
+
+def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes | None) -> str:
+    title = f"{run.directory.path.resolve().name}: {run.name} on {run.recipe.data.reference}"
+    parts = [f"<h1>{escape(title)}</h1>", _paragraph(_what_it_is(run)), _image(picture, "Held-out NLL and causal test")]
+    parts.append(run.held_out().to_html())
+    causal, sentence = run.causal(), run.causal_sentence()
+    if causal is not None:
+        parts += [causal.to_html(), _paragraph("Only what its own thought gains over all the others is its content.")]
+    if sentence is not None:
+        parts.append(_paragraph(sentence))
+    parts.append(run.deciles().to_html())
+    parts += ["<h2>Warnings</h2>", _list(run.warning_lines()) if run.warnings else _paragraph("None.")]
+    if run.samples:
+        half = HTML_THOUGHTS // 2
+        samples = run.samples if len(run.samples) <= HTML_THOUGHTS else run.samples[:half] + run.samples[-half:]
+        title_of_thoughts = "Drawn at random in the first and in the last steps"
+        parts += ["<h2>Thoughts</h2>", run.thoughts(samples, HTML_CHARACTERS, title_of_thoughts).to_html()]
+    parts += ["<h2>Training</h2>", _image(curves, "Metrics of training over the steps"), _list(run.costs(seconds))]
+    parts += ["<h2>How to go on</h2>", _block("\n".join(run.commands()))]
+    parts += ["<h2>Recipe</h2>", _block(recipe_to_yaml(run.recipe))]
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Thoughts are text that nobody has read: should a tag of theirs ever get through, it can do nothing.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>"
     )
-    console.print(f"checkpoint: {directory.checkpoints}/step-{last['step']:08d}", soft_wrap=True)
-    console.print(f"export it:  forethought export {directory.path} OUT", soft_wrap=True)
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
-def _nll_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    table = Table(title="Held-out NLL, nats per token", title_justify="left")
-    for column in ("", f"before (step {before['step']})", f"after (step {after['step']})", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, label in (("nll_text", "without thoughts"), ("nll_thought", "with thoughts")):
-        if name in after:
-            table.add_row(label, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{after[name] - before[name]:+.4f}")
-    return table
+def _what_it_is(run: RunRecords) -> str:
+    recipe = run.recipe
+    tokens = recipe.steps * recipe.rows_per_step * recipe.data.length
+    found = (
+        f"{recipe.model} trained with {run.name} on {recipe.data.reference}: {recipe.steps:,} steps of "
+        f"{recipe.rows_per_step} × {recipe.data.length:,} tokens, {tokens:,} in all. {SENTENCES[run.name]} "
+    )
+    if run.control is not None:
+        found += (
+            f"The control learned by {run.control.name} from the same start on the same data for the same FLOPs, and "
+            "is scored in the same way. "
+        )
+    return found + (
+        "NLL is how surprised the model is by the true next token of text it was not trained on, in nats: "
+        "lower is better."
+    )
 
 
-def _decile_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    thinks = "nll_thought" in after
-    table = Table(title="By difficulty of the token (decile of its NLL before the run)", title_justify="left")
-    columns = ["decile", "before", "after, without thoughts"]
-    columns += ["after, with thoughts", "gain of thoughts"] if thinks else []
-    for column in columns:
-        table.add_column(column, justify="right")
-    for i, first in enumerate(before["nll_text_deciles"]):
-        text = after["nll_text_deciles"][i]
-        row = [str(i + 1), f"{first:.4f}", f"{text:.4f}"]
-        if thinks:
-            thought = after["nll_thought_deciles"][i]
-            row += [f"{thought:.4f}", f"{text - thought:+.4f}"]
-        table.add_row(*row)
-    return table
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _block(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
+def _image(png: bytes | None, description: str) -> str:
+    if png is None:
+        return _paragraph(f"No picture ({description}): matplotlib is not installed. pip install matplotlib")
+    return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

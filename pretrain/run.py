@@ -28,7 +28,7 @@ from objectives.rpt import Rpt
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
 from pretrain.module import PretrainModule
 from pretrain.recipe import Recipe, RecipeError, encode_tag, objective_name
-from pretrain.report import print_report
+from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory
 from pretrain.sharding import make_strategy
 from pretrain.state import Tensors, model_from_state, restore_after_setup, restore_before_setup
@@ -173,7 +173,9 @@ def fit(recipe: Recipe) -> Path:
         control = recipe.control_recipe(steps, str(directory.control))
         finished = _train(control, RunDirectory(directory.control))
     if finished and is_rank_zero():
-        print_report(directory, recipe, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        write_report(directory, recipe, seconds)
+        print_report(directory, recipe, seconds)
     return directory.path
 
 

@@ -105,10 +105,10 @@ class Watch:
         if not rose and not outright:
             return None
         return (
-            f"{last:.0%} of thoughts contain the token they are paid to predict, {first:.0%} in the first {self.window} "
-            "records: on ordinary text the thought guesses the token instead of reasoning; where a right thought ends "
-            "with the answer, as in the lab, it is as it should be; compare own and shuffled thoughts in the causal "
-            "test, and if they are equal try a longer horizon or harder objective.positions"
+            f"{last:.0%} of thoughts contain the token they are paid to predict, {first:.0%} did in the first "
+            f"{self.window} records: on ordinary text the thought guesses the token instead of reasoning; where right "
+            "thoughts end with the answer, as in the lab, it is as it should be; compare own and shuffled thoughts in "
+            "the causal test, and if they are equal try a longer objective.horizon or other objective.positions"
         )
 
     def _dead_groups(self) -> str | None:
@@ -119,9 +119,9 @@ class Watch:
         known += [f"{distinct:.0%} of thoughts distinct"] if distinct is not None else []
         return (
             f"in {flat:.0%} of groups all thoughts earned the same over {self.window} records"
-            f"{' (' + ', '.join(known) + ')' if known else ''}, which teaches nothing: usually the task is solved, never "
-            "solved, or the thoughts are all alike; try harder or easier objective.positions, more objective.thoughts, "
-            "or a higher objective.temperature"
+            f"{' (' + ', '.join(known) + ')' if known else ''}, which teaches nothing: usually the task is solved, or "
+            "never solved, or the thoughts are all alike; try harder or easier objective.positions, more "
+            "objective.thoughts, or a higher objective.temperature"
         )
 
     def _flat_reward(self) -> str | None:
@@ -130,8 +130,8 @@ class Watch:
             return None
         return (
             f"rewards of thoughts at the same place differ by {spread:.4f} only, around a mean of {reward:+.3f} "
-            f"({self.window} records): usually it is having a thought that pays or costs, not what it says; compare own "
-            "and filler thoughts in the causal test, and try a higher objective.temperature or other "
+            f"({self.window} records): usually it is having a thought that pays or costs, not what it says; compare "
+            "own and filler thoughts in the causal test, and try a higher objective.temperature or other "
             "objective.positions"
         )
 
@@ -140,8 +140,8 @@ class Watch:
         if closed is None or closed > NEARLY_NONE:
             return None
         return (
-            f"{closed:.0%} of thoughts ended by themselves over {self.window} records, the others were cut at the length "
-            "limit: usual for base models, which do not know the closing tag; try a longer objective.length, an "
+            f"{closed:.0%} of thoughts ended by themselves over {self.window} records, the others were cut at the "
+            "length limit: usual for base models, which do not know the closing tag; try a longer objective.length, an "
             "objective.close that the model writes anyway, or objective.unclosed drop"
         )
 
@@ -151,8 +151,8 @@ class Watch:
             return None
         return (
             f"{answered:.0%} of thoughts opened and filled the answer template over {self.window} records, and the "
-            "others earn nothing: usual for base models, which do not know the template; try objective.template forced, "
-            "an objective.instruction that shows it, or a longer objective.length"
+            "others earn nothing: usual for base models, which do not know the template; try objective.template "
+            "forced (there: a longer objective.answer_length) or an objective.instruction that shows the template"
         )
 
 
