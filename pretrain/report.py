@@ -187,7 +187,7 @@ class RunRecords:
     def deciles_are_firm(self) -> bool:
         return self.after.get("tokens_scored", math.inf) >= DECILE_TOKENS * len(self.after["nll_text_deciles"])
 
-    def thoughts(self, samples: list[Record], longest: int, title: str) -> Sheet:
+    def thoughts(self, title: str, samples: list[Record], longest: int) -> Sheet:
         rows = [
             [
                 str(sample["step"]),
@@ -244,7 +244,7 @@ def _change(name: str, before: Record, after: Record) -> str:
     if not _known(before, name):
         return ""
     change = after[name] - before[name]
-    return f"{change:+.4f}" if name.startswith("nll") else f"{100 * change:+.1f} points"
+    return f"{change:+.4f}" if name.startswith("nll") else f"{change:+.1%}"
 
 
 def _interval(value: Record) -> str:
@@ -276,7 +276,7 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
         title = "Thoughts of the last steps, drawn at random"
-        console.print(run.thoughts(samples, TERMINAL_CHARACTERS, title).to_rich())
+        console.print(run.thoughts(title, samples, TERMINAL_CHARACTERS).to_rich())
     for line in run.warning_lines():
         say(f"warning: {line}")
     for line in run.costs(seconds):
@@ -294,7 +294,7 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
 def overview(run: RunRecords) -> Figure:
     """Held-out NLL over compute, and what the thought is worth. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -306,6 +306,7 @@ def overview(run: RunRecords) -> Figure:
             x, y = records.curve(records.evaluations, "flops", name)
             if x:
                 left.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{label}, {how}")
+    left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
     left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
     left.legend(frameon=False, fontsize="small")
@@ -331,7 +332,7 @@ def _plot_causal(axes: Axes, causal: dict[str, dict[str, float]]) -> None:
     for i, value in enumerate(nll):
         axes.text(value + above[i], i, f"  {value:.2f}", va="center")
     axes.margins(x=0.15)
-    axes.set(title="Does the thought matter? The same tokens after …", xlabel="nats per token, with 95% intervals")
+    axes.set(title="Does the thought matter?", xlabel="held-out NLL after it, nats per token, with 95% intervals")
 
 
 def training_curves(run: RunRecords) -> Figure:
@@ -349,6 +350,7 @@ def training_curves(run: RunRecords) -> Figure:
         axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR, linewidth=1)
         axes.set_title(name, fontsize="small")
         axes.tick_params(labelsize="x-small")
+        axes.yaxis.get_offset_text().set_size("x-small")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
@@ -397,8 +399,8 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
     if run.samples:
         half = HTML_THOUGHTS // 2
         samples = run.samples if len(run.samples) <= HTML_THOUGHTS else run.samples[:half] + run.samples[-half:]
-        title_of_thoughts = "Drawn at random in the first and in the last steps"
-        parts += ["<h2>Thoughts</h2>", run.thoughts(samples, HTML_CHARACTERS, title_of_thoughts).to_html()]
+        drawn = "Drawn at random in the first and in the last steps"
+        parts += ["<h2>Thoughts</h2>", run.thoughts(drawn, samples, HTML_CHARACTERS).to_html()]
     parts += ["<h2>Training</h2>", _image(curves, "Metrics of training over the steps"), _list(run.costs(seconds))]
     parts += ["<h2>How to go on</h2>", _block("\n".join(run.commands()))]
     parts += ["<h2>Recipe</h2>", _block(recipe_to_yaml(run.recipe))]
