@@ -78,11 +78,11 @@ class Text:
 
     @cached_property
     def document_end_BN(self) -> Tensor:
-        """int64, row index behind the last token of the document at each position; on padding, where padding begins."""
+        """int32, row index behind the last token of the document at each position; on padding, where padding begins."""
         B, N = self.shape
         start_BN = torch.where(self.document_BN >= 0, self.document_start_BN, N)
         n_BN = torch.arange(N, device=start_BN.device).expand(B, N).contiguous()
-        return torch.searchsorted(start_BN, n_BN, right=True)
+        return torch.searchsorted(start_BN, n_BN, right=True, out_int32=True)
 
     def targets(self, ahead: int) -> tuple[Tensor, Tensor]:
         """The token `ahead` positions later: ids [B, N] (0 where there is none) and whether there is one [B, N].

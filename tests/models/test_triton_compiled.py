@@ -23,7 +23,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 # Shared memory of a thread block at most, in bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 FP32 = {"lse_ptr", "delta_ptr", "lse_text_ptr"}
-INTEGERS = {"start_ptr": "*i32", "end_ptr": "*i32", "document_end_ptr": "*i64"}
+INTEGERS = {"start_ptr": "*i32", "end_ptr": "*i32", "document_end_ptr": "*i32"}
 FLOATS = {"scale", "unscaled", "log2_e"}
 
 

@@ -20,12 +20,17 @@ from torch import Tensor
 
 from models.attention.kernels.softmax import LOG2_E, NOTHING, fold
 
-MAX_ROWS = 128
+# The largest tile, and the most own keys in one.
+MAX_ROWS, MAX_OWN = 128, 64
 
 
 def row_constants(S: int, R: int, D: int) -> dict[str, int]:
-    """Constants of the kernels that serve tiles of rows; ROWS is 64 or 128, whichever is used better by S·R."""
-    ROWS = max((128, 64), key=lambda rows: rows // (S * R) * S * R / rows)
+    """Constants of the kernels that serve tiles of rows.
+
+    ROWS is 128 or 64, whichever is used better by S·R, unless that made too many own keys for the registers.
+    """
+    used = {ROWS: ROWS // (S * R) * S * R / ROWS for ROWS in (128, 64) if ROWS // (S * R) * S <= MAX_OWN}
+    ROWS = max(used, key=lambda ROWS: used[ROWS])
     P = ROWS // (S * R)
     OWN = max(16, triton.next_power_of_2(P * S))
     return dict(S=S, R=R, D=D, P=P, ROWS=ROWS, OWN=OWN, BLOCK=64, num_warps=ROWS // 16, num_stages=2)
@@ -64,14 +69,16 @@ def _forward(
     b = thought // K
     d = tl.arange(0, D)
 
+    queries, keys, text = thought * S * N * G * R, thought * S * N * G * D, b * N * G * D
     position, token, head, exists = _tile_rows(tile, N, S, R, P, ROWS)
-    row = thought * S * N * G * R + (token * N + position) * (G * R) + g * R + head
-    q = tl.load(q_ptr + row[:, None] * D + d, mask=exists[:, None], other=0.0)
+    row = (token * N + position) * (G * R) + g * R + head
+    at = row[:, None] * D + d
+    q = tl.load(q_ptr + queries * D + at, mask=exists[:, None], other=0.0)
 
     own_position, own_token, own_exists = _tile_own_keys(tile, N, S, P, OWN)
-    own = (thought * S * N * G + (own_token * N + own_position) * G + g)[:, None] * D + d
-    k_own = tl.load(k_ptr + own, mask=own_exists[:, None], other=0.0)
-    v_own = tl.load(v_ptr + own, mask=own_exists[:, None], other=0.0)
+    own = ((own_token * N + own_position) * G + g)[:, None] * D + d
+    k_own = tl.load(k_ptr + keys + own, mask=own_exists[:, None], other=0.0)
+    v_own = tl.load(v_ptr + keys + own, mask=own_exists[:, None], other=0.0)
     own_visible = (position[:, None] == own_position) & (own_token <= token[:, None]) & own_exists
     own_scores = tl.where(own_visible, tl.dot(q, k_own.T, input_precision="ieee") * scale, NOTHING)
     top = tl.full([ROWS], NOTHING, tl.float32)
@@ -84,15 +91,15 @@ def _forward(
     last = tl.max(end)
     for first in range(tl.min(start), last, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        text = ((b * N + n) * G + g)[:, None] * D + d
-        k = tl.load(k_text_ptr + text, mask=n[:, None] < last, other=0.0)
-        v = tl.load(v_text_ptr + text, mask=n[:, None] < last, other=0.0)
+        block = (n * G + g)[:, None] * D + d
+        k = tl.load(k_text_ptr + text + block, mask=n[:, None] < last, other=0.0)
+        v = tl.load(v_text_ptr + text + block, mask=n[:, None] < last, other=0.0)
         visible = (n >= start[:, None]) & (n < end[:, None])
         scores = tl.where(visible, tl.dot(q, k.T, input_precision="ieee") * scale, NOTHING)
         top, total, acc = fold(top, total, acc, scores, v)
 
-    tl.store(out_ptr + row[:, None] * D + d, (acc / total[:, None]).to(q.dtype), mask=exists[:, None])
-    tl.store(lse_ptr + row, top + tl.log2(total), mask=exists)
+    tl.store(out_ptr + queries * D + at, (acc / total[:, None]).to(q.dtype), mask=exists[:, None])
+    tl.store(lse_ptr + queries + row, top + tl.log2(total), mask=exists)
 
 
 @triton.jit
@@ -117,26 +124,27 @@ def _backward_rows(
     b = thought // K
     d = tl.arange(0, D)
 
+    queries, keys, text = thought * S * N * G * R, thought * S * N * G * D, b * N * G * D
     position, token, head, exists = _tile_rows(tile, N, S, R, P, ROWS)
-    row = thought * S * N * G * R + (token * N + position) * (G * R) + g * R + head
+    row = (token * N + position) * (G * R) + g * R + head
     at = row[:, None] * D + d
-    out = tl.load(out_ptr + at, mask=exists[:, None], other=0.0)
-    grad = tl.load(grad_ptr + at, mask=exists[:, None], other=0.0)
+    out = tl.load(out_ptr + queries * D + at, mask=exists[:, None], other=0.0)
+    grad = tl.load(grad_ptr + queries * D + at, mask=exists[:, None], other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(delta_ptr + row, delta, mask=exists)
-    q = tl.load(q_ptr + at, mask=exists[:, None], other=0.0)
-    lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
+    tl.store(delta_ptr + queries + row, delta, mask=exists)
+    q = tl.load(q_ptr + queries * D + at, mask=exists[:, None], other=0.0)
+    lse = tl.load(lse_ptr + queries + row, mask=exists, other=0.0)
 
     own_position, own_token, own_exists = _tile_own_keys(tile, N, S, P, OWN)
-    own = (thought * S * N * G + (own_token * N + own_position) * G + g)[:, None] * D + d
-    k_own = tl.load(k_ptr + own, mask=own_exists[:, None], other=0.0)
-    v_own = tl.load(v_ptr + own, mask=own_exists[:, None], other=0.0)
+    own = ((own_token * N + own_position) * G + g)[:, None] * D + d
+    k_own = tl.load(k_ptr + keys + own, mask=own_exists[:, None], other=0.0)
+    v_own = tl.load(v_ptr + keys + own, mask=own_exists[:, None], other=0.0)
     own_visible = (position[:, None] == own_position) & (own_token <= token[:, None]) & own_exists & exists[:, None]
     own_weights, of_own_scores = _score_gradients(q, k_own, v_own, grad, lse, delta, own_visible, scale)
     dv = tl.dot(own_weights.T, grad, input_precision="ieee")
-    tl.store(dv_ptr + own, dv.to(q.dtype), mask=own_exists[:, None])
+    tl.store(dv_ptr + keys + own, dv.to(q.dtype), mask=own_exists[:, None])
     dk = tl.dot(of_own_scores.T, q, input_precision="ieee") * unscaled
-    tl.store(dk_ptr + own, dk.to(q.dtype), mask=own_exists[:, None])
+    tl.store(dk_ptr + keys + own, dk.to(q.dtype), mask=own_exists[:, None])
     dq = tl.dot(of_own_scores, k_own, input_precision="ieee")
 
     start = tl.load(start_ptr + b * N + position, mask=exists, other=N)
@@ -144,18 +152,18 @@ def _backward_rows(
     last = tl.max(end)
     for first in range(tl.min(start), last, BLOCK):
         n = first + tl.arange(0, BLOCK)
-        text = ((b * N + n) * G + g)[:, None] * D + d
-        k = tl.load(k_text_ptr + text, mask=n[:, None] < last, other=0.0)
-        v = tl.load(v_text_ptr + text, mask=n[:, None] < last, other=0.0)
+        block = (n * G + g)[:, None] * D + d
+        k = tl.load(k_text_ptr + text + block, mask=n[:, None] < last, other=0.0)
+        v = tl.load(v_text_ptr + text + block, mask=n[:, None] < last, other=0.0)
         visible = (n >= start[:, None]) & (n < end[:, None])
         _, of_scores = _score_gradients(q, k, v, grad, lse, delta, visible, scale)
         dq = tl.dot(of_scores, k, dq, input_precision="ieee")
-    tl.store(dq_ptr + at, (dq * unscaled).to(q.dtype), mask=exists[:, None])
+    tl.store(dq_ptr + queries * D + at, (dq * unscaled).to(q.dtype), mask=exists[:, None])
 
 
 @triton.jit
 def _backward_text(
-    q_ptr, k_text_ptr, v_text_ptr, start_ptr, end_ptr, document_end_ptr, lse_ptr, delta_ptr, grad_ptr,
+    q_ptr, k_text_ptr, v_text_ptr, document_end_ptr, lse_ptr, delta_ptr, grad_ptr,
     dk_text_ptr, dv_text_ptr,
     scale, unscaled, K, N, G,
     S: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,37 +172,39 @@ def _backward_text(
     first, g, b = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, D)
     n = first + tl.arange(0, BLOCK)
-    text = ((b * N + n) * G + g)[:, None] * D + d
+    text = b * N * G * D
+    block = (n * G + g)[:, None] * D + d
     # Padding may hold anything, NaN included; it ends no document.
     document_end = tl.load(document_end_ptr + b * N + n, mask=n < N, other=0)
     real = document_end > n
-    k = tl.load(k_text_ptr + text, mask=real[:, None], other=0.0)
-    v = tl.load(v_text_ptr + text, mask=real[:, None], other=0.0)
+    k = tl.load(k_text_ptr + text + block, mask=real[:, None], other=0.0)
+    v = tl.load(v_text_ptr + text + block, mask=real[:, None], other=0.0)
     dk = tl.zeros([BLOCK, D], tl.float32)
     dv = tl.zeros([BLOCK, D], tl.float32)
 
-    rows = tl.max(document_end) * (S * R)
+    # In packed rows, a text token is seen from its own position up to the end of its document.
+    since, until = n * (S * R), document_end * (S * R)
+    last_row = tl.max(until)
     for thought in range(b * K, b * K + K):
-        for first_row in range(first * (S * R), rows, ROWS):
+        queries = thought * S * N * G * R
+        for first_row in range(first * (S * R), last_row, ROWS):
             packed = first_row + tl.arange(0, ROWS)
-            exists = packed < rows
-            position = packed // (S * R)
-            row = thought * S * N * G * R + (packed // R % S * N + position) * (G * R) + g * R + packed % R
-            q = tl.load(q_ptr + row[:, None] * D + d, mask=exists[:, None], other=0.0)
-            grad = tl.load(grad_ptr + row[:, None] * D + d, mask=exists[:, None], other=0.0)
-            lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
-            delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
-            start = tl.load(start_ptr + b * N + position, mask=exists, other=N)
-            end = tl.load(end_ptr + b * N + position, mask=exists, other=0)
+            exists = packed < last_row
+            row = (packed // R % S * N + packed // (S * R)) * (G * R) + g * R + packed % R
+            at = row[:, None] * D + d
+            q = tl.load(q_ptr + queries * D + at, mask=exists[:, None], other=0.0)
+            grad = tl.load(grad_ptr + queries * D + at, mask=exists[:, None], other=0.0)
+            lse = tl.load(lse_ptr + queries + row, mask=exists, other=0.0)
+            delta = tl.load(delta_ptr + queries + row, mask=exists, other=0.0)
 
-            visible = (n[:, None] >= start) & (n[:, None] < end)
+            visible = (packed >= since[:, None]) & (packed < until[:, None])
             scores = tl.dot(k, q.T, input_precision="ieee") * scale
             weights = tl.where(visible, tl.exp2(scores - lse), 0.0)
             dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
             of_scores = weights * (tl.dot(v, grad.T, input_precision="ieee") - delta)
             dk = tl.dot(of_scores.to(q.dtype), q, dk, input_precision="ieee")
-    tl.store(dk_text_ptr + text, (dk * unscaled).to(k.dtype), mask=n[:, None] < N)
-    tl.store(dv_text_ptr + text, dv.to(v.dtype), mask=n[:, None] < N)
+    tl.store(dk_text_ptr + text + block, (dk * unscaled).to(k.dtype), mask=n[:, None] < N)
+    tl.store(dv_text_ptr + text + block, dv.to(v.dtype), mask=n[:, None] < N)
 
 
 def forward(
@@ -208,7 +218,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output like q and its log-sum-exp, in base 2, [B, K, S, N, H] in fp32.
 
-    All contiguous and of one dtype; int32 [start, end) is the text that a position's thoughts see. S·R ≤ MAX_ROWS.
+    All contiguous and of one dtype; int32 [start, end) is the text that a position's thoughts see. S·R ≤ MAX_ROWS,
+    S ≤ MAX_OWN, and a thought of all positions has fewer than 2³¹ numbers, since offsets within it are int32.
     """
     B, K, S, N, H, D = q_BKSNHD.shape
     G = k_text_BNGD.shape[2]
@@ -249,7 +260,7 @@ def backward(
             scale, unscaled, K, N, G, **rows,
         )  # fmt: skip
         _backward_text[triton.cdiv(N, text["BLOCK"]), G, B](
-            q_BKSNHD, k_text_BNGD, v_text_BNGD, start_BN, end_BN, document_end_BN, lse_BKSNH, delta, grad_BKSNHD,
+            q_BKSNHD, k_text_BNGD, v_text_BNGD, document_end_BN, lse_BKSNH, delta, grad_BKSNHD,
             dk_text, dv_text, scale, unscaled, K, N, G, **text,
         )  # fmt: skip
     return dq, dk, dv, dk_text, dv_text
