@@ -25,8 +25,8 @@ from models.attention import aten
 from models.thoughts import Anchors, Text
 
 HEAD_SIZES = (16, 32, 64, 128)
-# Queries of a position that one tile can hold, as in kernels/dense.py.
-MAX_ROWS = 128
+# What kernels.dense can hold of a position in one tile: queries and own keys.
+MAX_ROWS, MAX_OWN = 128, 64
 
 
 def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
@@ -49,8 +49,10 @@ def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool
     if not anchors.dense:
         return aten.supports(q, S, T) if differentiable else (True, "triton kernels for thoughts at a few anchors")
     if S == T:
-        if S * group > MAX_ROWS:
-            return False, f"{S} tokens × {group} query heads of a group exceed a tile's {MAX_ROWS} rows"
+        if S * group > MAX_ROWS or S > MAX_OWN:
+            return False, f"{S} tokens × {group} query heads of a group exceed a tile of {MAX_OWN} × {MAX_ROWS}"
+        if q[0, 0].numel() >= 2**31:
+            return False, "the queries of one thought of all positions exceed 32-bit offsets"
         return True, "triton kernel for whole thoughts at every position"
     if S > 1:
         return False, f"{S} query tokens for {T} key tokens: neither one step nor the whole thought"

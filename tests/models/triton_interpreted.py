@@ -36,6 +36,7 @@ def errors_against_reference(function, anchors: Anchors, K: int, S: int, H: int,
         pytest.param(packed_text([[45, 26]], 71), 1, 3, 3, 1, 16, id="several tiles of rows and text, groups of 3"),
         pytest.param(packed_text([[13]], 13), 1, 6, 8, 2, 32, id="groups of 4"),
         pytest.param(packed_text([[9], [5, 2]], 9), 1, 13, 8, 1, 16, id="groups of 8, one position a tile, padding"),
+        pytest.param(packed_text([[3]], 3), 1, 33, 2, 1, 16, id="more tokens than half a tile"),
         pytest.param(packed_text([[1, 1], [2]], 2), 2, 1, 2, 1, 16, id="documents of one token, thoughts of one"),
     ],
 )
@@ -201,6 +202,10 @@ def test_a_model_thinks_alike_on_either_backend():
     assert max(relative_error(a, b) for a, b in pairs) <= 2e-5
 
 
+def test_the_limits_of_a_tile_are_said_once():
+    assert (triton.MAX_ROWS, triton.MAX_OWN) == (dense.MAX_ROWS, dense.MAX_OWN)
+
+
 def test_what_cannot_be_served_is_refused_with_the_reason():
     anchors = anchors_at_all()
     text = anchors.text
@@ -212,7 +217,8 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
     refused("the triton kernels take head sizes 16, 32, 64, 128, not 8", 1, 2, 2, 2, 1, 8)
     refused("the triton kernels take fp32, bf16 and fp16, not torch.float64", 1, 2, 2, 2, 1, 16, dtype=torch.float64)
     refused("Triton's interpreter computes nonsense in bf16", 1, 2, 2, 2, 1, 16, dtype=torch.bfloat16)
-    refused("17 tokens × 8 query heads of a group exceed a tile's 128 rows", 1, 17, 17, 8, 1, 16)
+    refused("17 tokens × 8 query heads of a group exceed a tile", 1, 17, 17, 8, 1, 16)
+    refused("65 tokens × 1 query heads of a group exceed a tile", 1, 65, 65, 1, 1, 16)
     refused("2 query tokens for 3 key tokens", 1, 2, 3, 2, 1, 16)
     refused("the triton kernel for a single step has no backward", 1, 1, 3, 2, 1, 16)
     few = Anchors(text, torch.tensor([[3], [5]]))
