@@ -30,8 +30,8 @@ FLOATS = {"scale", "unscaled", "log2_e"}
 def kernels(S: int, R: int, D: int) -> dict[str, tuple]:
     """Name → (kernel, constants, further fp32 pointers) for thoughts of S tokens, R queries a group, head size D."""
     return {
-        "dense forward": (dense._forward, dense.forward_constants(S, R, D), set()),
-        "dense backward, rows": (dense._backward_rows, dense.backward_constants(S, R, D), set()),
+        "dense forward": (dense._forward, dense.row_constants(S, R, D), set()),
+        "dense backward, rows": (dense._backward_rows, dense.row_constants(S, R, D), set()),
         "dense backward, text": (dense._backward_text, dense.text_constants(S, R, D), set()),
         "step": (step._private_keys, step.constants(R, D), set()),
         "decode, prefix": (decode._prefix, decode.constants(16 * R, R, D), {"out_ptr"}),

@@ -26,8 +26,8 @@ PROGRAMS, LEAST_SPLIT = 264, 256
 def constants(rows: int, R: int, D: int) -> dict[str, int]:
     """Constants of either kernel for so many rows that share keys."""
     ROWS = min(64, max(16, triton.next_power_of_2(rows)))
-    # 4 warps of the largest tile spill on sm_80.
-    return dict(R=R, D=D, ROWS=ROWS, BLOCK=64, num_warps=8 if ROWS * D > 4096 else 4, num_stages=2)
+    # 4 warps of the largest tile spill on sm_80, larger blocks on sm_100.
+    return dict(R=R, D=D, ROWS=ROWS, BLOCK=32, num_warps=8 if ROWS * D > 4096 else 4, num_stages=2)
 
 
 @triton.jit

@@ -24,23 +24,21 @@ from models.attention.kernels.softmax import LOG2_E, NOTHING, fold
 MAX_ROWS, MAX_OWN = 128, 64
 
 
-def forward_constants(S: int, R: int, D: int) -> dict[str, int]:
-    """Tiles have 128 or 64 rows, whichever S·R uses better; 128 with more than 32 own keys spill registers."""
+def row_constants(S: int, R: int, D: int) -> dict[str, int]:
+    """Constants of the kernels that serve tiles of rows.
+
+    128 or 64 rows, whichever S·R uses better; 128 with more than 32 own keys spill registers, and so do 4 warps.
+    """
     used = {ROWS: ROWS // (S * R) * S * R / ROWS for ROWS in (64, 128)}
     small = S * R <= 64 and (used[64] > used[128] or 128 // (S * R) * S > 32)
     ROWS = 64 if small else 128
     P = ROWS // (S * R)
     OWN = max(16, triton.next_power_of_2(P * S))
-    return dict(S=S, R=R, D=D, P=P, ROWS=ROWS, OWN=OWN, BLOCK=64, num_warps=ROWS // 16, num_stages=2)
-
-
-def backward_constants(S: int, R: int, D: int) -> dict[str, int]:
-    """As forward, whose warps spill on sm_80 where they are 4."""
-    return forward_constants(S, R, D) | dict(num_warps=8)
+    return dict(S=S, R=R, D=D, P=P, ROWS=ROWS, OWN=OWN, BLOCK=64, num_warps=8, num_stages=2)
 
 
 def text_constants(S: int, R: int, D: int) -> dict[str, int]:
-    """4 warps, or more rows, or a larger block spill at D = 128."""
+    """Constants of the kernel that serves blocks of text. Fewer warps, more rows or a larger block spill at D = 128."""
     return dict(S=S, R=R, D=D, ROWS=64, BLOCK=64, num_warps=8, num_stages=2)
 
 
@@ -227,7 +225,7 @@ def forward(
     B, K, S, N, H, D = q_BKSNHD.shape
     G = k_text_BNGD.shape[2]
     out, lse = torch.empty_like(q_BKSNHD), q_BKSNHD.new_empty(q_BKSNHD.shape[:-1], dtype=torch.float32)
-    constants = forward_constants(S, H // G, D)
+    constants = row_constants(S, H // G, D)
     with torch.cuda.device_of(out):
         _forward[triton.cdiv(N, constants["P"]), G, B * K](
             q_BKSNHD, k_BKSNGD, v_BKSNGD, k_text_BNGD, v_text_BNGD, start_BN, end_BN, out, lse,
@@ -256,7 +254,7 @@ def backward(
     dq, dk, dv, dk_text, dv_text = (torch.empty_like(x) for x in inputs)
     delta = torch.empty_like(lse_BKSNH)
     scale, unscaled = D**-0.5 * LOG2_E, D**-0.5
-    rows, text = backward_constants(S, H // G, D), text_constants(S, H // G, D)
+    rows, text = row_constants(S, H // G, D), text_constants(S, H // G, D)
     with torch.cuda.device_of(dq):
         _backward_rows[triton.cdiv(N, rows["P"]), G, B * K](
             *inputs, start_BN, end_BN, out_BKSNHD, lse_BKSNH, grad_BKSNHD, dq, dk, dv, delta,
