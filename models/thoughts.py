@@ -76,6 +76,14 @@ class Text:
         """int64, row index of the first token of the document at each position."""
         return torch.arange(self.shape[1], device=self.tokens_BN.device) - self.position_BN
 
+    @cached_property
+    def document_end_BN(self) -> Tensor:
+        """int32, row index behind the last token of the document at each position; on padding, where padding begins."""
+        B, N = self.shape
+        start_BN = torch.where(self.document_BN >= 0, self.document_start_BN, N)
+        n_BN = torch.arange(N, device=start_BN.device).expand(B, N).contiguous()
+        return torch.searchsorted(start_BN, n_BN, right=True, out_int32=True)
+
     def targets(self, ahead: int) -> tuple[Tensor, Tensor]:
         """The token `ahead` positions later: ids [B, N] (0 where there is none) and whether there is one [B, N].
 
@@ -123,6 +131,15 @@ class Anchors:
             for m, n in enumerate(anchors)
             if n >= 0 and document_BN[row][n] >= 0
         ]
+
+    @cached_property
+    def visible_BM(self) -> tuple[Tensor, Tensor]:
+        """int32 start and end of the text each anchor sees, (N, 0) where it sees none. No synchronisation."""
+        index_BM, text = self.index_BM.clamp(min=0), self.text
+        sees_BM = (self.index_BM >= 0) & (text.document_BN.gather(1, index_BM) >= 0)
+        start_BM = torch.where(sees_BM, text.document_start_BN.gather(1, index_BM), text.shape[1])
+        end_BM = torch.where(sees_BM, index_BM + 1, 0)
+        return start_BM.int(), end_BM.int()
 
     @cached_property
     def position_BM(self) -> Tensor:

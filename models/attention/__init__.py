@@ -1,8 +1,8 @@
 """Attention of text and thoughts: one definition, several backends, one place that chooses.
 
-`reference` is the definition; `aten` the flash kernels inside torch. The choice is, in this order: the argument, the
-environment variable FORETHOUGHT_ATTENTION, the first backend that serves the call. A backend that was asked for and
-cannot serve raises; what is chosen is logged once.
+`reference` is the definition; `aten` the flash kernels inside torch; `triton` this project's own kernels. The choice
+is, in this order: the argument, the environment variable FORETHOUGHT_ATTENTION, `aten` where it serves the call, else
+`reference`. A backend that was asked for and cannot serve raises; what is chosen is logged once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import functools
 import logging
 import os
 
+import torch
 from torch import Tensor
 
-from models.attention import aten, reference
+from models.attention import aten, reference, triton
 from models.thoughts import Anchors, Text
 
 log = logging.getLogger(__name__)
-BACKENDS = ("aten", "reference")
+BACKENDS = ("aten", "reference", "triton")
 
 
 def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text, backend: str | None = None) -> Tensor:
@@ -25,8 +26,7 @@ def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text, b
 
     q [B, N, H, D], k and v [B, N, G, D], H a multiple of G → [B, N, H, D] in q's dtype; zeros on padding.
     """
-    N = q_BNHD.shape[1]
-    chosen = _choose(q_BNHD, N, N, backend)
+    chosen = _choose(q_BNHD, k_BNGD, v_BNGD, backend=backend)
     return chosen.text_attention(q_BNHD, k_BNGD, v_BNGD, text)
 
 
@@ -44,24 +44,30 @@ def thought_attention(
     q [B, K, S, M, H, D] are the last S of the T tokens of each thought; k and v [B, K, T, M, G, D] all T of them;
     k_text and v_text [B, N, G, D]. → [B, K, S, M, H, D] in q's dtype. Differentiable in all five.
     """
-    chosen = _choose(q_BKSMHD, q_BKSMHD.shape[2], k_BKTMGD.shape[2], backend)
-    return chosen.thought_attention(q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD, anchors)
+    arguments = q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD
+    return _choose(*arguments, anchors=anchors, backend=backend).thought_attention(*arguments, anchors)
 
 
-def _choose(q: Tensor, own_queries: int, own_keys: int, asked: str | None):
-    asked = asked or os.environ.get("FORETHOUGHT_ATTENTION")
+def _choose(q: Tensor, k: Tensor, *others: Tensor, anchors: Anchors | None = None, backend: str | None = None):
+    """The backend for text, or for thoughts where there are anchors."""
+    asked = backend or os.environ.get("FORETHOUGHT_ATTENTION") or None
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"attention backend {asked!r} is not one of {', '.join(BACKENDS)}")
     if asked == "reference":
         return reference
-    served, reason = aten.supports(q, own_queries, own_keys)
-    if served:
-        _say_once("aten", reason)
-        return aten
-    if asked == "aten":
-        raise ValueError(f"attention backend 'aten' cannot serve this call: {reason}; unset it or use 'reference'")
-    _say_once("reference", reason)
-    return reference
+    chosen = triton if asked == "triton" else aten
+    if chosen is triton:
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
+        served, reason = triton.supports(q, k, anchors, differentiable)
+    else:
+        tokens = 1 if anchors is None else 2
+        served, reason = aten.supports(q, q.shape[tokens], k.shape[tokens])
+    if not served and asked is not None:
+        raise ValueError(f"attention backend {asked!r} cannot serve this call: {reason}; unset it or use 'reference'")
+    if not served:
+        chosen = reference
+    _say_once(chosen.__name__.rsplit(".", 1)[-1], reason)
+    return chosen
 
 
 @functools.cache

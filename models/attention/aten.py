@@ -70,7 +70,7 @@ def _flash_backward(
 class _TextAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BNHD, k_BNGD, v_BNGD, text):
-        out, lse = _dense_part(q_BNHD[:, None], k_BNGD, v_BNGD, text)
+        out, lse = dense_part(q_BNHD[:, None], k_BNGD, v_BNGD, text)
         ctx.save_for_backward(q_BNHD, k_BNGD, v_BNGD, out, lse)
         ctx.text = text
         return out[:, 0]
@@ -87,7 +87,7 @@ class _ThoughtAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, k_text, v_text, anchors):
         out_own, lse_own = _own_part(q, k, v)
         if anchors.dense:
-            out_text, lse_text = _dense_part(q.flatten(1, 2), k_text, v_text, anchors.text)
+            out_text, lse_text = dense_part(q.flatten(1, 2), k_text, v_text, anchors.text)
             out_text = out_text.view_as(q)
             lse_text = lse_text.view(*q.shape[:3], *lse_text.shape[2:]).transpose(-1, -2)
         else:
@@ -102,24 +102,40 @@ class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, k_text, v_text, out, lse = ctx.saved_tensors
-        grad = grad.contiguous()
-        dq, dk, dv = _own_part_backward(grad, q, k, v, out, lse)
-        if ctx.anchors.dense:
-            lse_rows = lse.flatten(1, 2).transpose(-1, -2)
-            dq_text, dk_text, dv_text = _dense_part_backward(
-                grad.flatten(1, 2), q.flatten(1, 2), k_text, v_text, out.flatten(1, 2), lse_rows, ctx.anchors.text
-            )
-            dq_text = dq_text.view_as(q)
-        else:
-            dq_text, dk_text, dv_text = _prefix_part_backward(grad, q, k_text, v_text, out, lse, ctx.anchors)
-        return dq + dq_text, dk, dv, dk_text, dv_text, None
+        return *thought_gradients(grad, q, k, v, k_text, v_text, out, lse, ctx.anchors), None
+
+
+def thought_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    anchors: Anchors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, k_text and v_text given the O [B, K, S, M, H, D] and L [B, K, S, M, H] of thought
+    attention, whoever computed them."""
+    grad = grad.contiguous()
+    dq, dk, dv = _own_part_backward(grad, q, k, v, out, lse)
+    if anchors.dense:
+        lse_rows = lse.flatten(1, 2).transpose(-1, -2)
+        dq_text, dk_text, dv_text = _dense_part_backward(
+            grad.flatten(1, 2), q.flatten(1, 2), k_text, v_text, out.flatten(1, 2), lse_rows, anchors.text
+        )
+        dq_text = dq_text.view_as(q)
+    else:
+        dq_text, dk_text, dv_text = _prefix_part_backward(grad, q, k_text, v_text, out, lse, anchors)
+    return dq + dq_text, dk, dv, dk_text, dv_text
 
 
 # Part 1, dense: query rows q [B, R, N, H, D], each aligned with the text, causal within each document.
 # O [B, R, N, H, D]; L [B, R, H, N], -inf on padding.
 
 
-def _dense_part(q: Tensor, k: Tensor, v: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+def dense_part(q: Tensor, k: Tensor, v: Tensor, text: Text) -> tuple[Tensor, Tensor]:
     B, R, N, H, D = q.shape
     if R == 1 and text.whole_rows:
         out, lse = _flash(q[:, 0], k, v, causal=True)

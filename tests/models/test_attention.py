@@ -236,7 +236,7 @@ def test_choice_of_backend(monkeypatch):
         attention.thought_attention(*arguments, anchors, backend="aten")
     fallback = attention.thought_attention(*arguments, anchors)
     assert torch.equal(fallback, reference.thought_attention(*arguments, anchors))
-    with pytest.raises(ValueError, match="'magic' is not one of aten, reference"):
+    with pytest.raises(ValueError, match="'magic' is not one of aten, reference, triton"):
         attention.thought_attention(*arguments, anchors, backend="magic")
     monkeypatch.setenv("FORETHOUGHT_ATTENTION", "aten")
     with pytest.raises(ValueError, match="cannot serve"):

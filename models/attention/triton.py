@@ -1,0 +1,132 @@
+"""Attention of thoughts from the Triton kernels of this project, for CUDA and, in fp32 and fp16, Triton's interpreter.
+
+Text attends to itself through the flash kernels of `aten`, and so does the text part of a dense rollout step. Which
+kernel serves a call of thoughts:
+
+| anchors | call | forward | backward |
+|---|---|---|---|
+| everywhere | whole thoughts | `kernels.dense` | `kernels.dense` |
+| everywhere | newest token | `aten` for the text, then `kernels.step` | none |
+| a few | any | `kernels.decode` | `aten`, part by part, given the merged output and log-sum-exp |
+
+Shapes as in reference.py. Triton is optional: nothing of it is imported before a call is served.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from models.attention import aten
+from models.thoughts import Anchors, Text
+
+HEAD_SIZES = (16, 32, 64, 128)
+# What kernels.dense can hold of a position in one tile: queries and own keys.
+MAX_ROWS, MAX_OWN = 128, 64
+
+
+def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+    """Whether these kernels serve such a call, and why not: thoughts q [B, K, S, M, H, D] and k [B, K, T, M, G, D] at
+    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed; install the extra 'kernels'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted):
+        return False, f"triton kernels run on CUDA, or on CPU under TRITON_INTERPRET=1, not on {q.device.type}"
+    if interpreted and q.dtype == torch.bfloat16:
+        return False, "Triton's interpreter computes nonsense in bf16"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"the triton kernels take fp32, bf16 and fp16, not {q.dtype}"
+    if anchors is None:
+        return aten.supports(q, q.shape[1], k.shape[1])
+    if q.shape[-1] not in HEAD_SIZES:
+        return False, f"the triton kernels take head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
+    S, T, group = q.shape[2], k.shape[2], q.shape[4] // k.shape[4]
+    if not anchors.dense:
+        return aten.supports(q, S, T) if differentiable else (True, "triton kernels for thoughts at a few anchors")
+    if S == T:
+        if S * group > MAX_ROWS or S > MAX_OWN:
+            return False, f"{S} tokens × {group} query heads of a group exceed a tile of {MAX_OWN} × {MAX_ROWS}"
+        if q[0, 0].numel() >= 2**31:
+            return False, "the queries of one thought of all positions exceed 32-bit offsets"
+        return True, "triton kernel for whole thoughts at every position"
+    if S > 1:
+        return False, f"{S} query tokens for {T} key tokens: neither one step nor the whole thought"
+    if differentiable:
+        return False, "the triton kernel for a single step has no backward"
+    return aten.supports(q, S, T)
+
+
+def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text) -> Tensor:
+    """As reference.text_attention."""
+    return aten.text_attention(q_BNHD, k_BNGD, v_BNGD, text)
+
+
+def thought_attention(
+    q_BKSMHD: Tensor,
+    k_BKTMGD: Tensor,
+    v_BKTMGD: Tensor,
+    k_text_BNGD: Tensor,
+    v_text_BNGD: Tensor,
+    anchors: Anchors,
+) -> Tensor:
+    """As reference.thought_attention, where `supports` says so."""
+    arguments = q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD
+    if not anchors.dense:
+        return _AtAFewAnchors.apply(*arguments, anchors)
+    if q_BKSMHD.shape[2] == k_BKTMGD.shape[2]:
+        return _AtEveryPosition.apply(*arguments, anchors)
+    return _step(*arguments, anchors)
+
+
+class _AtEveryPosition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, k_text, v_text, anchors):
+        from models.attention.kernels import dense
+
+        inputs = tuple(x.contiguous() for x in (q, k, v, k_text, v_text))
+        out, lse = dense.forward(*inputs, *anchors.visible_BM)
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.anchors = anchors
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        from models.attention.kernels import dense
+
+        q, k, v, k_text, v_text, out, lse = ctx.saved_tensors
+        start, end = ctx.anchors.visible_BM
+        document_end = ctx.anchors.text.document_end_BN
+        grads = dense.backward(grad.contiguous(), q, k, v, k_text, v_text, start, end, document_end, out, lse)
+        return *grads, None
+
+
+class _AtAFewAnchors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, k_text, v_text, anchors):
+        from models.attention.kernels import decode
+
+        q, k_text, v_text = q.contiguous(), k_text.contiguous(), v_text.contiguous()
+        out, lse = decode.decode(q, k, v, k_text, v_text, *anchors.visible_BM)
+        ctx.save_for_backward(q, k, v, k_text, v_text, out, lse)
+        ctx.anchors = anchors
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, k_text, v_text, out, lse = ctx.saved_tensors
+        natural = lse * math.log(2.0)
+        return *aten.thought_gradients(grad, q, k, v, k_text, v_text, out, natural, ctx.anchors), None
+
+
+def _step(q, k, v, k_text, v_text, anchors) -> Tensor:
+    from models.attention.kernels import step
+
+    B, K, _, N, H, D = q.shape
+    out_text, lse_text = aten.dense_part(q.flatten(1, 2), k_text, v_text, anchors.text)
+    out = step.add_private_keys(q[:, :, 0].contiguous(), k, v, out_text.contiguous(), lse_text.contiguous())
+    return out[:, :, None]
