@@ -278,11 +278,16 @@ def _parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tupl
                 problems.append(f"--{key} needs a value")
                 continue
             value = rest.pop(0)
-        try:
-            pairs.append((key.replace("-", "_"), yaml.safe_load(value)))
-        except yaml.YAMLError:
-            problems.append(f"--{key}: cannot read the value {value!r}")
+        pairs.append((key.replace("-", "_"), _read_value(value)))
     return pairs
+
+
+def _read_value(value: str) -> Any:
+    """What YAML reads in it; what YAML cannot read, like `[` or `{`, is text, and checked as such."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _override(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:

@@ -223,9 +223,15 @@ class RunRecords:
     def commands(self) -> list[str]:
         path = shlex.quote(str(self.directory.path))
         found = [f"forethought export {path} OUT"]
-        if self.name == "quiet_star":
-            found.append(f'forethought sample {path} --text "The capital of France is"')
+        if self.name != "next_token":
+            found.append(f"forethought sample {path} --text {shlex.quote(self._text_to_think_about())}")
         return found
+
+    def _text_to_think_about(self) -> str:
+        """Where only a marker brings on a thought, a text that has one."""
+        positions = getattr(self.recipe.objective, "positions", None)
+        read = [sample["text"] for sample in self.samples if sample["text"].isprintable()]
+        return read[-1] if positions == "marker" and read else "The capital of France is"
 
 
 def _known(record: Record, name: str) -> bool:
@@ -339,9 +345,8 @@ def training_curves(run: RunRecords) -> Figure:
     """Every metric over the steps, each on axes of its own. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    names = dict.fromkeys(name for record in run.metrics for name in record)
-    names = [name for name in names if name not in NOT_PLOTTED and not name.startswith("data/")]
-    names = [name for name in names if any(_known(record, name) for record in run.metrics)]
+    logged = dict.fromkeys(name for record in run.metrics for name in record if _known(record, name))
+    names = [name for name in logged if name not in NOT_PLOTTED and not name.startswith("data/")]
     columns = 4
     rows = max(1, math.ceil(len(names) / columns))
     figure = Figure(figsize=(11, 1.9 * rows), layout="constrained")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from dataclasses import replace
 from html import unescape
@@ -19,7 +20,7 @@ from pretrain.recipe import OBJECTIVES, Recipe, recipe_to_yaml
 from pretrain.report import SENTENCES, print_report, write_report
 from pretrain.run_directory import RunDirectory
 
-HOSTILE = "<script>alert('thought')</script> & [bold]more[/bold] :smile:\n\x1b[31m"
+HOSTILE = "<script>alert('thought')</script> & [bold]more[/bold] :smile:\n\x1b[31m\ud800"
 CAUSAL = {
     "own": {"nll": 0.125, "low": 0.1, "high": 0.15},
     "other": {"nll": 2.5, "low": 2.4, "high": 2.6},
@@ -137,7 +138,7 @@ def test_the_terminal_compares_with_the_control(tmp_path, capsys):
 
 def test_the_terminal_without_control(tmp_path, capsys):
     out = printed(make_thinking(tmp_path / "run"), capsys)
-    assert "control" not in out
+    assert "equal FLOPs" not in out
     assert "10 3.6250 4.1250 0.6875 +3.4375" in out
     plain = printed(make_plain(tmp_path / "plain"), capsys)
     assert "without thoughts 3.5000 3.2500 -0.2500" in plain
@@ -159,7 +160,7 @@ def test_thoughts_on_the_terminal_are_text(tmp_path, capsys):
 def test_a_control_that_has_not_ended_is_left_out(tmp_path, capsys):
     run = make_thinking(tmp_path / "run")
     with_control(run, reached=39)
-    assert "control" not in printed(run, capsys)
+    assert "equal FLOPs" not in printed(run, capsys)
 
 
 def test_the_page(tmp_path, capsys):
@@ -195,7 +196,7 @@ def test_the_page_is_safe_and_stands_alone(tmp_path):
     page = write_report(*make_thinking(tmp_path / "<i>run")).read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<i>" not in page
-    assert "&lt;script&gt;alert(\\&#x27;thought\\&#x27;)&lt;/script&gt; &amp; [bold]" in page
+    assert "&lt;script&gt;alert(&#x27;thought&#x27;)&lt;/script&gt; &amp; [bold]" in page
     assert "\x1b" not in page
     without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//|<link|url\(|@import", without_pictures)
@@ -207,15 +208,20 @@ def test_the_page_of_a_run_that_does_not_think(tmp_path):
     assert ["without thoughts", "3.5000", "3.2500", "-0.2500"] in rows(page)
     assert ["10", "4.6250", "4.3750"] in rows(page)
     assert "<p>None.</p>" in page
-    for absent in ("own thought", "Does the thought matter", "<h2>Thoughts", "control", "forethought sample"):
+    for absent in ("own thought", "Does the thought matter", "<h2>Thoughts", "equal FLOPs", "forethought sample"):
         assert absent not in page
 
 
-def test_sampling_is_offered_where_it_works(tmp_path, capsys):
+def test_sampling_is_offered_with_a_text_to_think_about(tmp_path, capsys):
     directory, recipe, seconds = make_plain(tmp_path / "a run")
-    out = printed((directory, replace(recipe, objective=QuietStarConfig()), seconds), capsys)
-    assert f"forethought export '{tmp_path / 'a run'}' OUT" in out
-    assert f"forethought sample '{tmp_path / 'a run'}' --text" in out
+    assert "forethought sample" not in printed((directory, recipe, seconds), capsys)
+    quiet_star, marker = (replace(recipe, objective=o) for o in (QuietStarConfig(), RlpConfig(positions="marker")))
+    command = f"forethought sample '{tmp_path / 'a run'}' --text"
+    assert f"{command} 'The capital of France is'" in printed((directory, quiet_star, seconds), capsys)
+    assert f"{command} 'The capital of France is'" in printed((directory, marker, seconds), capsys)
+    directory.append(directory.samples, sample(1) | {"text": "it's 3+5="})
+    directory.append(directory.samples, sample(1) | {"text": "\x1b[31m3+5="})
+    assert command + " " + shlex.quote("it's 3+5=") in printed((directory, marker, seconds), capsys)
 
 
 @pytest.mark.parametrize("kind", ["thinking", "controlled", "plain", "gaps"])
