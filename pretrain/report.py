@@ -315,7 +315,7 @@ def overview(run: RunRecords) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
     left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
-    left.legend(frameon=False, fontsize="small")
+    left.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     if run.after.get("causal"):
         _plot_causal(right, run.after["causal"])
     else:
