@@ -121,8 +121,9 @@ class Rpt(Anchored):
     def prepare(self, model: ThinkingModel, text: Text, rng: Rng) -> ResponseBatch:
         """The rollout phase: hard positions, responses, and what they earn."""
         c = self.config
+        # Moved before it reads: moving a sharded model frees the weights that reading has gathered.
+        proxy = model if self.proxy is None else self.proxy.to(text.tokens_BN.device)
         state = model.read(text)
-        proxy = (self.proxy or model).to(state.hidden_BNW.device)
         no_think = state if self.proxy is None else proxy.read(text)
         anchors = self.choose_anchors(text, rng, no_think, proxy.head_weight_VW)
         if c.template == "forced":

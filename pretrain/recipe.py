@@ -225,7 +225,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[str] = []
     for key, value in _parse_overrides(overrides, problems):
         _override(tree, key, value, problems)
-    tree.setdefault("run_dir", str(Path("runs") / Path(reference).stem))
+    name = reference if reference in shipped() else Path(reference).stem
+    tree.setdefault("run_dir", str(Path("runs") / name))
     return recipe_from_tree(tree, problems)
 
 
