@@ -1,15 +1,6 @@
-"""Attention of text and thoughts from the flash kernels inside torch, for CPU and CUDA.
+"""Attention of text and thoughts from the flash kernels inside torch, for CPU and CUDA: merged.py says how.
 
-A thought's keys are two disjoint sets: the text up to its anchor and its own tokens. Each part runs through an ordinary
-flash kernel, and the parts combine by their log-sum-exps: L = log Σ exp Lᵢ, O = Σ exp(Lᵢ − L) Oᵢ.
-
-Backward is exact and needs no kernel of its own: a flash backward recomputes P = exp(scores − L) and
-delta = rowsum(dO ∘ O) from the O and L it is given, so each part is run with the *merged* O and L, and the parts'
-dQ add up. Differentiating through the merge instead would need the gradient of each part's L, which stock flash
-backwards drop without a word.
-
-Shapes as in reference.py. Thoughts are laid out [B, K, S, M, heads, D], which makes both parts views: for anchors
-everywhere a slice over M is a row of text; and folding M into the heads makes a thought a sequence of S tokens.
+Shapes as in merged.Kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.thoughts import Anchors, Text
+from models.attention.merged import Kernels, MergedAttention
 
 
 def supports(q: Tensor, own_queries: int, own_keys: int) -> tuple[bool, str]:
@@ -37,201 +28,36 @@ def supports(q: Tensor, own_queries: int, own_keys: int) -> tuple[bool, str]:
     return False, f"no flash kernel for {q.device.type}"
 
 
-# One flash kernel call: q [b, s, h, d], k and v [b, t, g, d], h a multiple of g; L [b, h, s] in fp32 (fp64 for fp64).
+def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal
+    )
+    return out.transpose(1, 2), lse
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal
-        )
-        return out.transpose(1, 2), lse
+def _cpu_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse, 0.0, causal
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False
     )
     return out, lse
 
 
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV) given the O and L of the whole attention, of which k and v may be a part."""
-    if q.device.type == "cpu":
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse, 0.0, causal
-        )
-        return tuple(g.transpose(1, 2) for g in grads)
+def _cuda_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tensor]:
     no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, no_rng, no_rng
     )
 
 
-class _TextAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q_BNHD, k_BNGD, v_BNGD, text):
-        out, lse = dense_part(q_BNHD[:, None], k_BNGD, v_BNGD, text)
-        ctx.save_for_backward(q_BNHD, k_BNGD, v_BNGD, out, lse)
-        ctx.text = text
-        return out[:, 0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _dense_part_backward(grad[:, None], q[:, None], k, v, out, lse, ctx.text)
-        return dq[:, 0], dk, dv, None
-
-
-class _ThoughtAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, k_text, v_text, anchors):
-        out_own, lse_own = _own_part(q, k, v)
-        if anchors.dense:
-            out_text, lse_text = dense_part(q.flatten(1, 2), k_text, v_text, anchors.text)
-            out_text = out_text.view_as(q)
-            lse_text = lse_text.view(*q.shape[:3], *lse_text.shape[2:]).transpose(-1, -2)
-        else:
-            out_text, lse_text = _prefix_part(q, k_text, v_text, anchors)
-        lse = torch.logaddexp(lse_own, lse_text)
-        out = (lse_own - lse).exp()[..., None] * out_own + (lse_text - lse).exp()[..., None] * out_text
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, k_text, v_text, out, lse)
-        ctx.anchors = anchors
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, k_text, v_text, out, lse = ctx.saved_tensors
-        return *thought_gradients(grad, q, k, v, k_text, v_text, out, lse, ctx.anchors), None
-
-
-def thought_gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_text: Tensor,
-    v_text: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    anchors: Anchors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, k_text and v_text given the O [B, K, S, M, H, D] and L [B, K, S, M, H] of thought
-    attention, whoever computed them."""
-    grad = grad.contiguous()
-    dq, dk, dv = _own_part_backward(grad, q, k, v, out, lse)
-    if anchors.dense:
-        lse_rows = lse.flatten(1, 2).transpose(-1, -2)
-        dq_text, dk_text, dv_text = _dense_part_backward(
-            grad.flatten(1, 2), q.flatten(1, 2), k_text, v_text, out.flatten(1, 2), lse_rows, anchors.text
-        )
-        dq_text = dq_text.view_as(q)
-    else:
-        dq_text, dk_text, dv_text = _prefix_part_backward(grad, q, k_text, v_text, out, lse, anchors)
-    return dq + dq_text, dk, dv, dk_text, dv_text
-
-
-# Part 1, dense: query rows q [B, R, N, H, D], each aligned with the text, causal within each document.
-# O [B, R, N, H, D]; L [B, R, H, N], -inf on padding.
-
-
-def dense_part(q: Tensor, k: Tensor, v: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-    B, R, N, H, D = q.shape
-    if R == 1 and text.whole_rows:
-        out, lse = _flash(q[:, 0], k, v, causal=True)
-        return out[:, None], lse[:, None]
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = q.new_full((B, R, H, N), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-    for b, start, end in text.spans:
-        here = slice(start, end)
-        k_rows, v_rows = (x[b, None, here].expand(R, -1, -1, -1) for x in (k, v))
-        out[b, :, here], lse[b, :, :, here] = _flash(q[b, :, here], k_rows, v_rows, causal=True)
-    return out, lse
-
-
-def _dense_part_backward(grad, q, k, v, out, lse, text) -> tuple[Tensor, Tensor, Tensor]:
-    R = q.shape[1]
-    if R == 1 and text.whole_rows:
-        dq, dk, dv = _flash_backward(grad[:, 0], q[:, 0], k, v, out[:, 0], lse[:, 0], causal=True)
-        return dq[:, None], dk, dv
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    for b, start, end in text.spans:
-        here = slice(start, end)
-        k_rows, v_rows = (x[b, None, here].expand(R, -1, -1, -1) for x in (k, v))
-        dq[b, :, here], dk_rows, dv_rows = _flash_backward(
-            grad[b, :, here], q[b, :, here], k_rows, v_rows, out[b, :, here], lse[b, :, :, here], causal=True
-        )
-        dk[b, here] = dk_rows.sum(0)
-        dv[b, here] = dv_rows.sum(0)
-    return dq, dk, dv
-
-
-# Part 1, deep: the K·S query tokens of one anchor are one sequence against the text the anchor sees.
-# q and O [B, K, S, M, H, D]; L [B, K, S, M, H], -inf where an anchor sees no text.
-
-
-def _prefix_part(q: Tensor, k: Tensor, v: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
-    B, K, S, M, H, D = q.shape
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = q.new_full((B, K, S, M, H), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-    for b, m, start, end in anchors.prefixes:
-        o, l = _flash(q[b, :, :, m].reshape(1, K * S, H, D), k[b, None, start:end], v[b, None, start:end], causal=False)
-        out[b, :, :, m] = o.reshape(K, S, H, D)
-        lse[b, :, :, m] = l[0].t().reshape(K, S, H)
-    return out, lse
-
-
-def _prefix_part_backward(grad, q, k, v, out, lse, anchors) -> tuple[Tensor, Tensor, Tensor]:
-    _, K, S, _, H, D = q.shape
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    # Prefixes of one document overlap, so their gradients are summed in the accumulation dtype.
-    dk = torch.zeros(k.shape, dtype=lse.dtype, device=k.device)
-    dv = torch.zeros(v.shape, dtype=lse.dtype, device=v.device)
-    for b, m, start, end in anchors.prefixes:
-        g, q_m, o = (x[b, :, :, m].reshape(1, K * S, H, D) for x in (grad, q, out))
-        l = lse[b, :, :, m].reshape(1, K * S, H).transpose(1, 2)
-        dq_m, dk_m, dv_m = _flash_backward(g, q_m, k[b, None, start:end], v[b, None, start:end], o, l, causal=False)
-        dq[b, :, :, m] = dq_m.reshape(K, S, H, D)
-        dk[b, start:end] += dk_m[0]
-        dv[b, start:end] += dv_m[0]
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-# Part 2: a thought's own tokens, [B, K, S, M, heads, D] seen as batch B·K, sequence S, heads M·heads.
-# O like q; L [B, K, S, M, H].
-
-
-def _as_sequences(x: Tensor) -> Tensor:
-    return x.flatten(0, 1).flatten(2, 3)
-
-
-def _own_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    S, T = q.shape[2], k.shape[2]
-    out, lse = _flash(_as_sequences(q), _as_sequences(k), _as_sequences(v), causal=S == T)
-    return out.reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])
-
-
-def _own_part_backward(grad, q, k, v, out, lse) -> tuple[Tensor, Tensor, Tensor]:
-    S, T = q.shape[2], k.shape[2]
-    lse_rows = lse.flatten(0, 1).flatten(2, 3).transpose(1, 2)
-    grad, q_rows, k_rows, v_rows, out = (_as_sequences(x) for x in (grad, q, k, v, out))
-    dq, dk, dv = _flash_backward(grad, q_rows, k_rows, v_rows, out, lse_rows, causal=S == T)
-    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
-
-
-def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text) -> Tensor:
-    """As reference.text_attention."""
-    return _TextAttention.apply(q_BNHD, k_BNGD, v_BNGD, text)
-
-
-def thought_attention(
-    q_BKSMHD: Tensor,
-    k_BKTMGD: Tensor,
-    v_BKTMGD: Tensor,
-    k_text_BNGD: Tensor,
-    v_text_BNGD: Tensor,
-    anchors: Anchors,
-) -> Tensor:
-    """As reference.thought_attention, for S = T (a whole thought) or S = 1 (its newest token)."""
-    return _ThoughtAttention.apply(q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD, anchors)
+_attention = MergedAttention({"cpu": Kernels(_cpu, _cpu_backward), "cuda": Kernels(_cuda, _cuda_backward)})
+text_attention = _attention.text_attention
+thought_attention = _attention.thought_attention
+dense_part = _attention.dense_part
+thought_gradients = _attention.thought_gradients
