@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import text_attention, thought_attention
-from models.precision import Linear, accumulation_dtype
-from models.rope import inverse_frequencies, rotate, rotation
+from models.pointwise import gated, rms_norm, rotate
+from models.precision import Linear, together
+from models.rope import inverse_frequencies, rotation
 from models.thoughts import Anchors, Text
 
 
@@ -54,7 +54,7 @@ class DecoderConfig:
 
 
 class RMSNorm(nn.Module):
-    """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of the input."""
+    """See pointwise.rms_norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -62,8 +62,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = accumulation_dtype(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass
@@ -120,9 +119,8 @@ class Attention(nn.Module):
 
     def project(self, x_W: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [_, H, D] and keys [_, G, D], and values [_, G, D], of x [_, W]."""
-        q, k, v = (
-            projection(x_W).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = together(x_W, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -136,7 +134,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.ffn_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_W: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_W)) * self.up_proj(x_W))
+        gate, up = together(x_W, self.gate_proj, self.up_proj)
+        return self.down_proj(gated(gate, up))
 
 
 class Block(nn.Module):

@@ -8,6 +8,8 @@ to the fp32 master.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,19 +27,55 @@ def _count_optimizer_step(*_) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` in `dtype`, without gradient; made again only after an optimizer step or another in-place change.
+def _kept(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
+    """What `make` makes of the weights, kept at the first; made again only after an optimizer step or another in-place
+    change.
 
     Hazard: writing to `weight.data` by hand is neither.
     """
+    state = ([weight._version for weight in weights], _optimizer_steps, dtype)
+    kept = getattr(weights[0], name, None)
+    if kept is None or kept[0] != state:
+        kept = (state, make(*(weight.detach() for weight in weights)))
+        setattr(weights[0], name, kept)
+    return kept[1]
+
+
+def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`, without gradient; itself where it is of that dtype."""
     if weight.dtype == dtype:
         return weight.detach()
-    state = (weight._version, _optimizer_steps, dtype)
-    cached = getattr(weight, "_working_copy", None)
-    if cached is None or cached[0] != state:
-        cached = (state, weight.detach().to(dtype))
-        weight._working_copy = cached  # type: ignore[attr-defined]
-    return cached[1]
+    return _kept([weight], "_working_copy", dtype, lambda master: master.to(dtype))
+
+
+# Products with fewer rows than this are faster with a weight that lies in the order in which oneDNN reads it: on two
+# cores 1.6 to 2 times at 16 rows, 1.1 times at 256, and nothing is left at 2048.
+FEW_ROWS = 256
+
+
+def _packs(x: Tensor) -> bool:
+    few = x.device.type == "cpu" and x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
+    if not few or not torch.backends.mkldnn.is_available():
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """x @ [weights]ᵀ + bias; the weights, one below the other, are kept a second time."""
+
+    def pack(*masters: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(torch.cat(masters).to(x.dtype))
+
+    packed = _kept(weights, "_packed_copy", x.dtype, pack)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weightᵀ + bias in x.dtype, without gradient: what sampling runs."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if _packs(x):
+        return _packed_linear(x, [weight], bias)
+    return F.linear(x, working_copy(weight, x.dtype), bias)
 
 
 class _MasterWeightLinear(torch.autograd.Function):
@@ -67,9 +105,20 @@ class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input, whatever the dtype of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return linear(x, self.weight, self.bias)
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
         return _MasterWeightLinear.apply(x, self.weight, self.bias)
+
+
+def together(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+    """What each of the layers gives for x; as one product where a few rows make it faster."""
+    if not _packs(x):
+        return [layer(x) for layer in layers]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).to(x.dtype)
+    product = _packed_linear(x, [layer.weight for layer in layers], bias)
+    return product.split([layer.out_features for layer in layers], dim=-1)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -80,9 +80,3 @@ def rotation(position: Tensor, inverse: Tensor, factor: float, dtype: torch.dtyp
     """cos and sin [..., head_dim / 2] in `dtype` for int64 positions [...]; angles in at least fp32."""
     angle = position[..., None].to(inverse.dtype) * inverse
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [..., heads, head_dim] by its position's cos and sin [..., 1, head_dim / 2]; halves are the pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

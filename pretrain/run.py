@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint
 from data_pipelines import PackedText, Tokenizer, open_data
 from data_pipelines.data_module import TextDataModule
 from models.philox import Rng
+from models.pointwise import compile_chains
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
@@ -97,6 +99,9 @@ class Prepared:
 
 def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     """Reads tokenizer, data and model, the latter from the run's newest checkpoint if `directory` has one."""
+    if recipe.compile and not torch.cuda.is_available() and not _cpp_compiler():
+        raise RecipeError("compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out")
+    compile_chains(recipe.compile)
     tokenizer_directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     data = open_data(recipe.data, tokenizer, recipe.seed)
@@ -135,6 +140,10 @@ def causal_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> Causa
     if not filler:
         raise RecipeError("evaluation.filler is empty; name a text whose first token fills a thought, like .")
     return CausalTest(filler[0], data.solutions(config.rows))
+
+
+def _cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))
 
 
 def _load_proxy(objective: Objective, recipe: Recipe, tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.attention.merged import Kernels, MergedAttention
+from models.precision import accumulation_dtype
 
 
 def supports(q: Tensor, own_queries: int, own_keys: int) -> tuple[bool, str]:
@@ -28,6 +29,9 @@ def supports(q: Tensor, own_queries: int, own_keys: int) -> tuple[bool, str]:
     return False, f"no flash kernel for {q.device.type}"
 
 
+SHORT = 64
+
+
 def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal
@@ -36,10 +40,13 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]
 
 
 def _cpu_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse, 0.0, causal
+    # Backward of many short sequences takes this kernel nine times as long in bf16 as in fp32, at 16 tokens.
+    dtype = accumulation_dtype(q.dtype) if q.shape[1] <= SHORT else q.dtype
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.transpose(1, 2).to(dtype) for x in (grad, q, k, v, out)), lse, 0.0, causal
     )
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    dq, dk, dv = (g.transpose(1, 2).to(q.dtype) for g in grads)
+    return dq, dk, dv
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.pointwise import merged
+from models.precision import accumulation_dtype
 from models.thoughts import Anchors, Text
 
 
@@ -108,8 +110,7 @@ class _ThoughtAttention(torch.autograd.Function):
         else:
             out_text, lse_text = _prefix_part(q, k_text, v_text, anchors, kernels)
         lse = torch.logaddexp(lse_own, lse_text)
-        out = (lse_own - lse).exp()[..., None] * out_own + (lse_text - lse).exp()[..., None] * out_text
-        out = out.to(q.dtype)
+        out = merged(out_own, lse_own, out_text, lse_text)
         ctx.save_for_backward(q, k, v, k_text, v_text, out, lse)
         ctx.anchors, ctx.kernels = anchors, kernels
         return out
@@ -156,7 +157,7 @@ def _dense_part(q: Tensor, k: Tensor, v: Tensor, text: Text, kernels: Kernels) -
         out, lse = kernels.forward(q[:, 0], k, v, True)
         return out[:, None], lse[:, None]
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = q.new_full((B, R, H, N), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_full((B, R, H, N), float("-inf"), dtype=accumulation_dtype(q.dtype))
     for b, start, end in text.spans:
         here = slice(start, end)
         k_rows, v_rows = (x[b, None, here].expand(R, -1, -1, -1) for x in (k, v))
@@ -182,40 +183,52 @@ def _dense_part_backward(grad, q, k, v, out, lse, text, kernels: Kernels) -> tup
     return dq, dk, dv
 
 
-# Part 1, deep: the K·S query tokens of one anchor are one sequence against the text the anchor sees.
-# q and O [B, K, S, M, H, D]; L [B, K, S, M, H], -inf where an anchor sees no text.
+# Part 1, deep: the query tokens of one anchor are one sequence against the text the anchor sees, and the query heads of
+# a group are tokens of it, so that a kernel lays out each key-value head once.
+# q and O [B, K, S, M, H, D], as sequences [B, M, K·S·R, G, D]; L [B, K, S, M, H], as sequences [B, M, G, K·S·R].
+
+
+def _to_sequences(x: Tensor, G: int) -> Tensor:
+    return x.unflatten(-2, (G, -1)).permute(0, 3, 1, 2, 5, 4, 6).flatten(2, 4)
+
+
+def _from_sequences(x: Tensor, like: Tensor) -> Tensor:
+    B, K, S, M, H, D = like.shape
+    return x.view(B, M, K, S, -1, x.shape[3], D).permute(0, 2, 3, 1, 5, 4, 6).reshape(like.shape)
 
 
 def _prefix_part(q: Tensor, k: Tensor, v: Tensor, anchors: Anchors, kernels: Kernels) -> tuple[Tensor, Tensor]:
     B, K, S, M, H, D = q.shape
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = q.new_full((B, K, S, M, H), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    G = k.shape[2]
+    q_rows = _to_sequences(q, G)
+    out = torch.zeros_like(q_rows)
+    lse = q.new_full((B, M, G, q_rows.shape[2]), float("-inf"), dtype=accumulation_dtype(q.dtype))
     for b, m, start, end in anchors.prefixes:
-        o, l = kernels.forward(
-            q[b, :, :, m].reshape(1, K * S, H, D), k[b, None, start:end], v[b, None, start:end], False
-        )
-        out[b, :, :, m] = o.reshape(K, S, H, D)
-        lse[b, :, :, m] = l[0].t().reshape(K, S, H)
-    return out, lse
+        o, l = kernels.forward(q_rows[b, m, None], k[b, None, start:end], v[b, None, start:end], False)
+        out[b, m], lse[b, m] = o[0], l[0]
+    lse = lse.view(B, M, G, K, S, H // G).permute(0, 3, 4, 1, 2, 5).reshape(B, K, S, M, H)
+    return _from_sequences(out, q), lse
 
 
 def _prefix_part_backward(grad, q, k, v, out, lse, anchors, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    _, K, S, _, H, D = q.shape
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    G = k.shape[2]
+    grad_rows, q_rows, out_rows = (_to_sequences(x, G) for x in (grad, q, out))
+    lse_rows = _to_sequences(lse[..., None], G)[..., 0].transpose(2, 3)
+    dq = torch.zeros_like(q_rows)
     # Prefixes of one document overlap, so their gradients are summed in the accumulation dtype.
     dk = torch.zeros(k.shape, dtype=lse.dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=lse.dtype, device=v.device)
     for b, m, start, end in anchors.prefixes:
-        g, q_m, o = (x[b, :, :, m].reshape(1, K * S, H, D) for x in (grad, q, out))
-        l = lse[b, :, :, m].reshape(1, K * S, H).transpose(1, 2)
+        g, q_m, o, l = (x[b, m, None] for x in (grad_rows, q_rows, out_rows, lse_rows))
         dq_m, dk_m, dv_m = kernels.backward(g, q_m, k[b, None, start:end], v[b, None, start:end], o, l, False)
-        dq[b, :, :, m] = dq_m.reshape(K, S, H, D)
+        dq[b, m] = dq_m[0]
         dk[b, start:end] += dk_m[0]
         dv[b, start:end] += dv_m[0]
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return _from_sequences(dq, q), dk.to(k.dtype), dv.to(v.dtype)
 
 
-# Part 2: a thought's own tokens, [B, K, S, M, heads, D] seen as batch B·K, sequence S, heads M·heads.
+# Part 2: a thought's own tokens, [B, K, S, M, heads, D] seen as batch B·K, sequence S, heads M·heads. The newest token
+# alone sees all, so that the query heads of a group can be its sequence.
 # O like q; L [B, K, S, M, H].
 
 
@@ -224,14 +237,18 @@ def _as_sequences(x: Tensor) -> Tensor:
 
 
 def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    S, T = q.shape[2], k.shape[2]
-    out, lse = kernels.forward(_as_sequences(q), _as_sequences(k), _as_sequences(v), S == T)
+    B, K, S, M, H, D = q.shape
+    if S == 1:
+        G = k.shape[4]
+        q_rows = q.view(B * K, M * G, H // G, D).transpose(1, 2)
+        out, lse = kernels.forward(q_rows, _as_sequences(k), _as_sequences(v), False)
+        return out.transpose(1, 2).reshape(q.shape), lse.reshape(q.shape[:-1])
+    out, lse = kernels.forward(_as_sequences(q), _as_sequences(k), _as_sequences(v), True)
     return out.reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])
 
 
 def _own_part_backward(grad, q, k, v, out, lse, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    S, T = q.shape[2], k.shape[2]
     lse_rows = lse.flatten(0, 1).flatten(2, 3).transpose(1, 2)
     grad, q_rows, k_rows, v_rows, out = (_as_sequences(x) for x in (grad, q, k, v, out))
-    dq, dk, dv = kernels.backward(grad, q_rows, k_rows, v_rows, out, lse_rows, S == T)
+    dq, dk, dv = kernels.backward(grad, q_rows, k_rows, v_rows, out, lse_rows, q.shape[2] == k.shape[2])
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)

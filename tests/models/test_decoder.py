@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.logprobs import token_logprobs
-from models.precision import Linear, working_copy
+from models.precision import Linear, together, working_copy
 from models.thinking import Delimiters
 from models.thoughts import END, PAD, START, Anchors, Text, Thoughts
 from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_config, tiny_model
@@ -145,6 +146,25 @@ def test_working_copy_follows_the_weight(fused):
     assert not torch.equal(stepped, copy)
     layer.load_state_dict({"weight": torch.full((2, 3), 4.0)})
     assert torch.equal(working_copy(layer.weight, torch.bfloat16), torch.full((2, 3), 4.0).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_together_are_layers_apart(dtype, bias):
+    """A few rows without gradient, where the weights are packed; before and after they change."""
+    torch.manual_seed(0)
+    layers = [Linear(48, size, bias=bias) for size in (32, 8, 16)]
+    x = torch.randn(2, 5, 48, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p for layer in layers for p in layer.parameters()], lr=0.1, fused=True)
+    for _ in range(2):
+        truth = [F.linear(x, *(p.double() for p in layer.parameters())) for layer in layers]
+        with torch.no_grad():
+            got = [*together(x.to(dtype), *layers), *(layer(x.to(dtype)) for layer in layers)]
+        for a, b in zip(got, truth * 2, strict=True):
+            assert a.dtype == dtype and a.shape == b.shape
+            assert relative_error(a, b) <= (1e-6 if dtype == torch.float32 else 2**-7)
+        sum(layer(x.float()).sum() for layer in layers).backward()
+        optimizer.step()
 
 
 def test_bf16_on_fp32_masters_errs_no_more_than_bf16_weights_do():

@@ -1,0 +1,82 @@
+"""The chains of pointwise operations between matrix products and attention.
+
+As they stand each operation is a pass over memory, which on CPU costs a third of a Quiet-STaR step. `compile_chains`
+makes one pass of each chain with torch.compile, forward and backward. The products and attention between them are
+kernels already and are left as they are.
+
+Shapes: R rows (tokens), W any width, H heads, D head size; `_` leading axes of any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.precision import accumulation_dtype
+
+_compile = False
+_compiled: dict[Callable, Callable] = {}
+
+
+def compile_chains(on: bool = True) -> None:
+    """From here on the chains run compiled, or not, in this process; each compiles at its first use, in seconds.
+
+    On CPU that takes a C++ compiler; torch raises where it finds none.
+    """
+    global _compile
+    _compile = on
+
+
+def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
+    if not _compile:
+        return chain(*arguments)
+    if chain not in _compiled:
+        _compiled[chain] = torch.compile(chain, dynamic=True)
+    return _compiled[chain](*arguments)
+
+
+def rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
+    """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of x [_, W]."""
+    return _run(_rms_norm, x_W.flatten(0, -2), weight_W, eps).view(x_W.shape)
+
+
+def _rms_norm(x_RW: Tensor, weight_W: Tensor, eps: float) -> Tensor:
+    dtype = accumulation_dtype(x_RW.dtype)
+    return F.rms_norm(x_RW.to(dtype), weight_W.shape, weight_W.to(dtype), eps).to(x_RW.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D / 2]; halves are the pairs."""
+    return _run(_rotate, x, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
+    """silu(gate) · up, of [_, W] each."""
+    return _run(_gated, gate_W.flatten(0, -2), up_W.flatten(0, -2)).view(gate_W.shape)
+
+
+def _gated(gate_RW: Tensor, up_RW: Tensor) -> Tensor:
+    return F.silu(gate_RW) * up_RW
+
+
+def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Attention over two disjoint sets of keys from its two parts: O [_, H, D] in their dtype, L [_, H].
+
+    O = exp(L_a − L) O_a + exp(L_b − L) O_b with L = log(exp L_a + exp L_b); L_a must be finite.
+    """
+    return _run(_merged, *(x.flatten(0, -2) for x in (out_a, lse_a[..., None], out_b, lse_b[..., None]))).view(
+        out_a.shape
+    )
+
+
+def _merged(out_a_RD: Tensor, lse_a_R1: Tensor, out_b_RD: Tensor, lse_b_R1: Tensor) -> Tensor:
+    share_b_R1 = (lse_b_R1 - lse_a_R1).sigmoid()
+    return ((1 - share_b_R1) * out_a_RD + share_b_R1 * out_b_RD).to(out_a_RD.dtype)
