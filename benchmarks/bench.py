@@ -48,7 +48,7 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
             rows.sort(key=lambda r: order.index(r["part"]))
             results = about | {"targets": judge(rows, device.type, size), "rows": rows}
             path.write_text(json.dumps(results, indent=1) + "\n")
-    print_report(results)
+    print_report(results, only)
     picture = write_picture(results, path.with_suffix(".png"))
     print(f"wrote {path}" + (f" and {picture.name}" if picture else "; no picture: matplotlib is not installed"))
     for failure in failures:

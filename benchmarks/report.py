@@ -1,11 +1,18 @@
-"""The benchmark's results as tables for a terminal and as a picture; rich and matplotlib are used where installed."""
+"""The benchmark's results as tables for a terminal and as a picture; rich and matplotlib are used where installed.
+
+`python -m benchmarks.report FILE.json` prints and draws what a benchmark has written.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.arguments import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,10 +62,11 @@ def print_row(row: Record) -> None:
     print(f"{row['part']}, {row['name']}: {row.get('failed') or '; '.join([*medians, *growth]) or 'done'}", flush=True)
 
 
-def print_report(results: Record) -> None:
+def print_report(results: Record, parts: Sequence[str]) -> None:
+    """Everything that was measured of these parts, and all targets."""
     about, settings = results["environment"], results["settings"]
     contestants, ratios, growth = [], [], []
-    for row in results["rows"]:
+    for row in (r for r in results["rows"] if r["part"] in parts):
         title = f"{row['part']}: {row['name']}"
         for name, measured in row["measured"].items():
             why = measured.get("failed") or measured.get("unserved")
@@ -104,7 +112,7 @@ def write_picture(results: Record, path: Path) -> Path | None:
     _plot_targets(targets, results["targets"])
     curves = [row for row in results["rows"] if row["part"] == "curves" and not row.get("failed")]
     _plot_curves(seconds, curves, "seconds", "time")
-    _plot_curves(memory, curves, "added_bytes", "peak memory above the weights")
+    _plot_curves(memory, curves, "added_bytes", "memory")
     for axes in (targets, seconds, memory):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
@@ -149,4 +157,19 @@ def _plot_curves(axes: Axes, curves: Sequence[Record], figure: str, name: str) -
         axes.set_yscale("log", base=2)
         axes.axline((1, 1), (2, 2), color="#bbbbbb", linestyle=":", linewidth=1)
         axes.legend(frameon=False, fontsize="x-small")
-    axes.set(title=f"Growth of {name}", xlabel="size, over the smallest", ylabel=f"{name}, over that of the smallest")
+    axes.set(
+        title=f"A step's {name}",
+        xlabel="size, over the smallest (dotted: proportional)",
+        ylabel=f"{name}, over that of the smallest",
+    )
+
+
+def main(path: Path) -> None:
+    results = json.loads(path.read_text())
+    print_report(results, PARTS)
+    picture = write_picture(results, path.with_suffix(".png"))
+    print(f"wrote {picture}" if picture else "no picture: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -7,7 +7,7 @@ an RLP-shaped one, H query heads, G key-value heads, D head size, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.environment import bf16_peak
-from benchmarks.measure import Contestant, Growth, Measured, Spread, Unserved, race, synchronise
+from benchmarks.measure import Contestant, Growth, Measured, Spread, race, synchronise
 from benchmarks.settings import AttentionShape, Curve, Settings
 from benchmarks.workloads import (
     make_model,
@@ -27,8 +28,9 @@ from benchmarks.workloads import (
     quiet_star,
     repeated,
     rlp,
-    serving,
     training_step,
+    transformers_model,
+    unserved,
 )
 from models import attention
 from models.decoder import ThoughtCache
@@ -111,6 +113,11 @@ def _attention_inputs(
     return [torch.randn(s, generator=generator).to(settings.device, settings.dtype).requires_grad_() for s in shapes]
 
 
+def _attend(inputs: Sequence[Tensor], anchors: Anchors, backend: str | None) -> Tensor:
+    q, k, v, k_text, v_text = inputs
+    return attention.thought_attention(q, k, v, k_text, v_text, anchors, backend)
+
+
 def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
     """Forward and backward over whole thoughts at every position, by each backend; `default` is the one chosen.
 
@@ -130,8 +137,8 @@ def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
     per_pair = 4 * H * D * 3.5
 
     def forward_backward(backend: str | None) -> dict[str, float]:
-        call = (*inputs, anchors)
-        out = attention.thought_attention(*call) if backend is None else serving(backend, *call)
+        with unserved():
+            out = _attend(inputs, anchors, backend)
         torch.autograd.grad(out, inputs, grad)
         return {"flops": per_pair * pairs}
 
@@ -142,20 +149,26 @@ def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
         x.detach().repeat_interleave(K, 0).transpose(1, 2).contiguous().requires_grad_() for x in (inputs[3], inputs[4])
     )
 
+    # On CUDA torch has no flash kernel for fp32.
+    flash = settings.device.type == "cpu" or settings.dtype != torch.float32
+    kernels = [SDPBackend.FLASH_ATTENTION] if flash else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
     def causal(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
         torch.autograd.grad(out, (q, k, v), grad)
 
     def causal_calls() -> dict[str, float]:
-        for q, g in zip(rows, grads, strict=True):
-            causal(q.requires_grad_(), k, v, g)
+        with sdpa_kernel(kernels):
+            for q, g in zip(rows, grads, strict=True):
+                causal(q.requires_grad_(), k, v, g)
         return {"flops": per_pair * floor_pairs}
 
     all_rows, all_grads = torch.cat(rows).requires_grad_(), torch.cat(grads)
     all_k, all_v = (x.detach().repeat(S, 1, 1, 1).requires_grad_() for x in (k, v))
 
     def causal_call() -> dict[str, float]:
-        causal(all_rows, all_k, all_v, all_grads)
+        with sdpa_kernel(kernels):
+            causal(all_rows, all_k, all_v, all_grads)
         return {"flops": per_pair * floor_pairs}
 
     contestants: dict[str, Contestant] = {"default": partial(forward_backward, None)}
@@ -197,11 +210,8 @@ def deep_attention(settings: Settings) -> Row:
 
 def _backends(row: Row, settings: Settings, inputs: list[Tensor], anchors: Anchors) -> Row:
     def forward(backend: str | None) -> None:
-        with torch.no_grad():
-            if backend is None:
-                attention.thought_attention(*inputs, anchors)
-            else:
-                serving(backend, *inputs, anchors)
+        with torch.no_grad(), unserved():
+            _attend(inputs, anchors, backend)
 
     _race(row, settings, {"default": partial(forward, None)} | {b: partial(forward, b) for b in attention.BACKENDS})
     for backend in ("default", *attention.BACKENDS):
@@ -239,11 +249,8 @@ def _forced(model: ThinkingModel, backend: str, run: Contestant) -> Contestant:
     def with_backend() -> Mapping[str, float] | None:
         model.decoder.attention_backend = backend
         try:
-            return run()
-        except ValueError as error:
-            if "cannot serve" in str(error):
-                raise Unserved(str(error).split("cannot serve this call: ")[-1]) from None
-            raise
+            with unserved():
+                return run()
         finally:
             model.decoder.attention_backend = None
 
@@ -393,7 +400,7 @@ def deep_rollout(settings: Settings) -> Row:
     if device.type == "cuda":
         contestants["copy"] = partial(_copy, device)
     try:
-        theirs = _transformers_model(model, settings.dtype)
+        theirs = transformers_model(model, settings.dtype)
     except ImportError:
         row.setting["generate"] = "transformers is not installed"
         theirs = None
@@ -434,28 +441,6 @@ def _copy(device: torch.device) -> dict[str, float]:
     source = torch.empty(2**31, dtype=torch.uint8, device=device)
     torch.empty_like(source).copy_(source)
     return {"bytes": 2 * source.numel()}
-
-
-def _transformers_model(model: ThinkingModel, dtype: torch.dtype):
-    """The same decoder in transformers. Raises ImportError without it."""
-    import transformers
-
-    from checkpoints.hugging_face import config_to_hf
-
-    transformers.logging.set_verbosity_error()
-    hf = config_to_hf(model.decoder.config, dtype)
-    config = transformers.AutoConfig.for_model(**hf)
-    with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-    names = {n: n if n.startswith("lm_head") else f"model.{n}" for n in model.decoder.state_dict()}
-    weights = {names[n]: x.detach().to(dtype) for n, x in model.decoder.state_dict().items()}
-    if model.decoder.lm_head is None:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    theirs.load_state_dict(weights, assign=True)
-    # Buffers are no weights: they were made without values and are made again.
-    rotary = type(theirs.model.rotary_emb)(config).to(model.head_weight_VW.device)
-    theirs.model.rotary_emb = rotary
-    return theirs.eval()
 
 
 def _generate(theirs, prompt: Tensor, T: int, cache: str, device: torch.device) -> dict[str, float]:

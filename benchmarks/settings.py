@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,9 +97,9 @@ def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
     wide = AttentionShape("dense, heads of 128", N=2048, S=13, H=16, G=8, D=128, B=2)
     curves = _curves(
         dict(N=512, L=8, A=4, K=2),
-        dict(P=1024, G=16, T=32, anchors=1),
+        dict(P=1024, G=16, T=16, anchors=1),
         dict(N=[256, 512, 1024, 2048], L=[4, 8, 16, 32], K=[1, 2, 4, 8], P=[512, 1024, 2048, 4096])
-        | dict(G=[4, 8, 16, 32], T=[16, 32, 64, 128], anchors=[1, 2, 4, 8]),
+        | dict(G=[4, 8, 16, 32], T=[8, 16, 32, 64], anchors=[1, 2, 4, 8]),
     )
     return Settings(
         "full",
@@ -110,7 +110,7 @@ def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         [dense, many, wide],
         step,
         large_model=QWEN3_1_7B,
-        curve_model=SMOLLM2_135M,
+        curve_model=replace(SMOLLM2_135M, layers=12),
         curves=curves,
     )
 

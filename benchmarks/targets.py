@@ -52,13 +52,12 @@ def judge(rows: Sequence[Record], device: str, size: str) -> list[Record]:
             continue
         row = next((r for r in rows if (r["part"], r["name"]) == (target.part, target.row)), None)
         value = row["ratios"].get(target.ratio, {}).get("median") if row is not None else None
-        counts = value is not None and size == "full"
         judged.append(
             vars(target)
             | {
                 "value": value,
                 "margin": None if value is None else target.margin(value),
-                "reached": target.reached(value) if counts else None,
+                "reached": None if value is None or size != "full" else target.reached(value),
             }
         )
     return judged

@@ -5,10 +5,14 @@ Shapes: B rows, N text positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from benchmarks.measure import Unserved
-from models import attention
 from models.decoder import Decoder, DecoderConfig
 from models.philox import Rng
 from models.thinking import ThinkingModel
@@ -58,7 +62,7 @@ QWEN3_1_7B = DecoderConfig(
     family="qwen3",
 )
 # SmolLM2's layers with fewer of them and a smaller vocabulary, so that a curve's longest point is not all of a day.
-CURVE_26M = DecoderConfig(**vars(SMOLLM2_135M) | {"vocab_size": 8192, "layers": 6})
+CURVE_26M = replace(SMOLLM2_135M, vocab_size=8192, layers=6)
 TINY = DecoderConfig(
     vocab_size=97,
     width=48,
@@ -139,11 +143,34 @@ def model_bytes(model: ThinkingModel) -> int:
     return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies] if x is not None)
 
 
-def serving(backend: str, *call) -> torch.Tensor:
-    """Attention of thoughts from that backend. Raises Unserved where it cannot serve the call."""
+@contextmanager
+def unserved() -> Iterator[None]:
+    """Turns an attention backend's refusal of a call into Unserved."""
     try:
-        return attention.thought_attention(*call, backend=backend)
+        yield
     except ValueError as error:
-        if "cannot serve" in str(error):
-            raise Unserved(str(error).split("cannot serve this call: ")[-1]) from None
-        raise
+        if "cannot serve" not in str(error):
+            raise
+        raise Unserved(str(error).split("cannot serve this call: ")[-1].split("; unset it")[0]) from None
+
+
+def transformers_model(model: ThinkingModel, dtype: torch.dtype) -> Any:
+    """The same decoder in transformers, with the same weights in `dtype`. Raises ImportError without it."""
+    import transformers
+
+    from checkpoints.hugging_face import config_to_hf
+
+    transformers.logging.set_verbosity_error()
+    hf = config_to_hf(model.decoder.config, dtype)
+    config = transformers.AutoConfig.for_model(**hf)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    names = {n: n if n.startswith("lm_head") else f"model.{n}" for n in model.decoder.state_dict()}
+    weights = {names[n]: x.detach().to(dtype) for n, x in model.decoder.state_dict().items()}
+    if model.decoder.lm_head is None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs.load_state_dict(weights, assign=True)
+    # Buffers are no weights: they were made without values and are made again.
+    rotary = type(theirs.model.rotary_emb)(config).to(model.head_weight_VW.device)
+    theirs.model.rotary_emb = rotary
+    return theirs.eval()
