@@ -21,7 +21,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def choose_device() -> torch.device:
     """FORETHOUGHT_DEVICE, else CUDA where there is one, else CPU."""
-    return torch.device(os.environ.get("FORETHOUGHT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked, there = os.environ.get("FORETHOUGHT_DEVICE"), torch.cuda.is_available()
+    if asked not in (None, "", "cpu", "cuda") or (asked == "cuda" and not there):
+        why = "there is no CUDA device" if asked == "cuda" else "it can be cpu or cuda"
+        raise SystemExit(f"forethought: FORETHOUGHT_DEVICE is {asked!r}, but {why}; unset it to use what is there")
+    return torch.device(asked or ("cuda" if there else "cpu"))
 
 
 def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None, out: Path) -> int:
@@ -34,6 +38,8 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
     chosen = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     settings = SIZES[size](device, chosen, repeats)
     about = {"environment": environment(device), "settings": settings.to_json()}
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"forethought: {out} is a file; name a directory for the results with --out")
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{device.type}.json"
     rows = [row for row in _kept(path, about) if row["part"] not in only]

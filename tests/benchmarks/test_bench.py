@@ -236,6 +236,18 @@ def test_a_part_that_does_not_exist_is_named(capsys):
     assert tuple(PARTS) == arguments.PARTS
 
 
+def test_mistakes_are_named_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, why in (("cuda", "there is no CUDA device"), ("tpu", "it can be cpu or cuda")):
+        monkeypatch.setenv("FORETHOUGHT_DEVICE", device)
+        with pytest.raises(SystemExit, match=why):
+            cli.main(["bench", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="is a file; name a directory"):
+        cli.main(["bench", "--tiny", "--out", str(tmp_path / "file")])
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_all_sizes_fit_their_models(size, device):
