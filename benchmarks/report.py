@@ -155,11 +155,11 @@ def _plot_curves(axes: Axes, curves: Sequence[Record], figure: str, name: str) -
     if axes.lines:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.axline((1, 1), (2, 2), color="#bbbbbb", linestyle=":", linewidth=1)
+        axes.axline((1, 1), (2, 2), color="#bbbbbb", linestyle=":", linewidth=1, label="proportional")
         axes.legend(frameon=False, fontsize="x-small")
     axes.set(
         title=f"A step's {name}",
-        xlabel="size, over the smallest (dotted: proportional)",
+        xlabel="size, over the smallest",
         ylabel=f"{name}, over that of the smallest",
     )
 
