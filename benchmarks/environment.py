@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# Dense bf16 peak in FLOP/s by the name that the driver gives (vendors' data sheets, without sparsity).
+BF16_PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+}
 
-def environment() -> dict[str, Any]:
-    """Commit, versions, device and threads."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Commit, versions, device and threads; `device` by default CUDA where there is one."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    commit = _git("rev-parse", "HEAD")
     return {
-        "commit": commit or None,
-        "uncommitted_changes": bool(changed),
+        # A copy of the tree without its history can be told what it is a copy of.
+        "commit": commit or os.environ.get("FORETHOUGHT_COMMIT"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": importlib.metadata.version("lightning"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{name: _version(name) for name in ("lightning", "triton", "transformers")},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "cpu_capabilities": sorted(name for name, has in capabilities.items() if has is True and "bf16" in name),
     }
+
+
+def bf16_peak(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s that the device is sold with, None where that is not known here."""
+    return BF16_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(Path(__file__).parents[1]), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -32,7 +32,7 @@ from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.causal import CausalTest
 from objectives.quiet_star import QuietStar
-from objectives.rlp import Rlp
+from objectives.rlp import Rlp, RlpConfig
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.recipe import Recipe, encode_tag, load_recipe
 from pretrain.run import equal_flops_steps, fit, open_model
@@ -68,6 +68,7 @@ def run(recipe: Recipe, **changes: Any) -> tuple[Path, Recipe]:
 def train(seed: int, work: Path) -> dict[str, Path]:
     """The runs of a seed, by name."""
     quickstart = replace(load_recipe("quickstart"), control=None, seed=seed)
+    assert isinstance(quickstart.objective, RlpConfig)
     at = {name: str(work / f"lab-{name}-{seed}") for name in ("rlp", "next_token", "shuffled", "rpt", "quiet_star")}
     rlp, _ = run(quickstart, run_dir=at["rlp"])
     controlled = replace(quickstart, control=load_recipe("smollm2-next-token").objective)
@@ -82,6 +83,7 @@ def train(seed: int, work: Path) -> dict[str, Path]:
 def answers(model: ThinkingModel, tokenizer: Tokenizer, lab: str, seed: int) -> dict[str, float]:
     """Scores on held-out problems, with thoughts between think tags."""
     quickstart = load_recipe("quickstart")
+    assert isinstance(quickstart.objective, RlpConfig)
     evaluator = replace(quickstart, objective=replace(quickstart.objective, length=LONGEST), seed=seed).make_objective(
         tokenizer
     )

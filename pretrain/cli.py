@@ -1,4 +1,4 @@
-"""The command line: `forethought fit | export | sample`, the same as `python -m pretrain`."""
+"""The command line: `forethought fit | export | sample | bench`, the same as `python -m pretrain`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.arguments import add_arguments
 from pretrain.recipe import RecipeError, help_on_keys, load_recipe, shipped
 
 
@@ -53,6 +55,19 @@ def sample(model: str, text: str, length: int | None, temperature: float, seed: 
     print_thoughts(open_model(model), text, length, temperature, seed)
 
 
+def bench(**options: Any) -> None:
+    """Measure speed and memory on this machine, as ratios within one run.
+
+    Attention against its reference, Quiet-STaR and RLP-shaped steps against next-token steps, rollouts against
+    transformers' generate, peak memory, and how the cost of a step grows. Writes a JSON file and a picture; the exit
+    code is 1 if anything could not be measured. FORETHOUGHT_DEVICE=cpu keeps it off a GPU.
+    """
+    from benchmarks.bench import bench as run
+
+    if run(**options):
+        raise SystemExit(1)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="forethought", description="Language models that think while they read, and are paid for it."
@@ -85,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--length", type=int, help="sampled tokens of a thought; default: as trained, else 8")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     sampling.add_argument("--seed", type=int, default=0)
+
+    add_arguments(command(bench))
     return parser
 
 

@@ -1,0 +1,3 @@
+from benchmarks.arguments import main
+
+raise SystemExit(main())

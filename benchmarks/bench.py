@@ -1,0 +1,71 @@
+"""`forethought bench`: all rows in one process, as ratios with medians, in a table, a JSON file and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import environment
+from benchmarks.report import print_report, print_row, write_picture
+from benchmarks.rows import PARTS, run_row
+from benchmarks.settings import SIZES
+from benchmarks.targets import judge
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device() -> torch.device:
+    """FORETHOUGHT_DEVICE, else CUDA where there is one, else CPU."""
+    asked, there = os.environ.get("FORETHOUGHT_DEVICE"), torch.cuda.is_available()
+    if asked not in (None, "", "cpu", "cuda") or (asked == "cuda" and not there):
+        why = "there is no CUDA device" if asked == "cuda" else "it can be cpu or cuda"
+        raise SystemExit(f"forethought: FORETHOUGHT_DEVICE is {asked!r}, but {why}; unset it to use what is there")
+    return torch.device(asked or ("cuda" if there else "cpu"))
+
+
+def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None, out: Path) -> int:
+    """Runs the parts, writes OUT/<cpu or cuda>.json and .png, and returns how many rows or contestants failed.
+
+    The file is written after every row. Rows of other parts that it holds already are kept if they were measured of
+    the same commit on the same device at the same size, so that parts can be run one after the other.
+    """
+    device = choose_device()
+    chosen = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    settings = SIZES[size](device, chosen, repeats)
+    about = {"environment": environment(device), "settings": settings.to_json()}
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"forethought: {out} is a file; name a directory for the results with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{device.type}.json"
+    rows = [row for row in _kept(path, about) if row["part"] not in only]
+    failures: list[str] = []
+    for part in only:
+        for name, measure in PARTS[part](settings):
+            row = run_row(part, name, measure)
+            failures += [f"{part}, {failure}" for failure in row.failures()]
+            rows.append(row.to_json())
+            print_row(rows[-1])
+            order = list(PARTS)
+            rows.sort(key=lambda r: order.index(r["part"]))
+            results = about | {"targets": judge(rows, device.type, size), "rows": rows}
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    print_report(results, only)
+    picture = write_picture(results, path.with_suffix(".png"))
+    print(f"wrote {path}" + (f" and {picture.name}" if picture else "; no picture: matplotlib is not installed"))
+    for failure in failures:
+        print(f"failed: {failure}")
+    return len(failures)
+
+
+def _kept(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file that was written under the same circumstances."""
+    try:
+        before = json.loads(path.read_text())
+        return before["rows"] if {name: before[name] for name in about} == about else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,172 @@
+"""How large the benchmark's rows are: in full, quickly, or tiny to see that everything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks.workloads import CURVE_26M, PUBLIC_57M, QWEN3_1_7B, SMOLLM2_135M, TINY
+from models.decoder import DecoderConfig
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """B rows of N tokens, K thoughts of S tokens at every position, H query and G key-value heads of size D."""
+
+    name: str
+    N: int
+    S: int
+    H: int
+    G: int
+    D: int
+    B: int = 1
+    K: int = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity varied alone. base: the settings of `quiet_star` (N, L, A, K) or `rlp` (P, G, T, anchors)."""
+
+    objective: str
+    name: str
+    base: Mapping[str, int]
+    values: Sequence[int]
+
+    def at(self, value: int) -> dict[str, int]:
+        return dict(self.base) | {self.name: value}
+
+
+def _curves(quiet_star: Mapping[str, int], rlp: Mapping[str, int], values: Mapping[str, Sequence[int]]) -> list[Curve]:
+    return [
+        Curve("quiet_star" if name in quiet_star else "rlp", name, quiet_star if name in quiet_star else rlp, points)
+        for name, points in values.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of all rows; `name` says how they were chosen, and targets are judged for `full` ones alone.
+
+    budget: seconds after which a row begins no further round.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    budget: float
+    attention: Sequence[AttentionShape]
+    rollout_step: AttentionShape  # S is the number of own tokens so far
+    model: DecoderConfig = SMOLLM2_135M
+    quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
+    rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
+    public_model: DecoderConfig = PUBLIC_57M
+    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2))
+    large_model: DecoderConfig | None = None
+    large: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=8, A=4, K=2, next_token_rows=8))
+    deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
+    memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2))
+    curve_model: DecoderConfig = CURVE_26M
+    curves: Sequence[Curve] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "repeats": self.repeats,
+            "weights": "random",
+            "step": "loss and gradients, without the optimizer's update",
+        }
+
+
+def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Settings:
+    dense = AttentionShape("dense", N=1024, S=16, H=9, G=3, D=64)
+    step = AttentionShape("rollout step", N=1024, S=8, H=9, G=3, D=64, K=2)
+    if device.type == "cpu":
+        curves = _curves(
+            dict(N=128, L=4, A=2, K=2),
+            dict(P=256, G=4, T=16, anchors=1),
+            dict(N=[64, 128, 256, 512], L=[2, 4, 8, 16], K=[1, 2, 4, 8], P=[128, 256, 512, 1024])
+            | dict(G=[2, 4, 8, 16], T=[8, 16, 32, 64], anchors=[1, 2, 4, 8]),
+        )
+        return Settings("full", device, dtype, repeats or 5, 600.0, [dense], step, curves=curves)
+    many = AttentionShape("dense, 8 rows", N=1024, S=16, H=9, G=3, D=64, B=8)
+    wide = AttentionShape("dense, heads of 128", N=2048, S=13, H=16, G=8, D=128, B=2)
+    curves = _curves(
+        dict(N=512, L=8, A=4, K=2),
+        dict(P=1024, G=16, T=16, anchors=1),
+        dict(N=[256, 512, 1024, 2048], L=[4, 8, 16, 32], K=[1, 2, 4, 8], P=[512, 1024, 2048, 4096])
+        | dict(G=[4, 8, 16, 32], T=[8, 16, 32, 64], anchors=[1, 2, 4, 8]),
+    )
+    return Settings(
+        "full",
+        device,
+        dtype,
+        repeats or 5,
+        6.0,
+        [dense, many, wide],
+        step,
+        large_model=QWEN3_1_7B,
+        curve_model=replace(SMOLLM2_135M, layers=12),
+        curves=curves,
+    )
+
+
+def quick(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Settings:
+    return Settings(
+        "quick",
+        device,
+        dtype,
+        repeats or 3,
+        30.0,
+        [AttentionShape("dense", N=512, S=8, H=9, G=3, D=64)],
+        AttentionShape("rollout step", N=512, S=4, H=9, G=3, D=64, K=2),
+        quiet_star=dict(N=128, L=4, A=2, K=2),
+        rlp=dict(P=256, G=4, T=16),
+        public=dict(N=128, L=4, A=2, K=2),
+        deep=dict(P=256, G=8, T=16),
+        memory=dict(N=128, L=8, A=2, K=2),
+        curves=_curves(
+            dict(N=64, L=4, A=2, K=1),
+            dict(P=128, G=4, T=8, anchors=1),
+            dict(N=[32, 64, 128], L=[2, 4, 8], K=[1, 2, 4], P=[64, 128, 256])
+            | dict(G=[2, 4, 8], T=[4, 8, 16], anchors=[1, 2, 4]),
+        ),
+    )
+
+
+def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Settings:
+    return Settings(
+        "tiny",
+        device,
+        dtype,
+        repeats or 1,
+        2.0,
+        [
+            AttentionShape("dense", N=24, S=4, H=3, G=1, D=16),
+            AttentionShape("dense, 2 rows", 16, 3, 4, 2, 16, B=2, K=2),
+        ],
+        AttentionShape("rollout step", N=24, S=3, H=3, G=1, D=16, K=2),
+        model=TINY,
+        quiet_star=dict(N=16, L=2, A=2, K=2),
+        rlp=dict(P=24, G=2, T=3),
+        public_model=TINY,
+        public=dict(N=16, L=3, A=2, K=2),
+        large_model=TINY,
+        large=dict(N=16, L=2, A=2, K=2, next_token_rows=2),
+        deep=dict(P=32, G=2, T=4),
+        memory=dict(N=16, L=3, A=2, K=2),
+        curve_model=TINY,
+        curves=_curves(
+            dict(N=16, L=2, A=2, K=1),
+            dict(P=24, G=2, T=2, anchors=1),
+            dict(N=[8, 16, 24], L=[1, 2, 4], K=[1, 2, 3], P=[16, 24, 32])
+            | dict(G=[2, 3, 4], T=[1, 2, 4], anchors=[1, 2, 3]),
+        ),
+    )
+
+
+SIZES = {"full": full, "quick": quick, "tiny": tiny}

@@ -1,0 +1,63 @@
+"""What the benchmark is to show: every target, the figure it is judged by, and whether it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`ratio` of row `row` of a part must be at least or at most `bound`, on `device` or, if that is None, on any."""
+
+    part: str
+    row: str
+    ratio: str
+    sense: Literal["≥", "≤"]
+    bound: float
+    device: Literal["cpu", "cuda"] | None = None
+
+    def reached(self, value: float) -> bool:
+        return value >= self.bound if self.sense == "≥" else value <= self.bound
+
+    def margin(self, value: float) -> float:
+        """By what factor it is passed; below 1 it is missed."""
+        return value / self.bound if self.sense == "≥" else self.bound / value
+
+
+TARGETS = (
+    Target("attention", "dense", "reference / default, time", "≥", 20),
+    Target("attention", "dense", "default / reference, memory", "≤", 1 / 10),
+    Target("attention", "dense", "default / S causal calls, time", "≤", 1.25),
+    Target("steps", "quiet_star", "quiet_star / next_token, FLOP/s", "≥", 0.85),
+    Target("steps", "public shape, float32", "quiet_star / next_token, K times, time", "≤", 18),
+    Target("steps", "public shape, bfloat16", "quiet_star / next_token, K times, time", "≤", 18),
+    Target("steps", "public shape, float32", "peak, GB", "≤", 2.8),
+    Target("steps", "public shape, bfloat16", "peak, GB", "≤", 1.6),
+    Target("rollouts", "deep", "rollout / generate, decode tokens/s", "≥", 4),
+    Target("rollouts", "deep", "generate / rollout, end to end", "≥", 6),
+    Target("rollouts", "deep", "rollout / generate, KV", "≤", 1 / 4),
+    Target("rollouts", "scoring", "separate / shared, time", "≥", 2),
+)
+
+
+def judge(rows: Sequence[Record], device: str, size: str) -> list[Record]:
+    """Each target with its value; `reached` is None where it was not measured, or not at the size it is meant for."""
+    judged = []
+    for target in TARGETS:
+        if target.device not in (None, device):
+            continue
+        row = next((r for r in rows if (r["part"], r["name"]) == (target.part, target.row)), None)
+        value = row["ratios"].get(target.ratio, {}).get("median") if row is not None else None
+        judged.append(
+            vars(target)
+            | {
+                "value": value,
+                "margin": None if value is None else target.margin(value),
+                "reached": None if value is None or size != "full" else target.reached(value),
+            }
+        )
+    return judged

@@ -1,0 +1,176 @@
+"""What is measured: models with random weights, texts, and the one training step that every figure is of.
+
+Shapes: B rows, N text positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Unserved
+from models.decoder import Decoder, DecoderConfig
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+from objectives.base import Objective
+from objectives.next_token import NextToken
+from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
+
+SMOLLM2_135M = DecoderConfig(
+    vocab_size=49152,
+    width=576,
+    ffn_width=1536,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    max_positions=8192,
+    rope_theta=100000.0,
+    rms_norm_eps=1e-5,
+    tie_embeddings=True,
+)
+# 57M parameters and a vocabulary of 32k: the size at which the cost of the public Quiet-STaR code was published.
+PUBLIC_57M = DecoderConfig(
+    vocab_size=32000,
+    width=512,
+    ffn_width=1536,
+    layers=12,
+    heads=8,
+    kv_heads=8,
+    head_dim=64,
+    max_positions=2048,
+    tie_embeddings=True,
+)
+QWEN3_1_7B = DecoderConfig(
+    vocab_size=151936,
+    width=2048,
+    ffn_width=6144,
+    layers=28,
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    max_positions=40960,
+    rope_theta=1e6,
+    tie_embeddings=True,
+    qk_norm=True,
+    family="qwen3",
+)
+# SmolLM2's layers with fewer of them and a smaller vocabulary, so that a curve's longest point is not all of a day.
+CURVE_26M = replace(SMOLLM2_135M, vocab_size=8192, layers=6)
+TINY = DecoderConfig(
+    vocab_size=97,
+    width=48,
+    ffn_width=64,
+    layers=2,
+    heads=3,
+    kv_heads=1,
+    head_dim=16,
+    max_positions=256,
+    tie_embeddings=True,
+)
+
+OPEN, CLOSE = (1,), (2,)  # ids that serve as tags
+
+
+def make_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ThinkingModel:
+    """A model with fp32 masters that computes in `dtype`, delimiters and mixing head included."""
+    with device:
+        decoder = Decoder(config, compute_dtype=None if dtype == torch.float32 else dtype)
+        model = ThinkingModel(decoder, delimiters=True, mixing_head=True)
+    generator = torch.Generator(device).manual_seed(seed)
+    decoder.init_weights(generator)
+    assert model.delimiters is not None and model.mixing_head is not None
+    with torch.no_grad():
+        embeddings = decoder.embed_tokens.weight
+        model.delimiters.init_from(embeddings[0], embeddings[0])
+        # A fresh head ignores the thoughts, so none would be paid and the policy's log-probs would cost nothing.
+        model.mixing_head.out.weight.normal_(0.0, 0.1, generator=generator)
+    return model
+
+
+def make_text(config: DecoderConfig, B: int, N: int, device: torch.device, seed: int = 0) -> Text:
+    """Rows of one document each, with random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    text = Text.from_rows(torch.randint(3, config.vocab_size, (B, N), generator=generator)).to(device)
+    _ = text.spans
+    return text
+
+
+def repeated(text: Text, times: int) -> Text:
+    """Every row so many times, as samples of their own."""
+    rows = text.tokens_BN.repeat_interleave(times, dim=0)
+    return Text.from_rows(rows)
+
+
+def quiet_star(L: int, A: int, K: int) -> QuietStar:
+    """Thoughts of L sampled tokens, K at every position, A tokens predicted."""
+    return QuietStar(QuietStarConfig(length=L, lookahead=A, thoughts=K))
+
+
+def rlp(P: int, G: int, T: int, anchors: int = 1) -> Rlp:
+    """G thoughts of up to T sampled tokens at each of the last `anchors` positions that can have one, of P."""
+    config = RlpConfig(length=T, thoughts=G, anchors_per_document=anchors, min_prefix=P - anchors)
+    return Rlp(config, OPEN, CLOSE)
+
+
+def next_token() -> NextToken:
+    return NextToken()
+
+
+def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dict[str, float]:
+    """Loss and gradients of one step, without the optimizer's own update; the FLOPs of the project's ledger.
+
+    Gradients are allocated anew, as in training. Low-precision copies of weights are there from the warm-up, while in
+    training each step makes them again: that is the same for all objectives, and weighs most on the cheapest.
+    """
+    model.zero_grad(set_to_none=True)
+    flops = 0
+    for output in [objective(model, text, Rng(0, 0))]:
+        output.loss.backward()
+        flops += output.flops
+    return {"flops": flops}
+
+
+def model_bytes(model: ThinkingModel) -> int:
+    """Bytes of a model's weights: masters, and their low-precision copies if they were made."""
+    copies = (getattr(p, "_working_copy", (None, None))[1] for p in model.parameters())
+    return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies] if x is not None)
+
+
+@contextmanager
+def unserved() -> Iterator[None]:
+    """Turns an attention backend's refusal of a call into Unserved."""
+    try:
+        yield
+    except ValueError as error:
+        if "cannot serve" not in str(error):
+            raise
+        raise Unserved(str(error).split("cannot serve this call: ")[-1].split("; unset it")[0]) from None
+
+
+def transformers_model(model: ThinkingModel, dtype: torch.dtype) -> Any:
+    """The same decoder in transformers, with the same weights in `dtype`. Raises ImportError without it."""
+    import transformers
+
+    from checkpoints.hugging_face import config_to_hf
+
+    transformers.logging.set_verbosity_error()
+    hf = config_to_hf(model.decoder.config, dtype)
+    config = transformers.AutoConfig.for_model(**hf)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    names = {n: n if n.startswith("lm_head") else f"model.{n}" for n in model.decoder.state_dict()}
+    weights = {names[n]: x.detach().to(dtype) for n, x in model.decoder.state_dict().items()}
+    if model.decoder.lm_head is None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs.load_state_dict(weights, assign=True)
+    # Buffers are no weights: they were made without values and are made again.
+    rotary = type(theirs.model.rotary_emb)(config).to(model.head_weight_VW.device)
+    theirs.model.rotary_emb = rotary
+    return theirs.eval()

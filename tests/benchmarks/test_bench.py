@@ -1,0 +1,279 @@
+"""The benchmark's machinery: what is measured in which order, memory, growth, targets, files, and a whole dry run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import arguments, bench, report
+from benchmarks.measure import Growth, Spread, Unserved, memory_limit, peak_of, race
+from benchmarks.rows import PARTS, Row
+from benchmarks.settings import SIZES
+from benchmarks.targets import TARGETS, judge
+from benchmarks.workloads import TINY, make_model, make_text, transformers_model
+from pretrain import cli
+from tests.helpers import relative_error
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> tuple[Path, str]:
+    """Everything that is run on a GPU machine, on CPU and tiny; the results' directory and what was printed."""
+    out = tmp_path_factory.mktemp("out")
+    environment = os.environ | {"FORETHOUGHT_DEVICE": "cpu", "OUT": str(out), "PYTHON": sys.executable}
+    run = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--tiny"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out, run.stdout
+
+
+def test_the_gpu_script_runs_everything(dry_run):
+    out, said = dry_run
+    assert {path.name for path in out.iterdir()} == {"cpu.json", "cpu.png", "correctness.json", "gpu.log"}
+    for name in ("correctness", "tests", *PARTS, "report"):
+        assert f"== {name}: exit code 0" in said
+    assert (out / "gpu.log").read_text() == said
+    results = json.loads((out / "cpu.json").read_text())
+    assert {row["part"] for row in results["rows"]} == set(PARTS)
+    assert not [row for row in results["rows"] if row.get("failed")]
+    assert not [m for row in results["rows"] for m in row["measured"].values() if m.get("failed")]
+    correctness = json.loads((out / "correctness.json").read_text())
+    assert correctness["counts"]["passed"] > 5
+    assert correctness["counts"]["failed"] == 0
+
+
+def test_every_target_is_measured_by_a_row(dry_run):
+    results = json.loads((dry_run[0] / "cpu.json").read_text())
+    assert [t["ratio"] for t in results["targets"]] == [t.ratio for t in TARGETS]
+    for target in results["targets"]:
+        assert target["value"] is not None, target
+        assert target["reached"] is None  # not at this size
+    assert all(t["reached"] in (True, False) for t in judge(results["rows"], "cpu", "full"))
+
+
+def test_both_ways_of_scoring_give_the_same_log_probs(dry_run):
+    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    scoring = next(row for row in rows if row["name"] == "scoring")
+    assert 0 <= scoring["setting"]["largest_difference"] <= 1e-4
+
+
+def test_keys_and_values_are_counted(dry_run):
+    """The text's once and each thought's own, against all of both for every thought."""
+    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    deep = next(row for row in rows if (row["part"], row["name"]) == ("rollouts", "deep"))
+    P, G, T = (deep["setting"][name] for name in "PGT")
+    token = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
+    assert deep["measured"]["rollout"]["kv_bytes"]["median"] == token * (P + G * (1 + T))
+    assert deep["measured"]["generate, dynamic cache"]["kv_bytes"]["median"] == token * G * (P + T)
+
+
+def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    environment.pop("FORETHOUGHT_DEVICE", None)
+    run = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout.startswith("no CUDA device")
+
+
+# Measuring
+
+
+def test_contestants_take_turns_and_one_that_breaks_loses_only_its_own():
+    order = []
+
+    def contestant(name, breaks_at=None):
+        def run():
+            order.append(name)
+            if order.count(name) == breaks_at:
+                raise RuntimeError("broke\nwith details")
+            time.sleep(0.021)
+            return {"flops": 42.0}
+
+        return run
+
+    def absent():
+        raise Unserved("no such kernel")
+
+    runs = {"a": contestant("a"), "b": contestant("b", breaks_at=4), "c": absent, "d": contestant("d", breaks_at=1)}
+    measured = race(runs, CPU, repeats=3)
+    assert "".join(order) == "aabbd" + "ab" * 2 + "a"
+    assert len(measured["a"].figures["seconds"]) == len(measured["a"].figures["flops"]) == 3
+    assert measured["b"].figures == {}
+    assert measured["b"].failed == "RuntimeError: broke"
+    assert measured["c"].unserved == "no such kernel"
+    assert measured["c"].failed is None
+    assert measured["d"].failed
+
+
+def test_a_budget_ends_the_rounds_but_not_the_first():
+    measured = race({"a": lambda: None}, CPU, repeats=50, budget=0.0)
+    assert len(measured["a"].figures["seconds"]) == 1
+
+
+def test_short_calls_are_measured_many_at_a_time():
+    calls = []
+    race({"a": lambda: calls.append(0)}, CPU, repeats=2)
+    assert len(calls) > 200
+
+
+def test_ratios_are_taken_round_by_round():
+    row = Row("part", "name", {})
+    row.compare("ratio", [2.0, 30.0, 4.0], [1.0, 10.0, 1.0])
+    assert row.ratios["ratio"] == Spread(3.0, 2.0, 4.0)
+    row.compare("none", [], [1.0])
+    assert "none" not in row.ratios
+
+
+def test_peak_memory_is_what_was_allocated_at_once():
+    size = 2**26
+    peak_of(lambda: torch.ones(size, dtype=torch.uint8).sum(), CPU)
+
+    def one_after_the_other():
+        for _ in range(3):
+            torch.ones(size, dtype=torch.uint8)
+
+    def together():
+        _ = [torch.ones(size, dtype=torch.uint8) for _ in range(3)]
+
+    one, three = peak_of(one_after_the_other, CPU), peak_of(together, CPU)
+    if one is None or three is None:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    assert one == pytest.approx(size, rel=0.1)
+    assert three == pytest.approx(3 * size, rel=0.1)
+
+
+def test_asking_for_too_much_memory_raises():
+    with memory_limit(CPU), pytest.raises(RuntimeError, match="memory"):
+        torch.empty(2**42, dtype=torch.uint8)
+    assert torch.ones(2**20).sum() == 2**20
+
+
+def test_growth_of_laws_that_are_known():
+    x = [1, 2, 4, 8]
+    square = Growth.of(x, [3.0 * v**2 for v in x])
+    line = Growth.of(x, [5.0 + 2.0 * v for v in x])
+    assert square.exponent == pytest.approx(2.0)
+    assert square.line_worst > 0.3
+    assert line.exponent < 1
+    assert line.line_worst == pytest.approx(0.0, abs=1e-12)
+    assert Growth.of([1, 2], [1.0, 2.0]) is None
+    assert Growth.of(x, [1.0, 0.0, 1.0, 1.0]) is None
+
+
+def test_targets_are_reached_on_the_right_side():
+    at_least, at_most = TARGETS[0], TARGETS[1]
+    assert (at_least.sense, at_most.sense) == ("≥", "≤")
+    assert at_least.reached(at_least.bound) and not at_least.reached(at_least.bound * 0.99)
+    assert at_most.reached(at_most.bound) and not at_most.reached(at_most.bound * 1.01)
+    for target in (at_least, at_most):
+        for factor in (0.5, 2.0):
+            assert target.reached(target.bound * factor) == (target.margin(target.bound * factor) > 1)
+
+
+# The command
+
+
+def test_parts_run_apart_join_in_one_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
+    for part in ("memory", "attention"):
+        assert cli.main(["bench", "--tiny", "--only", part, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["part"] for row in results["rows"]] == ["attention"] * 4 + ["memory"]
+    assert {"commit", "torch", "device", "threads"} <= results["environment"].keys()
+    assert "wanted" in capsys.readouterr().out
+    # Of another commit nothing is kept.
+    results["environment"]["commit"] = "another"
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    bench.bench(("memory",), "tiny", None, None, tmp_path)
+    assert [row["part"] for row in json.loads((tmp_path / "cpu.json").read_text())["rows"]] == ["memory"]
+
+
+def test_a_row_that_breaks_is_reported_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
+
+    def broken():
+        raise RuntimeError("no luck")
+
+    rows = PARTS["memory"]
+    monkeypatch.setitem(PARTS, "memory", lambda settings: [("broken", broken), *rows(settings)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--tiny", "--only", "memory", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    first, second = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert first["failed"] == "RuntimeError: no luck"
+    assert second["ratios"]
+    assert "failed: memory, broken: RuntimeError: no luck" in capsys.readouterr().out
+
+
+def test_neither_rich_nor_matplotlib_is_needed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
+    for name in ("rich", "rich.console", "rich.table", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert bench.bench(("memory",), "tiny", None, None, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "quiet_star / next_token, memory" in said
+    assert "no picture: matplotlib is not installed" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
+
+
+def test_a_part_that_does_not_exist_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--only", "memory,speed"])
+    assert "no part 'speed'; there are attention, steps, rollouts, memory, curves" in capsys.readouterr().err
+    assert tuple(PARTS) == arguments.PARTS
+
+
+def test_mistakes_are_named_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, why in (("cuda", "there is no CUDA device"), ("tpu", "it can be cpu or cuda")):
+        monkeypatch.setenv("FORETHOUGHT_DEVICE", device)
+        with pytest.raises(SystemExit, match=why):
+            cli.main(["bench", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="is a file; name a directory"):
+        cli.main(["bench", "--tiny", "--out", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_sizes_fit_their_models(size, device):
+    """No row asks for more positions than its model has; no device is needed to say so."""
+    settings = SIZES[size](torch.device(device), torch.float32, None)
+    assert settings.deep["P"] + settings.deep["T"] + 1 <= settings.model.max_positions
+    for sizes, model in (
+        (settings.quiet_star, settings.model),
+        (settings.public, settings.public_model),
+        (settings.memory, settings.model),
+        *((curve.at(max(curve.values)), settings.curve_model) for curve in settings.curves),
+    ):
+        longest = sizes["N"] + sizes["L"] + sizes["A"] + 2 if "N" in sizes else sizes["P"] + sizes["T"] + 3
+        assert longest <= model.max_positions
+    assert {curve.name for curve in settings.curves} == {"N", "L", "K", "P", "G", "T", "anchors"}
+
+
+def test_transformers_gets_the_same_model():
+    pytest.importorskip("transformers")
+    model, text = make_model(TINY, torch.float32, CPU), make_text(TINY, 2, 20, CPU)
+    theirs = transformers_model(model, torch.float32)
+    with torch.no_grad():
+        ours = model.read(text).hidden_BNW @ model.head_weight_VW.t()
+        assert relative_error(ours, theirs(text.tokens_BN).logits) <= 1e-5
+
+
+def test_numbers_read_well():
+    assert [report.number(x) for x in (None, 0.1, 1.25, 20.0, 12345.6)] == ["–", "0.100", "1.25", "20.0", "12,346"]
+    assert math.isclose(Spread.of([3.0, 1.0, 2.0]).median, 2.0)
