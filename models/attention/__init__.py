@@ -1,8 +1,9 @@
 """Attention of text and thoughts: one definition, several backends, one place that chooses.
 
-`reference` is the definition; `aten` the flash kernels inside torch; `triton` this project's own kernels. The choice
-is, in this order: the argument, the environment variable FORETHOUGHT_ATTENTION, `aten` where it serves the call, else
-`reference`. A backend that was asked for and cannot serve raises; what is chosen is logged once.
+`reference` is the definition; `aten` the flash kernels inside torch; `flex` torch's FlexAttention; `flash` the kernels
+of the flash-attn packages; `triton` this project's own. The choice is, in this order: the argument, the environment
+variable FORETHOUGHT_ATTENTION, `aten` where it serves the call, else `reference`. A backend that was asked for and
+cannot serve raises; what is chosen is logged once.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import os
 import torch
 from torch import Tensor
 
-from models.attention import aten, reference, triton
+from models.attention import aten, flash, flex, reference, triton
 from models.thoughts import Anchors, Text
 
 log = logging.getLogger(__name__)
-BACKENDS = ("aten", "reference", "triton")
+BACKENDS = {"reference": reference, "aten": aten, "flex": flex, "flash": flash, "triton": triton}
 
 
 def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text, backend: str | None = None) -> Tensor:
@@ -53,21 +54,15 @@ def _choose(q: Tensor, k: Tensor, *others: Tensor, anchors: Anchors | None = Non
     asked = backend or os.environ.get("FORETHOUGHT_ATTENTION") or None
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"attention backend {asked!r} is not one of {', '.join(BACKENDS)}")
-    if asked == "reference":
-        return reference
-    chosen = triton if asked == "triton" else aten
-    if chosen is triton:
-        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
-        served, reason = triton.supports(q, k, anchors, differentiable)
-    else:
-        tokens = 1 if anchors is None else 2
-        served, reason = aten.supports(q, q.shape[tokens], k.shape[tokens])
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
+    chosen = asked or "aten"
+    served, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable)
     if not served and asked is not None:
         raise ValueError(f"attention backend {asked!r} cannot serve this call: {reason}; unset it or use 'reference'")
     if not served:
-        chosen = reference
-    _say_once(chosen.__name__.rsplit(".", 1)[-1], reason)
-    return chosen
+        chosen = "reference"
+    _say_once(chosen, reason)
+    return BACKENDS[chosen]
 
 
 @functools.cache

@@ -8,14 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.attention.merged import Kernels, MergedAttention
+from models.attention.merged import Kernels, MergedAttention, Sequences
 from models.precision import accumulation_dtype
+from models.thoughts import Anchors
 
 
-def supports(q: Tensor, own_queries: int, own_keys: int) -> tuple[bool, str]:
-    """Whether these kernels serve such a call, and why not."""
-    if own_queries not in (1, own_keys):
-        return False, f"{own_queries} query tokens for {own_keys} key tokens: neither one step nor the whole thought"
+def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+    """Whether these kernels serve such a call, and why not: thoughts q [B, K, S, M, H, D] and k [B, K, T, M, G, D] at
+    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without; `differentiable` if a gradient may be asked for."""
+    if anchors is not None and q.shape[2] not in (1, k.shape[2]):
+        S, T = q.shape[2], k.shape[2]
+        return False, f"{S} query tokens for {T} key tokens: neither one step nor the whole thought"
     if q.device.type == "cpu":
         if q.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return True, "flash kernel for CPU"
@@ -49,21 +52,25 @@ def _cpu_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tens
     return dq, dk, dv
 
 
-def _cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, sequences: Sequences | None = None) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False
+        q, k, v, *(sequences or (None, None, q.shape[1], k.shape[1])), 0.0, causal, False
     )
     return out, lse
 
 
-def _cuda_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda_backward(
+    grad, q, k, v, out, lse, causal, sequences: Sequences | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = sequences or (None, None, q.shape[1], k.shape[1])
     no_rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, no_rng, no_rng
+        grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, no_rng, no_rng
     )
 
 
-_attention = MergedAttention({"cpu": Kernels(_cpu, _cpu_backward), "cuda": Kernels(_cuda, _cuda_backward)})
+CUDA = Kernels(_cuda, _cuda_backward, varlen=True)
+_attention = MergedAttention({"cpu": Kernels(_cpu, _cpu_backward), "cuda": CUDA})
 text_attention = _attention.text_attention
 thought_attention = _attention.thought_attention
 dense_part = _attention.dense_part

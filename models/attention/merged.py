@@ -14,15 +14,42 @@ everywhere a slice over M is a row of text; and folding M into the heads makes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.attention.caching import kept_with_first
 from models.pointwise import merged
 from models.precision import accumulation_dtype
 from models.thoughts import Anchors, Text
+
+# Sequences, and heads, of one call: they are the y and z axes of the grid of a CUDA flash kernel.
+MOST_AT_ONCE = 2**16 - 1
+
+
+class Sequences(NamedTuple):
+    """Sequences of several lengths, none empty, one behind the other.
+
+    q_starts, k_starts: int32 [sequences + 1], where each begins, and the total.
+    q_longest, k_longest: the greatest lengths.
+    """
+
+    q_starts: Tensor
+    k_starts: Tensor
+    q_longest: int
+    k_longest: int
+
+    @staticmethod
+    def of_lengths(q_lengths: list[int], k_lengths: list[int], device: torch.device) -> Sequences:
+        q_starts, k_starts = (
+            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (q_lengths, k_lengths)
+        )
+        return Sequences(q_starts, k_starts, max(q_lengths), max(k_lengths))
 
 
 @dataclass(frozen=True)
@@ -30,13 +57,15 @@ class Kernels:
     """A flash kernel and its backward: q, O and dO [b, s, h, d], k and v [b, t, g, d], h a multiple of g;
     L [b, h, s] in fp32 (fp64 for fp64), natural logarithm.
 
-    forward(q, k, v, causal) → (O, L). s = t where causal.
-    backward(dO, q, k, v, O, L, causal) → (dQ, dK, dV), given the O and L of the whole attention, of which k and v may
-    be a part.
+    forward(q, k, v, causal, sequences) → (O, L). s = t where causal.
+    backward(dO, q, k, v, O, L, causal, sequences) → (dQ, dK, dV), given the O and L of the whole attention, of which
+    k and v may be a part.
+    varlen: whether they take `sequences`. Then q, O and dO are [all s, h, d], k and v [all t, g, d], L [h, all s].
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    varlen: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +185,10 @@ def _dense_part(q: Tensor, k: Tensor, v: Tensor, text: Text, kernels: Kernels) -
     if R == 1 and text.whole_rows:
         out, lse = kernels.forward(q[:, 0], k, v, True)
         return out[:, None], lse[:, None]
+    if kernels.varlen:
+        parts = [_dense_rows(rows, k, v, text, kernels) for (rows,) in _few_rows(text, q)]
+        out, lse = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        return out, lse
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_full((B, R, H, N), float("-inf"), dtype=accumulation_dtype(q.dtype))
     for b, start, end in text.spans:
@@ -170,6 +203,15 @@ def _dense_part_backward(grad, q, k, v, out, lse, text, kernels: Kernels) -> tup
     if R == 1 and text.whole_rows:
         dq, dk, dv = kernels.backward(grad[:, 0], q[:, 0], k, v, out[:, 0], lse[:, 0], True)
         return dq[:, None], dk, dv
+    if kernels.varlen:
+        parts = [
+            _dense_rows_backward(g, rows, k, v, o, l, text, kernels)
+            for g, rows, o, l in _few_rows(text, grad, q, out, lse)
+        ]
+        dq, dk, dv = parts[0]
+        for _, dk_part, dv_part in parts[1:]:
+            dk, dv = dk + dk_part, dv + dv_part
+        return torch.cat([part[0] for part in parts], dim=1), dk, dv
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for b, start, end in text.spans:
@@ -183,9 +225,59 @@ def _dense_part_backward(grad, q, k, v, out, lse, text, kernels: Kernels) -> tup
     return dq, dk, dv
 
 
+# The same as one call. So that nothing but k and v is copied, what follows the last document of a row is a sequence
+# too; it reaches no other, and what comes of it is overwritten.
+
+
+@kept_with_first
+def _documents(text: Text, R: int) -> tuple[Sequences, Tensor | None]:
+    """The documents and padding of every row, R times each, and where padding is [B, 1, N], if anywhere."""
+    B, N = text.shape
+    lengths: list[list[int]] = [[] for _ in range(B)]
+    for b, start, end in text.spans:
+        lengths[b].append(end - start)
+    padding = [N - sum(row) for row in lengths]
+    every = [n for row, rest in zip(lengths, padding, strict=True) for n in R * (row + [rest] * (rest > 0))]
+    padding_B1N = (text.document_BN < 0)[:, None] if any(padding) else None
+    return Sequences.of_lengths(every, every, text.document_BN.device), padding_B1N
+
+
+def _few_rows(text: Text, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors [B, R, …] in parts over R that have no more documents than one call takes."""
+    once = _documents(text, 1)[0].q_starts.shape[0] - 1
+    return zip(*(x.split(max(1, MOST_AT_ONCE // once), dim=1) for x in tensors), strict=True)
+
+
+def _dense_rows(q: Tensor, k: Tensor, v: Tensor, text: Text, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    B, R, N, H, D = q.shape
+    sequences, padding_B1N = _documents(text, R)
+    k_rows, v_rows = (x[:, None].expand(B, R, N, -1, D).flatten(0, 2) for x in (k, v))
+    out, lse = kernels.forward(q.flatten(0, 2), k_rows, v_rows, True, sequences)
+    out, lse = out.view(q.shape), lse.view(H, B, R, N).permute(1, 2, 0, 3)
+    if padding_B1N is not None:
+        out = out.masked_fill(padding_B1N[..., None, None], 0.0)
+        lse = lse.masked_fill(padding_B1N[:, :, None], float("-inf"))
+    return out, lse
+
+
+def _dense_rows_backward(grad, q, k, v, out, lse, text, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+    B, R, N, H, D = q.shape
+    sequences, padding_B1N = _documents(text, R)
+    k_rows, v_rows = (x[:, None].expand(B, R, N, -1, D).flatten(0, 2) for x in (k, v))
+    grad, q_rows, out = (x.flatten(0, 2) for x in (grad, q, out))
+    lse_rows = lse.permute(2, 0, 1, 3).reshape(H, B * R * N)
+    dq, dk_rows, dv_rows = kernels.backward(grad, q_rows, k_rows, v_rows, out, lse_rows, True, sequences)
+    dq, dk, dv = dq.view(q.shape), dk_rows.view(B, R, *k.shape[1:]).sum(1), dv_rows.view(B, R, *v.shape[1:]).sum(1)
+    if padding_B1N is not None:
+        dq = dq.masked_fill(padding_B1N[..., None, None], 0.0)
+        dk, dv = (x.masked_fill(padding_B1N[:, 0, :, None, None], 0.0) for x in (dk, dv))
+    return dq, dk, dv
+
+
 # Part 1, deep: the query tokens of one anchor are one sequence against the text the anchor sees, and the query heads of
 # a group are tokens of it, so that a kernel lays out each key-value head once.
-# q and O [B, K, S, M, H, D], as sequences [B, M, K·S·R, G, D]; L [B, K, S, M, H], as sequences [B, M, G, K·S·R].
+# q and O [B, K, S, M, H, D], as sequences [B, M, K·S·R, G, D]; L [B, K, S, M, H], as sequences [B, M, G, K·S·R], -inf
+# where an anchor sees no text.
 
 
 def _to_sequences(x: Tensor, G: int) -> Tensor:
@@ -203,9 +295,15 @@ def _prefix_part(q: Tensor, k: Tensor, v: Tensor, anchors: Anchors, kernels: Ker
     q_rows = _to_sequences(q, G)
     out = torch.zeros_like(q_rows)
     lse = q.new_full((B, M, G, q_rows.shape[2]), float("-inf"), dtype=accumulation_dtype(q.dtype))
-    for b, m, start, end in anchors.prefixes:
-        o, l = kernels.forward(q_rows[b, m, None], k[b, None, start:end], v[b, None, start:end], False)
-        out[b, m], lse[b, m] = o[0], l[0]
+    if kernels.varlen and anchors.prefixes:
+        p = _prefixes(anchors, q_rows.shape[2])
+        o, l = kernels.forward(p.queries(q_rows), p.keys(k), p.keys(v), False, p.sequences)
+        out[p.row_P, p.number_P] = o.unflatten(0, (-1, q_rows.shape[2]))
+        lse[p.row_P, p.number_P] = l.unflatten(1, (-1, q_rows.shape[2])).transpose(0, 1)
+    else:
+        for b, m, start, end in anchors.prefixes:
+            o, l = kernels.forward(q_rows[b, m, None], k[b, None, start:end], v[b, None, start:end], False)
+            out[b, m], lse[b, m] = o[0], l[0]
     lse = lse.view(B, M, G, K, S, H // G).permute(0, 3, 4, 1, 2, 5).reshape(B, K, S, M, H)
     return _from_sequences(out, q), lse
 
@@ -213,18 +311,57 @@ def _prefix_part(q: Tensor, k: Tensor, v: Tensor, anchors: Anchors, kernels: Ker
 def _prefix_part_backward(grad, q, k, v, out, lse, anchors, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
     G = k.shape[2]
     grad_rows, q_rows, out_rows = (_to_sequences(x, G) for x in (grad, q, out))
-    lse_rows = _to_sequences(lse[..., None], G)[..., 0].transpose(2, 3)
+    lse_rows = _to_sequences(lse[..., None], G)[..., 0]
     dq = torch.zeros_like(q_rows)
     # Prefixes of one document overlap, so their gradients are summed in the accumulation dtype.
     dk = torch.zeros(k.shape, dtype=lse.dtype, device=k.device)
     dv = torch.zeros(v.shape, dtype=lse.dtype, device=v.device)
-    for b, m, start, end in anchors.prefixes:
-        g, q_m, o, l = (x[b, m, None] for x in (grad_rows, q_rows, out_rows, lse_rows))
-        dq_m, dk_m, dv_m = kernels.backward(g, q_m, k[b, None, start:end], v[b, None, start:end], o, l, False)
-        dq[b, m] = dq_m[0]
-        dk[b, start:end] += dk_m[0]
-        dv[b, start:end] += dv_m[0]
+    if kernels.varlen and anchors.prefixes:
+        p = _prefixes(anchors, q_rows.shape[2])
+        g, q_p, o, l = (p.queries(x) for x in (grad_rows, q_rows, out_rows, lse_rows))
+        dq_p, dk_p, dv_p = kernels.backward(g, q_p, p.keys(k), p.keys(v), o, l.t(), False, p.sequences)
+        dq[p.row_P, p.number_P] = dq_p.unflatten(0, (-1, q_rows.shape[2]))
+        for total, rows in ((dk, dk_p), (dv, dv_p)):
+            total.flatten(0, 1).index_add_(0, p.key, rows.to(total.dtype))
+    else:
+        for b, m, start, end in anchors.prefixes:
+            g, q_m, o = (x[b, m, None] for x in (grad_rows, q_rows, out_rows))
+            l = lse_rows[b, m].t()[None]
+            dq_m, dk_m, dv_m = kernels.backward(g, q_m, k[b, None, start:end], v[b, None, start:end], o, l, False)
+            dq[b, m] = dq_m[0]
+            dk[b, start:end] += dk_m[0]
+            dv[b, start:end] += dv_m[0]
     return _from_sequences(dq, q), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """The P anchors that see text, as the sequences of one call, whose keys are their prefixes, gathered.
+
+    row_P, number_P: int64, row and number of each. key: int64, the tokens of all prefixes, counted through all rows.
+    """
+
+    row_P: Tensor
+    number_P: Tensor
+    key: Tensor
+    sequences: Sequences
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[all q, …] of sequences x [B, M, q, …]."""
+        return x[self.row_P, self.number_P].flatten(0, 1)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[all t, …] of x [B, N, …]."""
+        return x.flatten(0, 1)[self.key]
+
+
+@kept_with_first
+def _prefixes(anchors: Anchors, queries: int) -> _Prefixes:
+    N, device = anchors.text.shape[1], anchors.index_BM.device
+    rows, numbers, starts, ends = (torch.tensor(x) for x in zip(*anchors.prefixes, strict=True))
+    key = torch.cat([torch.arange(r * N + s, r * N + e) for r, s, e in zip(rows, starts, ends, strict=True)])
+    sequences = Sequences.of_lengths([queries] * len(rows), (ends - starts).tolist(), device)
+    return _Prefixes(rows.to(device), numbers.to(device), key.to(device), sequences)
 
 
 # Part 2: a thought's own tokens, [B, K, S, M, heads, D] seen as batch B·K, sequence S, heads M·heads. The newest token
@@ -232,15 +369,15 @@ def _prefix_part_backward(grad, q, k, v, out, lse, anchors, kernels: Kernels) ->
 # O like q; L [B, K, S, M, H].
 
 
-def _as_sequences(x: Tensor) -> Tensor:
-    return x.flatten(0, 1).flatten(2, 3)
-
-
 def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
     B, K, S, M, H, D = q.shape
+    if M * H > MOST_AT_ONCE:
+        parts = [_own_part(q_m, k_m, v_m, kernels) for q_m, k_m, v_m in _few_anchors(H, q, k, v)]
+        out, lse = (torch.cat(x, dim=3) for x in zip(*parts, strict=True))
+        return out, lse
     if S == 1:
         G = k.shape[4]
-        q_rows = q.view(B * K, M * G, H // G, D).transpose(1, 2)
+        q_rows = q.reshape(B * K, M * G, H // G, D).transpose(1, 2)
         out, lse = kernels.forward(q_rows, _as_sequences(k), _as_sequences(v), False)
         return out.transpose(1, 2).reshape(q.shape), lse.reshape(q.shape[:-1])
     out, lse = kernels.forward(_as_sequences(q), _as_sequences(k), _as_sequences(v), True)
@@ -248,7 +385,24 @@ def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor
 
 
 def _own_part_backward(grad, q, k, v, out, lse, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+    S, T, M, H = q.shape[2], k.shape[2], q.shape[3], q.shape[4]
+    if M * H > MOST_AT_ONCE:
+        parts = [
+            _own_part_backward(g, q_m, k_m, v_m, o, l, kernels)
+            for g, q_m, k_m, v_m, o, l in _few_anchors(H, grad, q, k, v, out, lse)
+        ]
+        dq, dk, dv = (torch.cat(x, dim=3) for x in zip(*parts, strict=True))
+        return dq, dk, dv
     lse_rows = lse.flatten(0, 1).flatten(2, 3).transpose(1, 2)
     grad, q_rows, k_rows, v_rows, out = (_as_sequences(x) for x in (grad, q, k, v, out))
-    dq, dk, dv = kernels.backward(grad, q_rows, k_rows, v_rows, out, lse_rows, q.shape[2] == k.shape[2])
+    dq, dk, dv = kernels.backward(grad, q_rows, k_rows, v_rows, out, lse_rows, S == T)
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+
+
+def _few_anchors(H: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors [B, K, S, M, …] in parts over M that have no more heads than one call takes."""
+    return zip(*(x.split(max(1, MOST_AT_ONCE // H), dim=3) for x in tensors), strict=True)
+
+
+def _as_sequences(x: Tensor) -> Tensor:
+    return x.flatten(0, 1).flatten(2, 3)

@@ -15,6 +15,11 @@ from models.precision import accumulation_dtype
 from models.thoughts import Anchors, Text
 
 
+def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+    """As aten.supports: always."""
+    return True, "the definition"
+
+
 def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text) -> Tensor:
     """A token sees the tokens of its own document up to itself; padding sees nothing and gets zeros."""
     B, N, H, D = q_BNHD.shape

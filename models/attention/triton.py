@@ -30,8 +30,7 @@ MAX_ROWS, MAX_OWN = 128, 64
 
 
 def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
-    """Whether these kernels serve such a call, and why not: thoughts q [B, K, S, M, H, D] and k [B, K, T, M, G, D] at
-    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without."""
+    """As aten.supports."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed; install the extra 'kernels'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,12 +41,14 @@ def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False, f"the triton kernels take fp32, bf16 and fp16, not {q.dtype}"
     if anchors is None:
-        return aten.supports(q, q.shape[1], k.shape[1])
+        return aten.supports(q, k, anchors, differentiable)
     if q.shape[-1] not in HEAD_SIZES:
         return False, f"the triton kernels take head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
     S, T, group = q.shape[2], k.shape[2], q.shape[4] // k.shape[4]
     if not anchors.dense:
-        return aten.supports(q, S, T) if differentiable else (True, "triton kernels for thoughts at a few anchors")
+        if differentiable:
+            return aten.supports(q, k, anchors, differentiable)
+        return True, "triton kernels for thoughts at a few anchors"
     if S == T:
         if S * group > MAX_ROWS or S > MAX_OWN:
             return False, f"{S} tokens × {group} query heads of a group exceed a tile of {MAX_OWN} × {MAX_ROWS}"
@@ -58,7 +59,7 @@ def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool
         return False, f"{S} query tokens for {T} key tokens: neither one step nor the whole thought"
     if differentiable:
         return False, "the triton kernel for a single step has no backward"
-    return aten.supports(q, S, T)
+    return aten.supports(q, k, anchors, differentiable)
 
 
 def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text) -> Tensor:

@@ -229,15 +229,37 @@ def test_padding_is_never_read():
     assert all(torch.isfinite(x).all() for x in got)
 
 
-def test_choice_of_backend(monkeypatch):
+def test_choice_of_backend(monkeypatch, caplog):
+    """aten where it serves, else the definition; either is said once, with the reason."""
+    monkeypatch.delenv("FORETHOUGHT_ATTENTION", raising=False)
+    attention._say_once.cache_clear()
+    caplog.set_level("INFO", attention.__name__)
     anchors = anchor_cases()["dense, whole rows"]
     arguments = inputs(anchors.text, 9, 1, 2, 5, 2, 1, D=8)
-    with pytest.raises(ValueError, match="neither one step nor the whole thought"):
-        attention.thought_attention(*arguments, anchors, backend="aten")
-    fallback = attention.thought_attention(*arguments, anchors)
+    unserved = "2 query tokens for 5 key tokens: neither one step nor the whole thought"
+    for _ in range(2):
+        fallback = attention.thought_attention(*arguments, anchors)
+        attention.text_attention(*arguments[-1:] * 3, anchors.text)
     assert torch.equal(fallback, reference.thought_attention(*arguments, anchors))
-    with pytest.raises(ValueError, match="'magic' is not one of aten, reference, triton"):
+    assert caplog.messages == [
+        f"attention backend: reference ({unserved})",
+        "attention backend: aten (flash kernel for CPU)",
+    ]
+    with pytest.raises(ValueError, match=f"'aten' cannot serve this call: {unserved}; unset it or use 'reference'$"):
+        attention.thought_attention(*arguments, anchors, backend="aten")
+    with pytest.raises(ValueError, match=r"'magic' is not one of reference, aten, flex, flash, triton$"):
         attention.thought_attention(*arguments, anchors, backend="magic")
-    monkeypatch.setenv("FORETHOUGHT_ATTENTION", "aten")
-    with pytest.raises(ValueError, match="cannot serve"):
-        attention.thought_attention(*arguments, anchors)
+
+
+@pytest.mark.parametrize("name", attention.BACKENDS)
+def test_a_backend_asked_for_serves_or_says_why_not(monkeypatch, name):
+    """By the variable; an argument goes before it. No device here has all of them."""
+    anchors = anchor_cases()["dense, whole rows"]
+    arguments = inputs(anchors.text, 9, 1, 2, 5, 2, 1, D=8)
+    monkeypatch.setenv("FORETHOUGHT_ATTENTION", name)
+    if name == "reference":
+        assert attention.thought_attention(*arguments, anchors).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=f"'{name}' cannot serve this call: [^\n]+; unset it or use 'reference'$"):
+            attention.thought_attention(*arguments, anchors)
+    assert attention.thought_attention(*arguments, anchors, backend="reference").isfinite().all()
