@@ -106,17 +106,23 @@ class Anchors:
 
     text: the rows they lie in.
     index_BM: int64, position in the row; -1 for "no text at all" (the thought sees itself alone).
-    dense: every position of the row is an anchor, in order (M = N); lets attention treat a slice as a row of text.
+    window: (start, end) if the anchors of every row are these positions, in order; lets attention treat a slice over M
+    as a piece of text.
     """
 
     text: Text
     index_BM: Tensor
-    dense: bool = False
+    window: tuple[int, int] | None = None
 
     @staticmethod
     def everywhere(text: Text) -> Anchors:
         B, N = text.shape
-        return Anchors(text, torch.arange(N, device=text.tokens_BN.device).expand(B, N), dense=True)
+        return Anchors(text, torch.arange(N, device=text.tokens_BN.device).expand(B, N), window=(0, N))
+
+    @property
+    def dense(self) -> bool:
+        """Whether every position of the row is an anchor, in order (M = N)."""
+        return self.window == (0, self.text.shape[1])
 
     @cached_property
     def prefixes(self) -> list[tuple[int, int, int, int]]:
@@ -131,6 +137,24 @@ class Anchors:
             for m, n in enumerate(anchors)
             if n >= 0 and document_BN[row][n] >= 0
         ]
+
+    @cached_property
+    def window_text(self) -> Text:
+        """The text at the positions of the window alone, its documents cut off where it begins and ends."""
+        assert self.window is not None
+        if self.dense:
+            return self.text
+        text, here = self.text, slice(*self.window)
+        return Text(text.tokens_BN[:, here], text.document_BN[:, here], text.position_BN[:, here], text.sample_id_B)
+
+    @cached_property
+    def before_window(self) -> list[tuple[int, int, int]]:
+        """(row, start, anchors): where a document begins that reaches into the window from before it, and how many of
+        the row's first anchors belong to it."""
+        assert self.window is not None
+        first, last = self.window
+        spans = [span for span in self.text.spans if span[1] < first < span[2]]
+        return [(row, start, min(end, last) - first) for row, start, end in spans]
 
     @cached_property
     def visible_BM(self) -> tuple[Tensor, Tensor]:

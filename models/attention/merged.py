@@ -132,8 +132,8 @@ class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, k_text, v_text, anchors, kernels):
         out_own, lse_own = _own_part(q, k, v, kernels)
-        if anchors.dense:
-            out_text, lse_text = _dense_part(q.flatten(1, 2), k_text, v_text, anchors.text, kernels)
+        if anchors.window is not None:
+            out_text, lse_text = _window_part(q.flatten(1, 2), k_text, v_text, anchors, kernels)
             out_text = out_text.view_as(q)
             lse_text = lse_text.view(*q.shape[:3], *lse_text.shape[2:]).transpose(-1, -2)
         else:
@@ -165,10 +165,10 @@ def _thought_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
     dq, dk, dv = _own_part_backward(grad, q, k, v, out, lse, kernels)
-    if anchors.dense:
+    if anchors.window is not None:
         lse_rows = lse.flatten(1, 2).transpose(-1, -2)
-        dq_text, dk_text, dv_text = _dense_part_backward(
-            grad.flatten(1, 2), q.flatten(1, 2), k_text, v_text, out.flatten(1, 2), lse_rows, anchors.text, kernels
+        dq_text, dk_text, dv_text = _window_part_backward(
+            grad.flatten(1, 2), q.flatten(1, 2), k_text, v_text, out.flatten(1, 2), lse_rows, anchors, kernels
         )
         dq_text = dq_text.view_as(q)
     else:
@@ -272,6 +272,58 @@ def _dense_rows_backward(grad, q, k, v, out, lse, text, kernels: Kernels) -> tup
         dq = dq.masked_fill(padding_B1N[..., None, None], 0.0)
         dk, dv = (x.masked_fill(padding_B1N[:, 0, :, None, None], 0.0) for x in (dk, dv))
     return dq, dk, dv
+
+
+# Part 1, anchors in a window of positions: the text inside the window is dense; what its first document has before the
+# window is seen whole by all of that document's query rows in it.
+# q and O [B, R, M, H, D]; L [B, R, H, M].
+
+
+def _window_part(q: Tensor, k: Tensor, v: Tensor, anchors: Anchors, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    assert anchors.window is not None
+    first, last = anchors.window
+    out, lse = _dense_part(q, k[:, first:last], v[:, first:last], anchors.window_text, kernels)
+    for b, start, queries in anchors.before_window:
+        here, R, G = q[b, :, :queries], q.shape[1], k.shape[2]
+        rows = _rows_to_sequence(here, G)
+        o, l = kernels.forward(rows, k[b, None, start:first], v[b, None, start:first], False)
+        o, l = _sequence_to_rows(o, here), l.view(G, R, queries, -1).permute(1, 0, 3, 2).reshape(R, -1, queries)
+        inside, l_inside = out[b, :, :queries], lse[b, :, :, :queries]
+        out[b, :, :queries] = merged(inside, l_inside.transpose(1, 2), o, l.transpose(1, 2))
+        lse[b, :, :, :queries] = torch.logaddexp(l_inside, l)
+    return out, lse
+
+
+def _window_part_backward(grad, q, k, v, out, lse, anchors, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+    first, last = anchors.window
+    inside = slice(first, last)
+    dq, dk_inside, dv_inside = _dense_part_backward(
+        grad, q, k[:, inside], v[:, inside], out, lse, anchors.window_text, kernels
+    )
+    if anchors.dense:
+        return dq, dk_inside, dv_inside
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dk[:, inside], dv[:, inside] = dk_inside, dv_inside
+    for b, start, queries in anchors.before_window:
+        here, G = q[b, :, :queries], k.shape[2]
+        g, rows, o = (_rows_to_sequence(x[b, :, :queries], G) for x in (grad, q, out))
+        l = _rows_to_sequence(lse[b, :, :, :queries].transpose(1, 2)[..., None], G)[..., 0].transpose(1, 2)
+        dq_rows, dk_rows, dv_rows = kernels.backward(
+            g, rows, k[b, None, start:first], v[b, None, start:first], o, l, False
+        )
+        dq[b, :, :queries] += _sequence_to_rows(dq_rows, here)
+        dk[b, start:first], dv[b, start:first] = dk_rows[0], dv_rows[0]
+    return dq, dk, dv
+
+
+def _rows_to_sequence(x: Tensor, G: int) -> Tensor:
+    """[1, R·n·(H/G), G, D] of x [R, n, H, D]."""
+    return x.unflatten(2, (G, -1)).transpose(2, 3).flatten(0, 2)[None]
+
+
+def _sequence_to_rows(x: Tensor, like: Tensor) -> Tensor:
+    R, n, H, D = like.shape
+    return x.view(R, n, -1, x.shape[2], D).transpose(2, 3).reshape(like.shape)
 
 
 # Part 1, deep: the query tokens of one anchor are one sequence against the text the anchor sees, and the query heads of

@@ -31,6 +31,10 @@ def value_and_gradients(function, arguments, *rest, weight=None):
     return [out, *torch.autograd.grad((out * weight.to(out.dtype)).sum(), arguments)]
 
 
+def window(text: Text, start: int, end: int) -> Anchors:
+    return Anchors(text, torch.arange(start, end).expand(text.shape[0], -1), window=(start, end))
+
+
 def anchor_cases() -> dict[str, Anchors]:
     packed = packed_text([[4, 3, 4], [8, 1]], 11)
     whole = packed_text([[9], [9]], 9)
@@ -42,6 +46,11 @@ def anchor_cases() -> dict[str, Anchors]:
         "dense, documents of one token": Anchors.everywhere(single),
         "sparse, repeated, without text": Anchors(packed, sparse),
         "sparse, on padding": Anchors(packed, torch.tensor([[10], [10]])),
+        "window inside a document": window(packed, 5, 7),
+        "window over several documents": window(packed, 2, 9),
+        "window up to the end": window(packed, 6, 11),
+        "window at the beginning": window(whole, 0, 4),
+        "window at a document's beginning": window(packed, 4, 9),
         "at the first token": Anchors(whole, torch.tensor([[0], [0]])),
     }
 

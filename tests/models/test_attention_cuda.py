@@ -36,7 +36,7 @@ def cases() -> dict[str, tuple[Anchors, int, int, int]]:
 
 
 def on_cuda(anchors: Anchors) -> Anchors:
-    return Anchors(anchors.text.to("cuda"), anchors.index_BM.cuda(), anchors.dense)
+    return Anchors(anchors.text.to("cuda"), anchors.index_BM.cuda(), anchors.window)
 
 
 def rounded(q, k, v, k_text, v_text, anchors):

@@ -53,7 +53,7 @@ def test_text(text):
 def test_one_visible_token_too_many_is_caught(monkeypatch, anchors):
     """The negative control."""
     start, end = anchors.visible_BM
-    wrong = Anchors(anchors.text, anchors.index_BM, dense=True)
+    wrong = Anchors(anchors.text, anchors.index_BM, window=(0, anchors.text.shape[1]))
     wrong.__dict__["visible_BM"] = start, (end + 1).clamp(max=anchors.text.shape[1])
     monkeypatch.setattr(flex, "_thought_mask", lambda _, *sizes, make=flex._thought_mask: make(wrong, *sizes))
     errors = errors_against_reference(anchors, 2, 3, 3, 4, 2)
