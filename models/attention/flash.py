@@ -46,7 +46,7 @@ def _package(device: torch.device, head_size: int) -> str | None:
         return "FA3"
     if capability in ((9, 0), (10, 0)) and head_size <= 128 and _is_installed("flash-attn-4"):
         return "FA4"
-    if capability >= (8, 0) and importlib.util.find_spec("flash_attn_2_cuda") is not None:
+    if importlib.util.find_spec("flash_attn_2_cuda") is not None:
         return "flash-attn 2"
     return None
 
