@@ -91,7 +91,6 @@ _NO_EXTRAS = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_
 FLASH_ATTN_2 = Kernels(_forward, _backward, varlen=True)
 
 
-@functools.cache
 def _attention(package: str | None) -> MergedAttention:
     if package is None:
         raise ValueError("no flash-attn package fits this GPU and head size")

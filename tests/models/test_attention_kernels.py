@@ -307,14 +307,17 @@ def test_which_package_serves(monkeypatch, installed, capability, head_size, exp
 
 
 def test_torch_is_told_to_reroute(monkeypatch):
-    told = []
+    """Once, and again where someone has undone it."""
+    told = [None]
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", told.append)
-    flash._attention.cache_clear()
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: told[-1])
     for _ in range(2):
         assert flash._attention("FA4").kernels == {"cuda": aten.CUDA}
-    assert told == ["FA4"]
+    assert told == [None, "FA4"]
+    told.append(None)
+    flash._attention("FA4")
+    assert told == [None, "FA4", None, "FA4"]
     assert {"FA3", "FA4"} <= set(torch.nn.attention.list_flash_attention_impls())
-    flash._attention.cache_clear()
 
 
 def test_flash_on_cpu_is_refused():
