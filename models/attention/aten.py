@@ -24,6 +24,8 @@ def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool
             return True, "flash kernel for CPU"
         return False, f"no CPU flash kernel for {q.dtype}"
     if q.device.type == "cuda":
+        if torch.cuda.get_device_capability(q.device) < (8, 0):
+            return False, "the CUDA flash kernel takes GPUs of compute capability 8.0 and above"
         if q.dtype not in (torch.bfloat16, torch.float16):
             return False, f"the CUDA flash kernel takes bf16 and fp16, not {q.dtype}"
         if q.shape[-1] % 8 or q.shape[-1] > 256:

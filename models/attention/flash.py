@@ -46,7 +46,7 @@ def _package(device: torch.device, head_size: int) -> str | None:
         return "FA3"
     if capability in ((9, 0), (10, 0)) and head_size <= 128 and _is_installed("flash-attn-4"):
         return "FA4"
-    if capability >= (8, 0) and importlib.util.find_spec("flash_attn_2_cuda") is not None:
+    if importlib.util.find_spec("flash_attn_2_cuda") is not None:
         return "flash-attn 2"
     return None
 
@@ -91,7 +91,6 @@ _NO_EXTRAS = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_
 FLASH_ATTN_2 = Kernels(_forward, _backward, varlen=True)
 
 
-@functools.cache
 def _attention(package: str | None) -> MergedAttention:
     if package is None:
         raise ValueError("no flash-attn package fits this GPU and head size")

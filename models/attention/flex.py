@@ -2,7 +2,8 @@
 
 One call over all keys a query may see, so nothing is merged: the keys are the text and, behind it, the tokens of all
 thoughts of the row, anchor by anchor, and a mask says what is visible. Blocks of 128 × 128 of which nothing is visible
-are skipped: useful are 43 %, 74 % and 85 % of what is computed for 12 tokens at each of 256, 1024 and 2048 positions.
+are skipped: useful are 43 %, 74 % and 85 % of what is computed for 16 tokens at each of 256, 1024 and 2048 positions.
+Padding must hold numbers: what is hidden weighs 0, and 0 · NaN is NaN.
 
 Shapes as in reference.py, and Q queries and J keys of a row.
 """

@@ -15,7 +15,7 @@ everywhere a slice over M is a row of text; and folding M into the heads makes a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -187,7 +187,7 @@ def _dense_part(q: Tensor, k: Tensor, v: Tensor, text: Text, kernels: Kernels) -
         return out[:, None], lse[:, None]
     if kernels.varlen:
         parts = [_dense_rows(rows, k, v, text, kernels) for (rows,) in _few_rows(text, q)]
-        out, lse = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        out, lse = (_joined(x, dim=1) for x in zip(*parts, strict=True))
         return out, lse
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_full((B, R, H, N), float("-inf"), dtype=accumulation_dtype(q.dtype))
@@ -211,7 +211,7 @@ def _dense_part_backward(grad, q, k, v, out, lse, text, kernels: Kernels) -> tup
         dq, dk, dv = parts[0]
         for _, dk_part, dv_part in parts[1:]:
             dk, dv = dk + dk_part, dv + dv_part
-        return torch.cat([part[0] for part in parts], dim=1), dk, dv
+        return _joined([part[0] for part in parts], dim=1), dk, dv
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for b, start, end in text.spans:
@@ -246,6 +246,10 @@ def _few_rows(text: Text, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The tensors [B, R, …] in parts over R that have no more documents than one call takes."""
     once = _documents(text, 1)[0].q_starts.shape[0] - 1
     return zip(*(x.split(max(1, MOST_AT_ONCE // once), dim=1) for x in tensors), strict=True)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _dense_rows(q: Tensor, k: Tensor, v: Tensor, text: Text, kernels: Kernels) -> tuple[Tensor, Tensor]:
@@ -425,7 +429,7 @@ def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor
     B, K, S, M, H, D = q.shape
     if M * H > MOST_AT_ONCE:
         parts = [_own_part(q_m, k_m, v_m, kernels) for q_m, k_m, v_m in _few_anchors(H, q, k, v)]
-        out, lse = (torch.cat(x, dim=3) for x in zip(*parts, strict=True))
+        out, lse = (_joined(x, dim=3) for x in zip(*parts, strict=True))
         return out, lse
     if S == 1:
         G = k.shape[4]
@@ -443,7 +447,7 @@ def _own_part_backward(grad, q, k, v, out, lse, kernels: Kernels) -> tuple[Tenso
             _own_part_backward(g, q_m, k_m, v_m, o, l, kernels)
             for g, q_m, k_m, v_m, o, l in _few_anchors(H, grad, q, k, v, out, lse)
         ]
-        dq, dk, dv = (torch.cat(x, dim=3) for x in zip(*parts, strict=True))
+        dq, dk, dv = (_joined(x, dim=3) for x in zip(*parts, strict=True))
         return dq, dk, dv
     lse_rows = lse.flatten(0, 1).flatten(2, 3).transpose(1, 2)
     grad, q_rows, k_rows, v_rows, out = (_as_sequences(x) for x in (grad, q, k, v, out))

@@ -75,11 +75,14 @@ def compare(definition, in_bf16, backend, arguments, *rest):
 
 
 @pytest.fixture(autouse=True)
-def full_fp32():
+def as_it_was():
+    """fp32 is fp32, and `aten` runs torch's own kernels after `flash` had them replaced."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+    if torch.nn.attention.current_flash_attention_impl() is not None:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from models import attention
-from models.attention import aten, flash, merged, reference
+from models.attention import aten, flash, flex, merged, reference
 from models.attention.merged import MergedAttention
 from models.thoughts import Anchors
 from tests.helpers import packed_text, relative_error
@@ -251,16 +252,18 @@ def test_a_part_run_with_its_own_result_is_caught(kernels, monkeypatch, name, wr
     assert min(errors[name] for name in ("dq", "dk", "dk_text")) > 0.02, errors
 
 
-def test_sequences_are_forgotten_with_their_text(kernels):
-    anchors = anchor_cases()["dense, packed, padded"]
-    arguments = [x.detach() for x in inputs(anchors.text, 11, 2, 3, 3, 4, 2, D=8)]
-    kernels[0].thought_attention(*arguments, anchors)
-    kept = merged._documents.__closure__  # the cache is in the closure of the wrapper
-    cache = next(c.cell_contents for c in kept if hasattr(c.cell_contents, "setdefault"))
-    assert anchors.text in cache
-    before = len(cache)
-    del anchors
-    assert len(cache) == before - 1
+def test_what_is_kept_dies_with_its_text(kernels):
+    """Sequences and masks are made once, for all layers, and hold no batch in memory."""
+    for name in ("dense, packed, padded", "sparse, repeated, without text"):
+        anchors = anchor_cases()[name]
+        arguments = [x.detach() for x in inputs(anchors.text, anchors.index_BM.shape[1], 2, 3, 3, 4, 2, D=8)]
+        kernels[0].thought_attention(*arguments, anchors)
+        assert merged._documents(anchors.text, 6) is merged._documents(anchors.text, 6)
+        assert flex._thought_mask(anchors, 2, 3, 3) is flex._thought_mask(anchors, 2, 3, 3)
+        assert flex._text_mask(anchors.text) is flex._text_mask(anchors.text)
+        batch = weakref.ref(anchors), weakref.ref(anchors.text)
+        del anchors
+        assert [x() for x in batch] == [None, None]
 
 
 def test_the_schema_of_torchs_operators():
@@ -285,6 +288,7 @@ def test_the_schema_of_torchs_operators():
         (("flash_attn_interface", "flash-attn-4"), (10, 0), 64, "FA4"),
         (("flash_attn_interface", "flash-attn-4"), (8, 9), 64, None),
         ((), (9, 0), 128, None),
+        (("flash_attn_2_cuda",), (7, 5), 128, None),
     ],
 )
 def test_which_package_serves(monkeypatch, installed, capability, head_size, expected):
@@ -294,19 +298,26 @@ def test_which_package_serves(monkeypatch, installed, capability, head_size, exp
     monkeypatch.setattr(flash, "_is_installed", lambda name: name in installed)
     q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 9, 4, head_size))
     served, reason = flash.supports(q, q, None, True)
-    assert (served, reason) == (True, expected) if expected else (not served and "install the extra 'flash'" in reason)
+    if expected is None:
+        assert not served
+        assert "compute capability 8.0" in reason if capability < (8, 0) else "install the extra 'flash'" in reason
+    else:
+        assert (served, reason) == (True, expected)
     flash._package.cache_clear()
 
 
 def test_torch_is_told_to_reroute(monkeypatch):
-    told = []
+    """Once, and again where someone has undone it."""
+    told = [None]
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", told.append)
-    flash._attention.cache_clear()
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: told[-1])
     for _ in range(2):
         assert flash._attention("FA4").kernels == {"cuda": aten.CUDA}
-    assert told == ["FA4"]
+    assert told == [None, "FA4"]
+    told.append(None)
+    flash._attention("FA4")
+    assert told == [None, "FA4", None, "FA4"]
     assert {"FA3", "FA4"} <= set(torch.nn.attention.list_flash_attention_impls())
-    flash._attention.cache_clear()
 
 
 def test_flash_on_cpu_is_refused():

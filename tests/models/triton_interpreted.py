@@ -6,12 +6,14 @@ models/attention/reference.py.
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from models import attention
 from models.attention import aten, reference, triton
-from models.attention.kernels import decode, dense
+from models.attention.kernels import decode, dense, step
 from models.decoder import ThoughtCache
 from models.thoughts import Anchors
 from tests.helpers import packed_text, relative_error, tiny_config, tiny_model
@@ -179,6 +181,46 @@ def test_a_wrong_thing_is_noticed(monkeypatch, corrupt, seen_in):
     monkeypatch.setattr(dense, "backward", wrong_backward)
     errors = errors_against_reference(triton.thought_attention, everywhere, 2, 3, 4, 2)
     assert min(errors[name] for name in seen_in) > 0.05, errors
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel", "argument", "change"),
+    [
+        pytest.param(step, "_private_keys", "lse_text_ptr", torch.zeros_like, id="step, parts that weigh alike"),
+        pytest.param(step, "_private_keys", "out_text_ptr", torch.zeros_like, id="step, no text"),
+        pytest.param(step, "_private_keys", "T", lambda T: T - 1, id="step, without itself"),
+        pytest.param(decode, "_prefix", "end_ptr", lambda end: end + 1, id="decode, one text token too many"),
+        pytest.param(decode, "_prefix", "start_ptr", lambda start: start + 1, id="decode, one text token too few"),
+        pytest.param(decode, "_suffix", "lse_text_ptr", torch.zeros_like, id="decode, splits that weigh alike"),
+        pytest.param(decode, "_suffix", "splits", lambda splits: splits - 1, id="decode, one split too few"),
+        pytest.param(decode, "_suffix", "T", lambda T: T - 1, id="decode, without itself"),
+    ],
+)
+def test_a_wrong_mask_or_merge_of_a_step_is_noticed(monkeypatch, module, kernel, argument, change):
+    """The negative control: a kernel with one argument wrong."""
+    few = packed_text([[40, 23], [60]], 63)  # long enough that both splits have text
+    anchors = anchors_at_all() if module is step else Anchors(few, torch.tensor([[38, 60], [59, 40]]))
+    text = anchors.text
+    arguments = [x.detach() for x in inputs(text, anchors.index_BM.shape[1], 2, 1, 3, 4, 2, 16, dtype=torch.float32)]
+    truth = reference.thought_attention(*(x.double() for x in arguments), anchors)
+
+    def attend():
+        if module is step:
+            return triton.thought_attention(*arguments, anchors)
+        return decode.decode(*arguments, *anchors.visible_BM, splits=2)[0]
+
+    assert relative_error(attend(), truth) <= TOLERANCE
+    launch = getattr(module, kernel)
+    place = list(inspect.signature(launch.fn).parameters).index(argument)
+
+    class Wrong:
+        def __getitem__(self, grid):
+            return lambda *given, **constants: launch[grid](
+                *given[:place], change(given[place]), *given[place + 1 :], **constants
+            )
+
+    monkeypatch.setattr(module, kernel, Wrong())
+    assert relative_error(attend(), truth) > 0.02
 
 
 def test_a_model_thinks_alike_on_either_backend():

@@ -43,19 +43,23 @@ def text_constants(S: int, R: int, D: int) -> dict[str, int]:
 
 
 @triton.jit
-def _tile_rows(tile, N, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr):
-    """Position, token, head of each row of a tile, and whether there is such a row."""
-    row = tl.arange(0, ROWS)
-    position = tile * P + row // (S * R)
-    return position, row // R % S, row % R, (row < P * S * R) & (position < N)
+def _tile(
+    tile, g, N, G,
+    S: tl.constexpr, R: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Rows and own keys of a tile: position, offset and existence of each row [ROWS]; offsets [OWN, D] and existence
+    [OWN] of the own keys; which of them a row sees [ROWS, OWN]."""
+    packed = tl.arange(0, ROWS)
+    position, token = tile * P + packed // (S * R), packed // R % S
+    exists = (packed < P * S * R) & (position < N)
+    row = (token * N + position) * (G * R) + g * R + packed % R
 
-
-@triton.jit
-def _tile_own_keys(tile, N, S: tl.constexpr, P: tl.constexpr, OWN: tl.constexpr):
-    """Position and token of each own key of a tile, and whether there is such a key."""
     key = tl.arange(0, OWN)
-    position = tile * P + key // S
-    return position, key % S, (key < P * S) & (position < N)
+    own_position, own_token = tile * P + key // S, key % S
+    own_exists = (key < P * S) & (own_position < N)
+    own = ((own_token * N + own_position) * G + g)[:, None] * D + tl.arange(0, D)
+    visible = (position[:, None] == own_position) & (own_token <= token[:, None]) & own_exists & exists[:, None]
+    return position, row, exists, own, own_exists, visible
 
 
 @triton.jit
@@ -71,16 +75,11 @@ def _forward(
     d = tl.arange(0, D)
 
     queries, keys, text = thought * S * N * G * R, thought * S * N * G * D, b * N * G * D
-    position, token, head, exists = _tile_rows(tile, N, S, R, P, ROWS)
-    row = (token * N + position) * (G * R) + g * R + head
+    position, row, exists, own, own_exists, own_visible = _tile(tile, g, N, G, S, R, D, P, ROWS, OWN)
     at = row[:, None] * D + d
     q = tl.load(q_ptr + queries * D + at, mask=exists[:, None], other=0.0)
-
-    own_position, own_token, own_exists = _tile_own_keys(tile, N, S, P, OWN)
-    own = ((own_token * N + own_position) * G + g)[:, None] * D + d
     k_own = tl.load(k_ptr + keys + own, mask=own_exists[:, None], other=0.0)
     v_own = tl.load(v_ptr + keys + own, mask=own_exists[:, None], other=0.0)
-    own_visible = (position[:, None] == own_position) & (own_token <= token[:, None]) & own_exists
     own_scores = tl.where(own_visible, tl.dot(q, k_own.T, input_precision="ieee") * scale, NOTHING)
     top = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -126,8 +125,7 @@ def _backward_rows(
     d = tl.arange(0, D)
 
     queries, keys, text = thought * S * N * G * R, thought * S * N * G * D, b * N * G * D
-    position, token, head, exists = _tile_rows(tile, N, S, R, P, ROWS)
-    row = (token * N + position) * (G * R) + g * R + head
+    position, row, exists, own, own_exists, own_visible = _tile(tile, g, N, G, S, R, D, P, ROWS, OWN)
     at = row[:, None] * D + d
     out = tl.load(out_ptr + queries * D + at, mask=exists[:, None], other=0.0)
     grad = tl.load(grad_ptr + queries * D + at, mask=exists[:, None], other=0.0)
@@ -135,12 +133,8 @@ def _backward_rows(
     tl.store(delta_ptr + queries + row, delta, mask=exists)
     q = tl.load(q_ptr + queries * D + at, mask=exists[:, None], other=0.0)
     lse = tl.load(lse_ptr + queries + row, mask=exists, other=0.0)
-
-    own_position, own_token, own_exists = _tile_own_keys(tile, N, S, P, OWN)
-    own = ((own_token * N + own_position) * G + g)[:, None] * D + d
     k_own = tl.load(k_ptr + keys + own, mask=own_exists[:, None], other=0.0)
     v_own = tl.load(v_ptr + keys + own, mask=own_exists[:, None], other=0.0)
-    own_visible = (position[:, None] == own_position) & (own_token <= token[:, None]) & own_exists & exists[:, None]
     own_weights, of_own_scores = _score_gradients(q, k_own, v_own, grad, lse, delta, own_visible, scale)
     dv = tl.dot(own_weights.T, grad, input_precision="ieee")
     tl.store(dv_ptr + keys + own, dv.to(q.dtype), mask=own_exists[:, None])
