@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import text_attention, thought_attention
 from models.precision import Linear, accumulation_dtype
@@ -176,6 +177,8 @@ class Decoder(nn.Module):
         )
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
         self.attention_backend: str | None = None
+        # Whether a pass with gradient keeps only each block's inputs, and backward computes the block again.
+        self.activation_checkpointing = False
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -209,7 +212,7 @@ class Decoder(nn.Module):
             return text_attention(q, k, v, text, self.attention_backend)
 
         for block in self.layers:
-            x, k, v = block(x, cos, sin, attend)
+            x, k, v = self._pass(block, x, cos, sin, attend)
             keys.append(k)
             values.append(v)
         return TextState(text, self.norm(x), keys, values)
@@ -236,8 +239,16 @@ class Decoder(nn.Module):
                     q, k, v, state.keys[layer], state.values[layer], anchors, self.attention_backend
                 )
 
-            x, _, _ = block(x, cos, sin, attend)
+            x, _, _ = self._pass(block, x, cos, sin, attend)
         return self.norm(x)
+
+    def _pass(
+        self, block: nn.Module, x_W: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # No random state to restore: nothing in a block draws.
+            return checkpoint(block, x_W, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+        return block(x_W, cos, sin, attend)
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         cos, sin = rotation(position, self.inverse_frequencies, self.rope_factor, dtype)

@@ -366,7 +366,7 @@ class Anchored(Objective):
         body_BLM = self.bodies(drawn)[:, 0]
         real_BM, at_BM = anchors.index_BM >= 0, anchors.index_BM.clamp(min=0)
         target_BM = text.targets(1)[0].gather(1, at_BM)
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.think(anchors, 1, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
         ledger.vocabulary(c.length * real_BM.numel(), backward=False, stage="rollout")

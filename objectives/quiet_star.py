@@ -180,7 +180,7 @@ class QuietStar(Objective):
         nll_thought = divide(mixed_ce_BKAN.sum(dim=(0, 1, 3)), denominators["ahead"] * K).mean()
         loss = c.text_nll_weight * nll_text + c.thought_nll_weight * nll_thought + c.policy_weight * policy
 
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=True)
         ledger.think(thoughts.anchors, K, L, backward=False, stage="rollout")
         ledger.vocabulary(w_BKAN[:, :, 0].numel() * L, backward=False, stage="rollout")
@@ -231,7 +231,7 @@ class QuietStar(Objective):
         if temperature is None:
             temperature = 0.0 if c.variant == "paper" else c.temperature
         sampled = rollout(model, state, anchors, 1, c.L, rng, temperature).thoughts
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.think(anchors, 1, c.L, backward=False, stage="rollout")
         ledger.vocabulary(c.L * valid_BN.numel(), backward=False, stage="rollout")

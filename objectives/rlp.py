@@ -100,7 +100,7 @@ class Rlp(Anchored):
         if self.config.updates == 1:
             return None
         batch = self.think(model, text, model.read(text), rng)
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         batch.flops += ledger.total
         return batch
@@ -117,7 +117,7 @@ class Rlp(Anchored):
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         hidden = [gather_positions(no_think.hidden_BNW.roll(-h, 1), at_BM) for h in range(c.horizon)]
         base_BHM = token_logprobs(torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.vocabulary(base_BHM.numel(), backward=False)
         ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
@@ -165,7 +165,7 @@ class Rlp(Anchored):
         count = denominators["anchors"] * c.thoughts
         loss = divide(policy.loss, count)
 
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         scored = predicted_BKHM.numel() + policy.logprob_J.numel()
         if c.train_predictor:
             loss = loss - c.train_predictor * divide((predicted_BKHM.sum(dim=2) * weight_BKM).sum(), count)

@@ -141,10 +141,10 @@ class Rpt(Anchored):
         if c.drop_flat_from is not None and rng.step >= c.drop_flat_from:
             kept_BM = kept_BM & has_spread(reward_BKM)[:, 0]
 
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         if self.proxy is not None:
-            read_by_proxy = Ledger(proxy.decoder.config)
+            read_by_proxy = Ledger(proxy.decoder)
             read_by_proxy.read(text, backward=False)
             ledger.spent["text"] += read_by_proxy.total
         ledger.vocabulary(text.tokens_BN.numel() if c.positions == "hard" else target_B1M.numel(), backward=False)
@@ -231,7 +231,7 @@ class Rpt(Anchored):
         policy = self.policy(model, hidden_BKSMW, batch.rollout, advantage_BKM, weight_BKM)
         loss = divide(policy.loss, counts["anchors"] * c.thoughts)
 
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=True)
         ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=True)
         ledger.vocabulary(len(policy.logprob_J), backward=True)

@@ -122,6 +122,7 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
             f"{model.decoder.config.vocab_size} embeddings; choose another model"
         )
     model.ban(tokenizer.size, tokenizer.control_ids)
+    model.decoder.activation_checkpointing = recipe.activation_checkpointing
     _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
     return Prepared(recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, model, checkpoint)
 

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "control",
     "run_dir",
     "micro_batch_rows",
+    "activation_checkpointing",
     "devices",
     "nodes",
     "data_workers",
