@@ -23,6 +23,7 @@ FREE_KEYS = (
     "run_dir",
     "micro_batch_rows",
     "activation_checkpointing",
+    "objective.anchors_at_once",
     "devices",
     "nodes",
     "data_workers",
