@@ -10,16 +10,18 @@ W width, H query heads, G key-value heads, D head size, V vocabulary, `_` leadin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import text_attention, thought_attention
 from models.pointwise import gated, rms_norm, rotate
-from models.precision import Linear, together
+from models.precision import Linear, accumulation_dtype, together
 from models.rope import inverse_frequencies, rotation
 from models.thoughts import Anchors, Text
 
@@ -77,10 +79,58 @@ class TextState:
     keys: list[Tensor]
     values: list[Tensor]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.hidden_BNW, *self.keys, *self.values]
+
     def detached(self) -> TextState:
         return TextState(
             self.text, self.hidden_BNW.detach(), [k.detach() for k in self.keys], [v.detach() for v in self.values]
         )
+
+
+class _GatheredGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gathered, *tensors):
+        ctx.gathered = gathered
+        return tensors[0].new_zeros((), dtype=accumulation_dtype(tensors[0].dtype))
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, *ctx.gathered
+
+
+def _gather(gathered: list[Tensor | None], i: int, leaf: Tensor) -> None:
+    """Moves a leaf's gradient to entry i, where it is summed in the accumulation dtype: `leaf.grad` may be bf16."""
+    grad, total = leaf.grad, gathered[i]
+    assert grad is not None
+    leaf.grad = None
+    gathered[i] = grad.to(accumulation_dtype(grad.dtype)) if total is None else total.add_(grad)
+
+
+class Trunk:
+    """A text that was read once, for losses of its thoughts that are taken one after the other.
+
+    state: the text's, cut off from the graph of its reading. Backward of a loss on it ends there, and leaves the
+    gradient of hidden states, keys and values behind, summed over the losses. `carry` takes it on through the text.
+    """
+
+    def __init__(self, read: TextState):
+        self._read = read
+        self.state = read.detached()
+        self._gathered: list[Tensor | None] = [None] * len(self.state.tensors)
+        for i, leaf in enumerate(self.state.tensors):
+            leaf.requires_grad_().register_post_accumulate_grad_hook(functools.partial(_gather, self._gathered, i))
+
+    def carry(self) -> Tensor:
+        """A loss of 0 whose backward is that of all losses taken on `state` so far, through the text.
+
+        Whatever those were multiplied by before their backward is in the gradient already, so it is handed on as it is:
+        a factor on this loss changes nothing.
+        """
+        tensors = self._read.tensors
+        pairs = zip(self._gathered, tensors, strict=True)
+        return _GatheredGradient.apply([g if g is None else g.to(x.dtype) for g, x in pairs], *tensors)
 
 
 class ThoughtCache:
@@ -175,6 +225,8 @@ class Decoder(nn.Module):
         )
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
         self.attention_backend: str | None = None
+        # Whether a pass with gradient keeps only each block's inputs, and backward computes the block again.
+        self.activation_checkpointing = False
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -208,7 +260,7 @@ class Decoder(nn.Module):
             return text_attention(q, k, v, text, self.attention_backend)
 
         for block in self.layers:
-            x, k, v = block(x, cos, sin, attend)
+            x, k, v = self._pass(block, x, cos, sin, attend)
             keys.append(k)
             values.append(v)
         return TextState(text, self.norm(x), keys, values)
@@ -235,8 +287,16 @@ class Decoder(nn.Module):
                     q, k, v, state.keys[layer], state.values[layer], anchors, self.attention_backend
                 )
 
-            x, _, _ = block(x, cos, sin, attend)
+            x, _, _ = self._pass(block, x, cos, sin, attend)
         return self.norm(x)
+
+    def _pass(
+        self, block: nn.Module, x_W: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # No random state to restore: nothing in a block draws.
+            return checkpoint(block, x_W, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+        return block(x_W, cos, sin, attend)
 
     def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         cos, sin = rotation(position, self.inverse_frequencies, self.rope_factor, dtype)

@@ -1,22 +1,25 @@
 """The FLOPs a step spends, counted from shapes: matrix products only, a multiply-add as two.
 
 Attention counts the query-key pairs that may see each other, not what a kernel wastes. Backward costs twice its
-forward, and the vocabulary's part three times: chunked log-probs compute their logits again.
+forward, and the vocabulary's part three times: chunked log-probs compute their logits again. So do blocks under
+activation checkpointing, counted whole: in mixed precision they are, in fp32 all but their last product.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-from models.decoder import DecoderConfig
+from models.decoder import Decoder
 from models.thoughts import Anchors, Text
 
 
 class Ledger:
     """Adds up a step's FLOPs by what they were spent on: `text`, `rollout`, `thoughts`, `vocabulary`, `mixing`."""
 
-    def __init__(self, config: DecoderConfig):
-        self.config = config
+    def __init__(self, decoder: Decoder):
+        self.config = decoder.config
+        # Forward and backward of a block, in units of its forward.
+        self.block_units = 4 if decoder.activation_checkpointing else 3
         self.spent: Counter[str] = Counter()
 
     @property
@@ -36,7 +39,7 @@ class Ledger:
     def read(self, text: Text, backward: bool) -> None:
         B, N = text.shape
         pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
-        self.spent["text"] += (self.blocks(B * N) + self.attention(pairs)) * (3 if backward else 1)
+        self.spent["text"] += (self.blocks(B * N) + self.attention(pairs)) * (self.block_units if backward else 1)
 
     def think(self, anchors: Anchors, K: int, S: int, backward: bool, stage: str = "thoughts") -> None:
         """S tokens of each of K thoughts at every anchor, in one pass or step by step."""
@@ -44,7 +47,7 @@ class Ledger:
         text_pairs = K * S * sum(end - start for _, _, start, end in anchors.prefixes)
         own_pairs = B * M * K * S * (S + 1) // 2
         spent = self.blocks(B * M * K * S) + self.attention(text_pairs + own_pairs)
-        self.spent[stage] += spent * (3 if backward else 1)
+        self.spent[stage] += spent * (self.block_units if backward else 1)
 
     def vocabulary(self, rows: int, backward: bool, stage: str = "vocabulary") -> None:
         """Log-probs of, or samples for, so many hidden states."""

@@ -5,7 +5,8 @@ Shapes: B rows, M anchors, K thoughts, P tokens given, S all tokens of a thought
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +50,19 @@ class Rollout:
     answering_BKSM: Tensor
     answered_BKM: Tensor
     closing: int
+
+    def part(self, cut: slice) -> Rollout:
+        """The thoughts of some of each row's anchors."""
+        sliced = {name: x[..., cut] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, thoughts=self.thoughts.part(cut), **sliced)  # type: ignore[arg-type]
+
+    @staticmethod
+    def joined(parts: Sequence[Rollout], anchors: Anchors) -> Rollout:
+        """The thoughts of all `anchors` from those of its parts, in order."""
+        names = [name for name, x in vars(parts[0]).items() if isinstance(x, Tensor)]
+        whole = {name: torch.cat([getattr(p, name) for p in parts], dim=-1) for name in names}
+        thoughts = Thoughts.joined([p.thoughts for p in parts], anchors)
+        return replace(parts[0], thoughts=thoughts, **whole)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

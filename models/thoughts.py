@@ -9,6 +9,7 @@ The thought axis order is [B, K, S, M]: for anchors at every position, a slice o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,6 +125,24 @@ class Anchors:
         """Whether every position of the row is an anchor, in order (M = N)."""
         return self.window == (0, self.text.shape[1])
 
+    def cuts(self, at_once: int | None) -> list[slice]:
+        """Slices over M of `at_once` anchors each, the last of what remains; a single one for None."""
+        M = self.index_BM.shape[1]
+        step = at_once or max(1, M)
+        return [slice(start, min(start + step, M)) for start in range(0, M, step)]
+
+    def part(self, cut: slice) -> Anchors:
+        """Some of each row's anchors, with all of the text; `cut` as `cuts` gives it."""
+        window = None if self.window is None else (self.window[0] + cut.start, self.window[0] + cut.stop)
+        return Anchors(self.text, self.index_BM[:, cut], window)
+
+    def padded(self, M: int) -> Anchors:
+        """At least M anchors in each row, those that are added with no text at all."""
+        missing = M - self.index_BM.shape[1]
+        if missing <= 0:
+            return self
+        return Anchors(self.text, torch.nn.functional.pad(self.index_BM, (0, missing), value=-1))
+
     @cached_property
     def prefixes(self) -> list[tuple[int, int, int, int]]:
         """(row, anchor number, start, end) of the text each anchor sees, for those that see any.
@@ -168,8 +187,8 @@ class Anchors:
     @cached_property
     def position_BM(self) -> Tensor:
         """int64, position id of each anchor within its document, -1 where there is none."""
-        if self.dense:
-            return self.text.position_BN
+        if self.window is not None:
+            return self.text.position_BN[:, slice(*self.window)]
         position_BM = self.text.position_BN.gather(1, self.index_BM.clamp(min=0))
         return torch.where(self.index_BM >= 0, position_BM, -1)
 
@@ -194,6 +213,15 @@ class Thoughts:
     def lengths_BKM(self) -> Tensor:
         """int64, tokens of each thought."""
         return (self.tokens_BKSM != PAD).sum(dim=2)
+
+    def part(self, cut: slice) -> Thoughts:
+        """The thoughts of some of each row's anchors."""
+        return Thoughts(self.tokens_BKSM[..., cut], self.anchors.part(cut))
+
+    @staticmethod
+    def joined(parts: Sequence[Thoughts], anchors: Anchors) -> Thoughts:
+        """The thoughts of all `anchors` from those of its parts, in order."""
+        return Thoughts(torch.cat([p.tokens_BKSM for p in parts], dim=-1), anchors)
 
     def followed_by(self, tokens_BKTM: Tensor) -> Thoughts:
         """The same thoughts with up to T more tokens each, right behind their last; PAD in `tokens_BKTM` adds none."""

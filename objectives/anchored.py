@@ -12,16 +12,19 @@ thought, L tokens of a body, S all tokens of a thought, W width, J sampled token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from models.decoder import TextState
+from models.decoder import TextState, Trunk
 from models.flops import Ledger
 from models.logprobs import most_probable, token_entropies, token_logprobs
 from models.philox import Rng
+from models.precision import accumulation_dtype
 from models.rollout import Answer, Rollout, rollout
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Anchors, Text, Thoughts
@@ -30,7 +33,10 @@ from objectives.base import (
     Mean,
     Objective,
     ObjectiveConfig,
+    ObjectiveOutput,
     Prepared,
+    TextScore,
+    ThoughtRecord,
     TokenScores,
     at_least,
 )
@@ -77,12 +83,13 @@ class AnchoredConfig(ObjectiveConfig):
     unclosed: Literal["score", "drop"] = "score"  # thoughts that do not end: paid by the same rule, or not at all
     eps_low: float = 0.2
     eps_high: float = 0.2
+    anchors_at_once: int | None = None  # anchors of a row whose thoughts are held at once; default: all
     updates: int = 1  # optimizer steps on the same thoughts, all with the first one's rewards
     shuffle_rewards: bool = False  # a control: rewards are dealt out at random within their group
 
     def problems(self) -> list[str]:
         found = at_least(1, length=self.length, min_prefix=self.min_prefix, updates=self.updates)
-        found += at_least(1, anchors_per_document=self.anchors_per_document)
+        found += at_least(1, anchors_per_document=self.anchors_per_document, anchors_at_once=self.anchors_at_once)
         if self.thoughts < 2:
             found.append(f"thoughts must be at least 2 to be compared with each other, got {self.thoughts}")
         found += at_least(0, eps_low=self.eps_low, eps_high=self.eps_high, hard_entropy=self.hard_entropy)
@@ -110,6 +117,11 @@ class ThoughtBatch(Prepared):
     real_BM: Tensor
     reward_BKM: Tensor | None = None
     advantage_BKM: Tensor | None = None
+
+    def part(self, cut: slice) -> Self:
+        """The thoughts of some of each row's anchors; what they took to draw stays with the whole."""
+        sliced = {name: x[..., cut] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, flops=0, rollout=self.rollout.part(cut), **sliced)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +225,16 @@ class Anchored(Objective):
         M = max(1, *map(len, chosen))
         return Anchors(text, torch.tensor([row + [-1] * (M - len(row)) for row in chosen], device=device))
 
+    def agreed(self, model: ThinkingModel, anchors: Anchors) -> Anchors:
+        """The anchors, none added until every rank has as many parts: a sharded model's passes are collective."""
+        at_once, (_, M) = self.config.anchors_at_once, anchors.index_BM.shape
+        if at_once is None:
+            return anchors
+        parts = 1
+        while not model.all_agree(torch.tensor(parts * at_once >= M, device=anchors.index_BM.device)):
+            parts += 1
+        return anchors.padded((parts - 1) * at_once + 1)
+
     # How a thought looks
 
     def roll_out(
@@ -228,19 +250,23 @@ class Anchored(Objective):
         """K thoughts at every anchor, as the settings say; `close` is by default the closing tag."""
         c = self.config
         close = self.close_ids if close is None else close
-        return rollout(
-            model,
-            state,
-            anchors,
-            K,
-            c.length,
-            rng,
-            c.temperature,
-            self.open_ids,
-            close,
-            answer,
-            self.allowed_ids,
-        )
+        parts = [
+            rollout(
+                model,
+                state,
+                anchors.part(cut),
+                K,
+                c.length,
+                rng,
+                c.temperature,
+                self.open_ids,
+                close,
+                answer,
+                self.allowed_ids,
+            )
+            for cut in anchors.cuts(c.anchors_at_once)
+        ]
+        return Rollout.joined(parts, anchors)
 
     def bodies(self, drawn: Rollout) -> Tensor:
         """The tokens between the tags [B, K, L, M], PAD behind them."""
@@ -261,6 +287,85 @@ class Anchored(Objective):
 
         opened = Thoughts(everywhere(self.open_ids), anchors)
         return opened.followed_by(body_BKLM).followed_by(everywhere((*self.close_ids, *self.ask_ids)))
+
+    # The update
+
+    @abstractmethod
+    def think(self, model: ThinkingModel, text: Text, state: TextState, rng: Rng) -> ThoughtBatch:
+        """The rollout phase on a text that was read; what it spends counts in the batch."""
+
+    @abstractmethod
+    def score(
+        self,
+        model: ThinkingModel,
+        state: TextState,
+        batch: ThoughtBatch,
+        denominators: Denominators,
+        rng: Rng,
+        text_score: TextScore | None = None,
+    ) -> ObjectiveOutput:
+        """One update of a batch, or of a part of it. `text_score` is by default what `score_text` gives."""
+
+    def score_text(
+        self, model: ThinkingModel, state: TextState, anchors: Anchors, denominators: Denominators
+    ) -> TextScore:
+        """What the text alone has to do with the loss: here nothing, but it is read."""
+        ledger = Ledger(model.decoder)
+        ledger.read(state.text, backward=True)
+        places = {(row, n) for row, index in enumerate(anchors.index_BM.tolist()) for n in index}
+        skipped = [all((row, n) not in places for n in range(start, end)) for row, start, end in state.text.spans]
+        zero = state.hidden_BNW.new_zeros((), dtype=accumulation_dtype(state.hidden_BNW.dtype))
+        # Documents without any anchor: too short, or nothing eligible in them.
+        return TextScore(zero, {"documents_skipped": Mean.of(skipped, zero.device)}, ledger.total)
+
+    def __call__(
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        denominators: Denominators | None = None,
+        prepared: Prepared | None = None,
+    ) -> ObjectiveOutput:
+        assert prepared is None or isinstance(prepared, ThoughtBatch)
+        state = model.read(text)
+        batch = prepared or self.think(model, text, state, rng)
+        output = self.score(model, state, batch, denominators or self.denominators(text, batch), rng)
+        if prepared is None:
+            output.flops += batch.flops
+        return output
+
+    def losses(
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        denominators: Denominators | None = None,
+        prepared: Prepared | None = None,
+    ) -> Iterator[ObjectiveOutput]:
+        """The thoughts of `anchors_at_once` anchors after the other, then the text with the gradient they leave."""
+        if self.config.anchors_at_once is None:
+            yield self(model, text, rng, denominators, prepared)
+            return
+        assert prepared is None or isinstance(prepared, ThoughtBatch)
+        state = model.read(text)
+        batch = prepared or self.think(model, text, state, rng)
+        denominators, anchors = denominators or self.denominators(text, batch), batch.rollout.thoughts.anchors
+        trunk, text_score = Trunk(state), self.score_text(model, state, anchors, denominators)
+        parts = [batch.part(cut) for cut in anchors.cuts(self.config.anchors_at_once)]
+        records = []
+        for part in parts:
+            output = self.score(model, trunk.state, part, denominators, rng, text_score.apart)
+            assert output.record is not None
+            records.append(output.record)
+            output.record = None
+            yield output
+        if batch.reward_BKM is None:
+            batch.reward_BKM, batch.advantage_BKM = (
+                torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("reward_BKM", "advantage_BKM")
+            )
+        flops = text_score.flops + (batch.flops if prepared is None else 0)
+        record = ThoughtRecord.joined(records, anchors)
+        yield ObjectiveOutput(text_score.loss + trunk.carry(), text_score.metrics, flops, record)
 
     # How credit flows
 
@@ -330,12 +435,7 @@ class Anchored(Objective):
         ratio_J = (policy.logprob_J - policy.old_J).exp().detach()
         all_J = torch.ones_like(ratio_J, dtype=torch.bool)
         clipped_J = (ratio_J > 1 + c.eps_high) | (ratio_J < 1 - c.eps_low)
-        anchors = drawn.thoughts.anchors
-        places = {(row, n) for row, index in enumerate(anchors.index_BM.tolist()) for n in index}
-        skipped = [all((row, n) not in places for n in range(start, end)) for row, start, end in anchors.text.spans]
         return {
-            # Documents without any anchor: too short, or nothing eligible in them.
-            "documents_skipped": Mean.of(skipped, real_BKM.device),
             "reward": Mean.over(gain_BKM, real_BKM),
             "reward_positive": Mean.over((gain_BKM > 0).double(), real_BKM),
             "reward_spread": Mean.over(gain_BKM.std(dim=1), batch.real_BM),
@@ -366,7 +466,7 @@ class Anchored(Objective):
         body_BLM = self.bodies(drawn)[:, 0]
         real_BM, at_BM = anchors.index_BM >= 0, anchors.index_BM.clamp(min=0)
         target_BM = text.targets(1)[0].gather(1, at_BM)
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.think(anchors, 1, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
         ledger.vocabulary(c.length * real_BM.numel(), backward=False, stage="rollout")

@@ -9,15 +9,16 @@ Shapes: B rows, N text positions, M anchors, K thoughts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from models.philox import Rng
 from models.thinking import ThinkingModel
-from models.thoughts import Text, Thoughts
+from models.thoughts import Anchors, Text, Thoughts
 from objectives.causal import CausalTest
 
 Denominators = dict[str, Tensor]
@@ -51,6 +52,14 @@ class ThoughtRecord:
     reward_BKM: Tensor
     advantage_BKM: Tensor
 
+    @staticmethod
+    def joined(parts: Sequence[ThoughtRecord], anchors: Anchors) -> ThoughtRecord:
+        """The thoughts of all `anchors` from those of its parts, in order."""
+        reward_BKM, advantage_BKM = (
+            torch.cat([getattr(p, name) for p in parts], dim=-1) for name in ("reward_BKM", "advantage_BKM")
+        )
+        return ThoughtRecord(Thoughts.joined([p.thoughts for p in parts], anchors), reward_BKM, advantage_BKM)
+
 
 @dataclass
 class ObjectiveOutput:
@@ -60,6 +69,16 @@ class ObjectiveOutput:
     metrics: dict[str, Mean]
     flops: int
     record: ThoughtRecord | None = None
+
+
+@dataclass
+class TextScore(ObjectiveOutput):
+    """The text's own part of a loss; subclasses add what its thoughts' part needs of it."""
+
+    @property
+    def apart(self) -> Self:
+        """For scores of thoughts that are to hold nothing of the text's own."""
+        return replace(self, loss=torch.zeros_like(self.loss), metrics={}, flops=0)
 
 
 @dataclass
@@ -128,6 +147,21 @@ class Objective(ABC):
 
         `denominators` defaults to the text's own, `prepared` to what `prepare` gives, whose FLOPs then count here.
         """
+
+    def losses(
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        denominators: Denominators | None = None,
+        prepared: Prepared | None = None,
+    ) -> Iterator[ObjectiveOutput]:
+        """What `__call__` gives, in parts that need less memory one after the other.
+
+        Losses, their gradients, metrics and FLOPs add up to the whole's; the last part has the record. Take each part's
+        backward before you ask for the next, all with the same factor on the loss.
+        """
+        yield self(model, text, rng, denominators, prepared)
 
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
         """Called after every optimizer step."""

@@ -70,7 +70,7 @@ class NextToken(Objective):
 
     @staticmethod
     def _flops(model: ThinkingModel, text: Text, backward: bool) -> int:
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward)
         ledger.vocabulary(text.tokens_BN.numel(), backward)
         return ledger.total

@@ -4,19 +4,20 @@ At every text position j, in parallel: `start`, L sampled tokens, `end`, and A �
 predicts the A tokens x_{j+1} … x_{j+A}. A mixing head weighs its prediction against the text's own. A thought is
 rewarded by how much the mixed prediction improves on the text's, against the other thoughts of the same position.
 
-Shapes: B rows, N text positions (each an anchor), K thoughts of a position, S = L + 1 + A tokens of a thought,
-A tokens predicted after it, W width.
+Shapes: B rows, N text positions (each an anchor), M of them whose thoughts are held at once, K thoughts of a position,
+S = L + 1 + A tokens of a thought, A tokens predicted after it, P paid thoughts, W width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from models.decoder import TextState
+from models.decoder import TextState, Trunk
 from models.flops import Ledger
 from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
@@ -30,6 +31,7 @@ from objectives.base import (
     ObjectiveConfig,
     ObjectiveOutput,
     Prepared,
+    TextScore,
     ThoughtRecord,
     TokenScores,
     at_least,
@@ -65,6 +67,7 @@ class QuietStarConfig(ObjectiveConfig):
     text_nll_weight: float = 0.5
     thought_nll_weight: float = 0.5
     variant: Literal["paper", "public_code"] = "paper"
+    anchors_at_once: int | None = None  # positions of a row whose thoughts are held at once; default: all
     start_from: str = "---"  # text whose first token's embedding the start of a thought begins as (appendix A)
     end_from: str = "---"  # likewise its end
 
@@ -82,7 +85,8 @@ class QuietStarConfig(ObjectiveConfig):
 
     def problems(self) -> list[str]:
         found = at_least(1, length=self.length, lookahead=self.lookahead, n_ahead_talk=self.n_ahead_talk)
-        found += at_least(1, thoughts=self.thoughts) + at_least(4, n_ahead=self.n_ahead)
+        found += at_least(1, thoughts=self.thoughts, anchors_at_once=self.anchors_at_once)
+        found += at_least(4, n_ahead=self.n_ahead)
         found += at_least(
             0,
             policy_weight=self.policy_weight,
@@ -96,6 +100,13 @@ class QuietStarConfig(ObjectiveConfig):
         if self.lookahead is not None and self.n_ahead_talk is not None:
             found.append("lookahead and n_ahead_talk are two names of one thing; give one of them")
         return found
+
+
+@dataclass(kw_only=True)
+class CrossEntropy(TextScore):
+    """ce_BN: of each token's successor, 0 where there is none."""
+
+    ce_BN: Tensor
 
 
 class QuietStar(Objective):
@@ -132,85 +143,125 @@ class QuietStar(Objective):
         prepared: Prepared | None = None,
     ) -> ObjectiveOutput:
         state = model.read(text)
-        thoughts = rollout(
-            model,
-            state.detached(),
-            Anchors.everywhere(text),
-            self.config.thoughts,
-            self.config.L,
-            rng,
-            self.config.temperature,
-        ).thoughts
+        thoughts = self._sample(model, state, Anchors.everywhere(text), rng)
         return self.score(model, state, thoughts, denominators or self.denominators(text))
 
+    def losses(
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        denominators: Denominators | None = None,
+        prepared: Prepared | None = None,
+    ) -> Iterator[ObjectiveOutput]:
+        """The thoughts of `anchors_at_once` positions after the other, then the text with the gradient they leave."""
+        if self.config.anchors_at_once is None:
+            yield self(model, text, rng, denominators)
+            return
+        denominators, everywhere = denominators or self.denominators(text), Anchors.everywhere(text)
+        state = model.read(text)
+        trunk, text_score = Trunk(state), self.score_text(model, state, denominators)
+        records = []
+        for cut in everywhere.cuts(self.config.anchors_at_once):
+            thoughts = self._sample(model, trunk.state, everywhere.part(cut), rng)
+            output = self.score(model, trunk.state, thoughts, denominators, text_score.apart)
+            assert output.record is not None
+            records.append(output.record)
+            output.record = None
+            yield output
+        record = ThoughtRecord.joined(records, everywhere)
+        yield ObjectiveOutput(text_score.loss + trunk.carry(), text_score.metrics, text_score.flops, record)
+
+    def _sample(self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng) -> Thoughts:
+        c = self.config
+        return rollout(model, state.detached(), anchors, c.thoughts, c.L, rng, c.temperature).thoughts
+
+    def score_text(self, model: ThinkingModel, state: TextState, denominators: Denominators) -> CrossEntropy:
+        """What the text alone has to do with the loss."""
+        target_BN, valid_BN = state.text.targets(1)
+        ce_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+        loss = self.config.text_nll_weight * divide(ce_BN.sum(), denominators["text"])
+        ledger = Ledger(model.decoder)
+        ledger.read(state.text, backward=True)
+        ledger.vocabulary(ce_BN.numel(), backward=True)
+        return CrossEntropy(loss, {"nll_text": Mean.over(ce_BN, valid_BN)}, ledger.total, ce_BN=ce_BN)
+
     def score(
-        self, model: ThinkingModel, state: TextState, thoughts: Thoughts, denominators: Denominators
+        self,
+        model: ThinkingModel,
+        state: TextState,
+        thoughts: Thoughts,
+        denominators: Denominators,
+        text_score: CrossEntropy | None = None,
     ) -> ObjectiveOutput:
-        """Everything after sampling: `thoughts` are `start` and L tokens at every position of the text in `state`."""
-        c, text = self.config, state.text
-        L, A, K = c.L, c.A, c.thoughts
+        """Everything after sampling: `thoughts` are `start` and L tokens at every position of the text in `state`, or
+        at a window of them. `text_score` is by default what `score_text` gives.
+        """
+        c, text, window = self.config, state.text, thoughts.anchors.window
+        assert window is not None
+        L, A, K, here = c.L, c.A, c.thoughts, slice(*window)
         targets = [text.targets(s + 1) for s in range(A)]
-        target_BAN, valid_BAN = (torch.stack(x, dim=1) for x in zip(*targets, strict=True))
+        target_BAM, valid_BAM = (torch.stack(x, dim=1)[..., here] for x in zip(*targets, strict=True))
 
         # The thought, its end, and the true tokens that it reads while it predicts the next ones.
-        end_BK1N = torch.full_like(thoughts.tokens_BKSM[:, :, :1], END)
-        true_BKTN = target_BAN[:, None, : A - 1].expand(-1, K, -1, -1)
-        hidden_BKSNW = model.think(thoughts.followed_by(torch.cat([end_BK1N, true_BKTN], dim=2)), state)
+        end_BK1M = torch.full_like(thoughts.tokens_BKSM[:, :, :1], END)
+        true_BKTM = target_BAM[:, None, : A - 1].expand(-1, K, -1, -1)
+        hidden_BKSMW = model.think(thoughts.followed_by(torch.cat([end_BK1M, true_BKTM], dim=2)), state)
 
-        text_ce_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BAN[:, 0]) * valid_BAN[:, 0]
-        mixed_BKANW, w_BKAN = self._mix(model, state.hidden_BNW, hidden_BKSNW[:, :, L + 1 :])
-        target_BKAN = target_BAN[:, None].expand_as(w_BKAN)
-        mixed_ce_BKAN = -token_logprobs(mixed_BKANW, model.head_weight_VW, target_BKAN) * valid_BAN[:, None]
+        text_score = text_score or self.score_text(model, state, denominators)
+        mixed_BKAMW, w_BKAM = self._mix(model, state.hidden_BNW, hidden_BKSMW[:, :, L + 1 :], here)
+        target_BKAM = target_BAM[:, None].expand_as(w_BKAM)
+        mixed_ce_BKAM = -token_logprobs(mixed_BKAMW, model.head_weight_VW, target_BKAM) * valid_BAM[:, None]
 
         # r_j = Σ_s [CE_text(x_{j+s+1}) − CE_mixed,j(x_{j+s+1})], over the tokens that are there.
-        text_ce_BAN = _ahead(text_ce_BN.detach(), A) * valid_BAN
-        reward_BKN = (text_ce_BAN[:, None] - mixed_ce_BKAN.detach()).sum(dim=2)
-        policy_B1N = self._policy_positions(text)[:, None]
-        advantage_BKN = positive_part(group_mean_advantage(reward_BKN)) * policy_B1N
+        text_ce_BAM = _ahead(text_score.ce_BN.detach(), A, here) * valid_BAM
+        reward_BKM = (text_ce_BAM[:, None] - mixed_ce_BKAM.detach()).sum(dim=2)
+        policy_B1M = self._policy_positions(text)[:, None, here]
+        advantage_BKM = positive_part(group_mean_advantage(reward_BKM)) * policy_B1M
 
         # log-probs at the policy temperature of the sampled tokens; only of paid thoughts, the others weigh nothing.
-        paid_BKN = advantage_BKN > 0
-        hidden_PLW = hidden_BKSNW[:, :, :L].transpose(2, 3)[paid_BKN]
-        sampled_PL = thoughts.tokens_BKSM[:, :, 1:].transpose(2, 3)[paid_BKN]
+        paid_BKM = advantage_BKM > 0
+        hidden_PLW = hidden_BKSMW[:, :, :L].transpose(2, 3)[paid_BKM]
+        sampled_PL = thoughts.tokens_BKSM[:, :, 1:].transpose(2, 3)[paid_BKM]
         logprobs_PL = token_logprobs(hidden_PLW, model.head_weight_VW, sampled_PL, c.policy_temperature, model.banned_V)
-        policy_sum = reinforce(logprobs_PL, advantage_BKN[paid_BKN][:, None])
+        policy_sum = reinforce(logprobs_PL, advantage_BKM[paid_BKM][:, None])
         policy = divide(policy_sum, denominators["policy"] * K * L)
 
-        nll_text = divide(text_ce_BN.sum(), denominators["text"])
-        nll_thought = divide(mixed_ce_BKAN.sum(dim=(0, 1, 3)), denominators["ahead"] * K).mean()
-        loss = c.text_nll_weight * nll_text + c.thought_nll_weight * nll_thought + c.policy_weight * policy
+        nll_thought = divide(mixed_ce_BKAM.sum(dim=(0, 1, 3)), denominators["ahead"] * K).mean()
+        loss = text_score.loss + c.thought_nll_weight * nll_thought + c.policy_weight * policy
 
-        ledger = Ledger(model.decoder.config)
-        ledger.read(text, backward=True)
+        ledger = Ledger(model.decoder)
         ledger.think(thoughts.anchors, K, L, backward=False, stage="rollout")
-        ledger.vocabulary(w_BKAN[:, :, 0].numel() * L, backward=False, stage="rollout")
-        ledger.think(thoughts.anchors, K, hidden_BKSNW.shape[2], backward=True)
-        ledger.vocabulary(text_ce_BN.numel() + mixed_ce_BKAN.numel() + logprobs_PL.numel(), backward=True)
-        ledger.mixing(target_BAN.numel(), w_BKAN.numel(), backward=True)
+        ledger.vocabulary(w_BKAM[:, :, 0].numel() * L, backward=False, stage="rollout")
+        ledger.think(thoughts.anchors, K, hidden_BKSMW.shape[2], backward=True)
+        ledger.vocabulary(mixed_ce_BKAM.numel() + logprobs_PL.numel(), backward=True)
+        ledger.mixing(target_BAM.numel(), w_BKAM.numel(), backward=True)
 
-        real_BKN = valid_BAN[:, None, 0]
-        metrics = {
-            "nll_text": Mean.over(text_ce_BN, valid_BAN[:, 0]),
-            "nll_thought": Mean.over(mixed_ce_BKAN[:, :, 0], real_BKN),
-            "reward": Mean.over(reward_BKN, real_BKN),
-            "reward_positive": Mean.over((reward_BKN > 0).double(), real_BKN),
-            "advantage": Mean.over(advantage_BKN, real_BKN),
-            "mixing_weight": Mean.over(w_BKAN[:, :, 0], real_BKN),
-            "policy_loss": Mean(policy_sum.detach().double(), (policy_B1N.sum() * K * L).double()),
+        real_BKM = valid_BAM[:, None, 0]
+        metrics = text_score.metrics | {
+            "nll_thought": Mean.over(mixed_ce_BKAM[:, :, 0], real_BKM),
+            "reward": Mean.over(reward_BKM, real_BKM),
+            "reward_positive": Mean.over((reward_BKM > 0).double(), real_BKM),
+            "advantage": Mean.over(advantage_BKM, real_BKM),
+            "mixing_weight": Mean.over(w_BKAM[:, :, 0], real_BKM),
+            "policy_loss": Mean(policy_sum.detach().double(), (policy_B1M.sum() * K * L).double()),
         }
-        return ObjectiveOutput(loss, metrics, ledger.total, ThoughtRecord(thoughts, reward_BKN, advantage_BKN))
+        record = ThoughtRecord(thoughts, reward_BKM, advantage_BKM)
+        return ObjectiveOutput(loss, metrics, text_score.flops + ledger.total, record)
 
     @staticmethod
-    def _mix(model: ThinkingModel, text_BNW: Tensor, thought_BKANW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed hidden states (1 − w)·h_text + w·h_thought [B, K, A, N, W] and w [B, K, A, N].
+    def _mix(
+        model: ThinkingModel, text_BNW: Tensor, thought_BKAMW: Tensor, here: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Mixed hidden states (1 − w)·h_text + w·h_thought [B, K, A, M, W] and w [B, K, A, M], at positions `here`.
 
         The text hidden state for lookahead s is that of position j + s, and w is its own for each s.
         """
         assert model.mixing_head is not None
-        text_BANW = _ahead(text_BNW, thought_BKANW.shape[2])[:, None]
-        w_BKAN = model.mixing_head(text_BANW, thought_BKANW)
-        w = w_BKAN[..., None]
-        return ((1 - w) * text_BANW + w * thought_BKANW).to(text_BNW.dtype), w_BKAN
+        text_BAMW = _ahead(text_BNW, thought_BKAMW.shape[2], here)[:, None]
+        w_BKAM = model.mixing_head(text_BAMW, thought_BKAMW)
+        w = w_BKAM[..., None]
+        return ((1 - w) * text_BAMW + w * thought_BKAMW).to(text_BNW.dtype), w_BKAM
 
     @torch.no_grad()
     def evaluate(
@@ -231,7 +282,7 @@ class QuietStar(Objective):
         if temperature is None:
             temperature = 0.0 if c.variant == "paper" else c.temperature
         sampled = rollout(model, state, anchors, 1, c.L, rng, temperature).thoughts
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.think(anchors, 1, c.L, backward=False, stage="rollout")
         ledger.vocabulary(c.L * valid_BN.numel(), backward=False, stage="rollout")
@@ -274,6 +325,7 @@ class QuietStar(Objective):
         )
 
 
-def _ahead(x_BN: Tensor, A: int) -> Tensor:
-    """[B, A, N, ...] whose entry (s, j) is x at j + s; what lies past the row's end wraps round and is never valid."""
-    return torch.stack([x_BN.roll(-s, dims=1) for s in range(A)], dim=1)
+def _ahead(x_BN: Tensor, A: int, here: slice) -> Tensor:
+    """[B, A, M, ...] whose entry (s, j) is x at s behind the j-th position of `here`; what lies past the row's end
+    wraps round and is never valid."""
+    return torch.stack([x_BN.roll(-s, dims=1)[:, here] for s in range(A)], dim=1)

@@ -30,9 +30,9 @@ from models.flops import Ledger
 from models.logprobs import token_logprobs
 from models.philox import Rng
 from models.thinking import ThinkingModel
-from models.thoughts import PAD, Text, Thoughts
+from models.thoughts import PAD, Anchors, Text, Thoughts
 from objectives.anchored import Anchored, AnchoredConfig, ThoughtBatch, gather_positions
-from objectives.base import Denominators, Mean, ObjectiveOutput, Prepared, ThoughtRecord, at_least, divide
+from objectives.base import Denominators, Mean, ObjectiveOutput, TextScore, ThoughtRecord, at_least, divide
 from objectives.credit import discounted, has_spread, information_gain, kl_to_reference, positive_part
 from objectives.teacher import EmaTeacher
 
@@ -63,6 +63,13 @@ class RlpConfig(AnchoredConfig):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         return found
+
+
+@dataclass(kw_only=True)
+class ReferenceScore(TextScore):
+    """reference: the text as the teacher reads it."""
+
+    reference: TextState
 
 
 class Rlp(Anchored):
@@ -100,7 +107,7 @@ class Rlp(Anchored):
         if self.config.updates == 1:
             return None
         batch = self.think(model, text, model.read(text), rng)
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         batch.flops += ledger.total
         return batch
@@ -111,13 +118,13 @@ class Rlp(Anchored):
         c = self.config
         teacher = self.teacher.model(model)
         no_think = teacher.read(text)
-        anchors = self.choose_anchors(text, rng, no_think, teacher.head_weight_VW)
+        anchors = self.agreed(model, self.choose_anchors(text, rng, no_think, teacher.head_weight_VW))
         drawn = self.roll_out(model, state.detached(), anchors, c.thoughts, rng)
         at_BM = anchors.index_BM.clamp(min=0)
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         hidden = [gather_positions(no_think.hidden_BNW.roll(-h, 1), at_BM) for h in range(c.horizon)]
         base_BHM = token_logprobs(torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.vocabulary(base_BHM.numel(), backward=False)
         ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
@@ -144,9 +151,10 @@ class Rlp(Anchored):
         batch: ThoughtBatch,
         denominators: Denominators,
         rng: Rng,
+        text_score: TextScore | None = None,
     ) -> ObjectiveOutput:
         """One update: S_pred and the policy's log-probs from a single pass, rewards, advantages, loss."""
-        c, text, anchors = self.config, state.text, batch.rollout.thoughts.anchors
+        c, anchors = self.config, batch.rollout.thoughts.anchors
         thoughts, last_BKM = self.closed_and_continued(batch)
         hidden_BKSMW = model.think(thoughts, state)
 
@@ -165,57 +173,57 @@ class Rlp(Anchored):
         count = denominators["anchors"] * c.thoughts
         loss = divide(policy.loss, count)
 
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         scored = predicted_BKHM.numel() + policy.logprob_J.numel()
         if c.train_predictor:
             loss = loss - c.train_predictor * divide((predicted_BKHM.sum(dim=2) * weight_BKM).sum(), count)
-        if c.next_token_weight:
-            target_BN, valid_BN = text.targets(1)
-            nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
-            loss = loss + c.next_token_weight * divide(nll_BN.sum(), denominators["text"])
-            scored += nll_BN.numel()
+        text_score = text_score or self.score_text(model, state, anchors, denominators)
+        loss = loss + text_score.loss
         if c.kl_weight:
+            assert isinstance(text_score, ReferenceScore)
             teacher = self.teacher.model(model)
             with torch.no_grad():
-                reference_JW = self._predicting(teacher.think(thoughts, teacher.read(text)), policy.where_BKSM)
+                reference_JW = self._predicting(teacher.think(thoughts, text_score.reference), policy.where_BKSM)
                 reference_J = token_logprobs(
                     reference_JW, teacher.head_weight_VW, policy.tokens_J, c.temperature, self._banned(model)
                 )
             kl_J = kl_to_reference(policy.logprob_J, reference_J)
             loss = loss + c.kl_weight * divide((kl_J * policy.weight_J).sum(), count)
-            ledger.read(text, backward=False)
             ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=False)
             ledger.vocabulary(len(reference_J), backward=False)
-        ledger.read(text, backward=True)
         ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=True)
         ledger.vocabulary(scored, backward=True)
 
         real_BKM = batch.real_BM[:, None].expand_as(gain_BKM)
-        metrics = self.thought_metrics(batch, policy, gain_BKM) | {
+        metrics = text_score.metrics | self.thought_metrics(batch, policy, gain_BKM)
+        metrics |= {
             "flat_groups": Mean.over((~has_spread(batch.reward_BKM)[:, 0]).double(), batch.real_BM),
             "nll_thought": Mean.over(-predicted_BKHM[:, :, 0], real_BKM),
         }
         record = ThoughtRecord(batch.rollout.thoughts, gain_BKM, batch.advantage_BKM)
-        return ObjectiveOutput(loss, metrics, ledger.total, record)
+        return ObjectiveOutput(loss, metrics, text_score.flops + ledger.total, record)
+
+    def score_text(
+        self, model: ThinkingModel, state: TextState, anchors: Anchors, denominators: Denominators
+    ) -> TextScore:
+        """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
+        c, text, score = self.config, state.text, super().score_text(model, state, anchors, denominators)
+        ledger = Ledger(model.decoder)
+        if c.next_token_weight:
+            target_BN, valid_BN = text.targets(1)
+            nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+            score.loss = c.next_token_weight * divide(nll_BN.sum(), denominators["text"])
+            ledger.vocabulary(nll_BN.numel(), backward=True)
+        if c.kl_weight:
+            with torch.no_grad():
+                reference = self.teacher.model(model).read(text)
+            score = ReferenceScore(score.loss, score.metrics, score.flops, reference=reference)
+            ledger.read(text, backward=False)
+        score.flops += ledger.total
+        return score
 
     def _reward(self, gain_BKM: Tensor) -> Tensor:
         c, reward_BKM = self.config, gain_BKM
         if c.reward_clip is not None:
             reward_BKM = reward_BKM.clamp(-c.reward_clip, c.reward_clip)
         return positive_part(reward_BKM) if c.reward_positive else reward_BKM
-
-    def __call__(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        denominators: Denominators | None = None,
-        prepared: Prepared | None = None,
-    ) -> ObjectiveOutput:
-        assert prepared is None or isinstance(prepared, ThoughtBatch)
-        state = model.read(text)
-        batch = prepared or self.think(model, text, state, rng)
-        output = self.score(model, state, batch, denominators or self.denominators(text), rng)
-        if prepared is None:
-            output.flops += batch.flops
-        return output

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.decoder import TextState
 from models.flops import Ledger
 from models.logprobs import token_logprobs
 from models.philox import Rng
@@ -32,7 +33,7 @@ from models.rollout import Answer, Rollout
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Text
 from objectives.anchored import Anchored, AnchoredConfig, ThoughtBatch, gather_positions
-from objectives.base import Denominators, Mean, ObjectiveOutput, Prepared, ThoughtRecord, at_least, divide
+from objectives.base import Denominators, Mean, ObjectiveOutput, Prepared, TextScore, ThoughtRecord, at_least, divide
 from objectives.credit import has_spread, prefix_match
 
 
@@ -125,7 +126,7 @@ class Rpt(Anchored):
         proxy = model if self.proxy is None else self.proxy.to(text.tokens_BN.device)
         state = model.read(text)
         no_think = state if self.proxy is None else proxy.read(text)
-        anchors = self.choose_anchors(text, rng, no_think, proxy.head_weight_VW)
+        anchors = self.agreed(model, self.choose_anchors(text, rng, no_think, proxy.head_weight_VW))
         if c.template == "forced":
             answer = Answer(self.ask_ids, c.answer_length, self.box_ids[1])
             drawn = self.roll_out(model, state, anchors, c.thoughts, rng, answer=answer)
@@ -141,10 +142,10 @@ class Rpt(Anchored):
         if c.drop_flat_from is not None and rng.step >= c.drop_flat_from:
             kept_BM = kept_BM & has_spread(reward_BKM)[:, 0]
 
-        ledger = Ledger(model.decoder.config)
+        ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         if self.proxy is not None:
-            read_by_proxy = Ledger(proxy.decoder.config)
+            read_by_proxy = Ledger(proxy.decoder)
             read_by_proxy.read(text, backward=False)
             ledger.spent["text"] += read_by_proxy.total
         ledger.vocabulary(text.tokens_BN.numel() if c.positions == "hard" else target_B1M.numel(), backward=False)
@@ -213,34 +214,37 @@ class Rpt(Anchored):
 
     # The update
 
-    def __call__(
+    def think(self, model: ThinkingModel, text: Text, state: TextState, rng: Rng) -> ResponseBatch:
+        return self.prepare(model, text, rng)
+
+    def score(
         self,
         model: ThinkingModel,
-        text: Text,
+        state: TextState,
+        batch: ThoughtBatch,
+        denominators: Denominators,
         rng: Rng,
-        denominators: Denominators | None = None,
-        prepared: Prepared | None = None,
+        text_score: TextScore | None = None,
     ) -> ObjectiveOutput:
-        batch = prepared or self.prepare(model, text, rng)
+        """One update: the policy's log-probs from a single pass, advantages, loss."""
         assert isinstance(batch, ResponseBatch) and batch.reward_BKM is not None
         c, anchors = self.config, batch.rollout.thoughts.anchors
-        counts = denominators or self.denominators(text, batch)
-        hidden_BKSMW = model.think(batch.rollout.thoughts, model.read(text))
+        hidden_BKSMW = model.think(batch.rollout.thoughts, state)
         weight_BKM = self.counting(batch) & batch.kept_BM[:, None]
         advantage_BKM = self.advantages(batch.reward_BKM, weight_BKM, anchors, rng)
         policy = self.policy(model, hidden_BKSMW, batch.rollout, advantage_BKM, weight_BKM)
-        loss = divide(policy.loss, counts["anchors"] * c.thoughts)
+        text_score = text_score or self.score_text(model, state, anchors, denominators)
+        loss = divide(policy.loss, denominators["anchors"] * c.thoughts) + text_score.loss
 
-        ledger = Ledger(model.decoder.config)
-        ledger.read(text, backward=True)
+        ledger = Ledger(model.decoder)
         ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=True)
         ledger.vocabulary(len(policy.logprob_J), backward=True)
         real_BKM = batch.real_BM[:, None].expand_as(weight_BKM)
-        metrics = self.thought_metrics(batch, policy, batch.reward_BKM) | {
+        metrics = text_score.metrics | self.thought_metrics(batch, policy, batch.reward_BKM)
+        metrics |= {
             "answered": Mean.over(batch.answered_BKM.double(), real_BKM),
             "flat_groups": Mean.over((~has_spread(batch.reward_BKM)[:, 0]).double(), batch.real_BM),
             "kept_groups": Mean.over(batch.kept_BM.double(), batch.real_BM),
         }
-        flops = ledger.total + (batch.flops if prepared is None else 0)
         record = ThoughtRecord(batch.rollout.thoughts, batch.reward_BKM, advantage_BKM)
-        return ObjectiveOutput(loss, metrics, flops, record)
+        return ObjectiveOutput(loss, metrics, text_score.flops + ledger.total, record)

@@ -120,14 +120,15 @@ class PretrainModule(lightning.LightningModule):
             optimizer.zero_grad()
             loss = torch.zeros((), dtype=torch.float64, device=self.device)
             for part, thoughts in zip(parts, prepared, strict=True):
-                output = self.objective(self.model, part, rng, denominators, thoughts)
-                # Sharding averages gradients over ranks, but losses are already divided by the global counts.
-                self.manual_backward(output.loss * self.trainer.world_size)
-                loss, flops = loss + output.loss.detach().double(), flops + output.flops
-                record = record or output.record
-                for name, mean in output.metrics.items():
-                    pair = torch.stack([mean.sum, mean.count])
-                    metrics[name] = metrics[name] + pair if name in metrics else pair
+                for output in self.objective.losses(self.model, part, rng, denominators, thoughts):
+                    # Sharding averages gradients over ranks, but losses are already divided by the global counts.
+                    self.manual_backward(output.loss * self.trainer.world_size)
+                    loss, flops = loss + output.loss.detach().double(), flops + output.flops
+                    record = record or output.record
+                    for name, mean in output.metrics.items():
+                        pair = torch.stack([mean.sum, mean.count])
+                        metrics[name] = metrics[name] + pair if name in metrics else pair
+            reshard(self.model)
             losses.append(self._sum(loss).item())
             norms.append(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item())
             finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])

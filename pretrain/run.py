@@ -127,6 +127,7 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
             f"{model.decoder.config.vocab_size} embeddings; choose another model"
         )
     model.ban(tokenizer.size, tokenizer.control_ids)
+    model.decoder.activation_checkpointing = recipe.activation_checkpointing
     _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
     return Prepared(recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, model, checkpoint)
 
@@ -194,7 +195,7 @@ def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     control = prepare(recipe.control_recipe(1, str(directory.control)), None)
     text = Text(**control.data.rows(0, recipe.rows_per_step))
     with torch.no_grad():
-        flops = control.objective(control.model, text, Rng(recipe.seed, 0)).flops
+        flops = sum(part.flops for part in control.objective.losses(control.model, text, Rng(recipe.seed, 0)))
     return max(1, round(directory.read(directory.metrics)[-1]["flops"] / flops))
 
 
@@ -255,8 +256,10 @@ def dry_run(recipe: Recipe) -> None:
     rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks
     text = Text(**prepared.data.rows(0, rows)).to(device)
     started = time.perf_counter()
-    output = prepared.objective(model, text, Rng(recipe.seed, 0))
-    output.loss.backward()
+    flops = 0
+    for output in prepared.objective.losses(model, text, Rng(recipe.seed, 0)):
+        output.loss.backward()
+        flops += output.flops
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters())
     passes = recipe.rows_per_step // rows
@@ -269,7 +272,7 @@ def dry_run(recipe: Recipe) -> None:
         f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
     )
     say(
-        f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {output.flops / 1e12:.2f} TFLOP; "
+        f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {flops / 1e12:.2f} TFLOP; "
         f"about {seconds * passes / recipe.ranks * recipe.steps / 60:.0f} minutes for the run"
     )
     say("the recipe can be run")

@@ -22,6 +22,8 @@ FREE_KEYS = (
     "control",
     "run_dir",
     "micro_batch_rows",
+    "activation_checkpointing",
+    "objective.anchors_at_once",
     "devices",
     "nodes",
     "data_workers",

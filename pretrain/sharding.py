@@ -27,6 +27,10 @@ def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
     for block in model.decoder.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    # What no block holds, the head above all, serves several losses that are taken one after the other: it stays
+    # gathered until `reshard`.
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_backward(False, recurse=False)
     # A sharded model gathers its weights in `forward` and in the methods named here.
     for method in ("read", "think", "continue_thoughts"):
         register_fsdp_forward_method(model, method)
@@ -40,7 +44,7 @@ def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
 
 
 def reshard(model: ThinkingModel) -> None:
-    """Frees the whole weights that a pass without backward leaves gathered."""
+    """Frees the whole weights that passes leave gathered: those of no block, and all that had no backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

@@ -31,14 +31,14 @@ def counted(objective, model, text) -> tuple[int, int]:
 
 def wasted(model, text, thoughts: list[tuple[int, int, int]]) -> int:
     """FLOPs of the pairs that the reference computes and masks: of text, then of (K, tokens, passes) of thoughts."""
-    ledger = Ledger(model.decoder.config)
+    ledger = Ledger(model.decoder)
     B = text.shape[0]
     seen = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
-    total = 3 * ledger.attention(B * N * N - seen)
+    total = ledger.block_units * ledger.attention(B * N * N - seen)
     for K, queries, passes in thoughts:
         text_pairs = K * queries * (B * N * N - seen)
         # Step by step (one pass), a query meets just the keys of its own thought that it may see.
-        own_pairs = K * B * N * queries * (queries - 1) // 2 if passes == 3 else 0
+        own_pairs = K * B * N * queries * (queries - 1) // 2 if passes > 1 else 0
         total += passes * ledger.attention(text_pairs + own_pairs)
     return total
 
@@ -71,7 +71,7 @@ def test_rlp():
     config = RlpConfig(length=L, thoughts=K, anchors_per_document=2, next_token_weight=0.1, train_predictor=0.1)
     objective = Rlp(config, (1, 2), (3,))
     objective.teacher.model(model)
-    ledger = Ledger(model.decoder.config)
+    ledger = Ledger(model.decoder)
     seen, reported = counted(objective, model, text)
     anchors = objective._draw_anchors(objective.eligible(text), text, Rng(0, 0))
     prefix = sum(end - start for _, _, start, end in anchors.prefixes)
@@ -87,11 +87,24 @@ def test_rlp():
     assert reported + total == pytest.approx(seen, rel=0.005)
 
 
+@pytest.mark.parametrize("objective", [NextToken(), QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2))])
+def test_activation_checkpointing(objective):
+    """Blocks are computed again, all but the last product of each, which torch sees that nobody needs in fp64."""
+    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model.decoder.attention_backend = "reference"
+    model.decoder.activation_checkpointing = True
+    seen, reported = counted(objective, model, text)
+    thinks = isinstance(objective, QuietStar)
+    expected = reported + wasted(model, text, [(2, 3, 1), (2, 6, 4)] if thinks else [])
+    c, tokens = model.decoder.config, 2 * N * (1 + 2 * 6 * thinks)
+    assert expected - 2 * c.layers * c.width * c.ffn_width * tokens == pytest.approx(seen, rel=0.005 if thinks else 0)
+
+
 def test_units():
     """A multiply-add is two; a thought of one token over a prefix of three meets four keys."""
     model, text = tiny_model(), packed_text([[5]], 5)
     c = model.decoder.config
-    ledger = Ledger(c)
+    ledger = Ledger(model.decoder)
     layers = [m for block in model.decoder.layers for m in block.modules() if isinstance(m, torch.nn.Linear)]
     linear = sum(layer.weight.numel() for layer in layers)
     assert ledger.blocks(1) == 2 * linear

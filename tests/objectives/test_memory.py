@@ -1,0 +1,265 @@
+"""What sets the memory of a step: activation checkpointing, and anchors in parts. Neither changes the update.
+
+Shapes as in the objectives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from models.decoder import Block, Trunk
+from models.philox import Rng
+from models.thoughts import Anchors, Text
+from objectives.base import Objective
+from objectives.next_token import NextToken
+from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
+from objectives.rpt import Rpt, RptConfig
+from tests.helpers import packed_text, relative_error, tiny_model
+
+RNG = Rng(seed=3, step=1)
+OPEN, CLOSE = (7, 8), (9,)
+QUIET = QuietStarConfig(length=3, lookahead=3, thoughts=2, policy_weight=10.0)
+RLP = RlpConfig(length=5, thoughts=4, anchors_per_document=3)
+RPT = RptConfig(
+    length=4,
+    thoughts=4,
+    temperature=3.0,
+    anchors_per_document=3,
+    positions="random",
+    template="forced",
+    answer_length=3,
+    box_open="[",
+)
+BYTES = [b"ab" if token == 6 else b"ab"[token % 2 :][:1] for token in range(60)] + [None]
+
+
+def make(config) -> Objective:
+    if isinstance(config, RlpConfig):
+        return Rlp(config, OPEN, CLOSE)
+    if isinstance(config, RptConfig):
+        return Rpt(config, OPEN, CLOSE, BYTES, ((11,), (12,)))
+    return QuietStar(config) if isinstance(config, QuietStarConfig) else NextToken()
+
+
+def thinker(dtype: torch.dtype = torch.float64):
+    """A model of few words, whose thoughts end early, late and not at all, and whose predictions are often right."""
+    model = tiny_model(dtype)
+    model.ban(14, (0, 1, 4, 5, 9))
+    return model
+
+
+def text() -> Text:
+    return packed_text([[6, 5], [11], [2, 1, 6]], 11)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("config", [None, QUIET, RLP, RPT], ids=["next_token", "quiet_star", "rlp", "rpt"])
+def test_activation_checkpointing_changes_memory_alone(config, monkeypatch):
+    passes = []
+    original = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a: passes.append(torch.is_grad_enabled()) or original(self, *a))
+    model, results = thinker(), []
+    for checkpointing in (False, True):
+        model.decoder.activation_checkpointing = checkpointing
+        model.zero_grad(set_to_none=True)
+        passes.clear()
+        output = make(config)(model, text(), RNG)
+        forward = passes.count(True)
+        output.loss.backward()
+        assert passes.count(True) == (2 if checkpointing else 1) * forward
+        results.append((output, gradients(model)))
+    (plain, truth), (output, got) = results
+    assert torch.equal(output.loss, plain.loss)
+    assert got.keys() == truth.keys()
+    assert max(relative_error(got[n], truth[n]) for n in truth) <= 1e-13
+    assert output.flops > plain.flops
+
+
+def taken_apart(objective, model, source, rng=RNG, factor: float = 1.0, prepared=None):
+    """Loss, metrics, FLOPs, record and gradients of all parts of a step, and how many there were."""
+    model.zero_grad(set_to_none=True)
+    loss, metrics, flops, records, parts = 0.0, {}, 0, [], 0
+    for output in objective.losses(model, source, rng, None, prepared):
+        (output.loss * factor).backward()
+        loss, flops, parts = loss + output.loss.detach(), flops + output.flops, parts + 1
+        records += [output.record] if output.record is not None else []
+        for name, mean in output.metrics.items():
+            pair = torch.stack([mean.sum, mean.count])
+            metrics[name] = metrics[name] + pair if name in metrics else pair
+    assert len(records) == 1
+    return loss, metrics, flops, records[0], gradients(model), parts
+
+
+def assert_the_same(got, whole) -> None:
+    loss, metrics, flops, record, grads, _ = got
+    truth_loss, truth_metrics, truth_flops, truth_record, truth, _ = whole
+    assert loss.item() == pytest.approx(truth_loss.item(), rel=1e-10, abs=1e-12)
+    assert flops == truth_flops
+    assert metrics.keys() == truth_metrics.keys()
+    for name, pair in truth_metrics.items():
+        assert metrics[name].tolist() == pytest.approx(pair.tolist(), rel=1e-10, abs=1e-12), name
+    assert torch.equal(record.thoughts.tokens_BKSM, truth_record.thoughts.tokens_BKSM)
+    assert torch.equal(record.thoughts.anchors.index_BM, truth_record.thoughts.anchors.index_BM)
+    assert relative_error(record.reward_BKM, truth_record.reward_BKM) <= 1e-10
+    assert relative_error(record.advantage_BKM, truth_record.advantage_BKM) <= 1e-10
+    assert grads.keys() == truth.keys()
+    errors = {name: relative_error(grads[name], truth[name]) for name in truth}
+    assert max(errors.values()) <= 1e-10, errors
+
+
+QUIET_STARS = {
+    "paper": QUIET,
+    "public_code": dataclasses.replace(QUIET, variant="public_code"),
+    "one thought": dataclasses.replace(QUIET, thoughts=1, lookahead=1),
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 11, 50])
+@pytest.mark.parametrize("config", QUIET_STARS.values(), ids=QUIET_STARS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_quiet_star_in_parts_is_quiet_star(config, at_once, checkpointing):
+    # Of all words: two thoughts alike are paid the rounding error between them, or not, and so counted or not.
+    model = tiny_model()
+    whole = taken_apart(QuietStar(config), model, text())
+    model.decoder.activation_checkpointing = checkpointing
+    got = taken_apart(QuietStar(dataclasses.replace(config, anchors_at_once=at_once)), model, text())
+    assert got[-1] == {1: 11, 4: 3, 11: 1, 50: 1}[at_once] + 1
+    if checkpointing:
+        got = (*got[:2], whole[2], *got[3:])
+    assert_the_same(got, whole)
+
+
+ANCHORED = {
+    "rlp": RLP,
+    "rlp, all terms": dataclasses.replace(
+        RLP, horizon=3, discount=0.9, kl_weight=0.3, next_token_weight=0.5, train_predictor=0.2
+    ),
+    "rlp, controls": dataclasses.replace(RLP, shuffle_rewards=True, unclosed="drop", reward_clip=0.5),
+    "rlp, two updates": dataclasses.replace(RLP, updates=2, kl_weight=0.3),
+    "rpt": RPT,
+    "rpt, spread": dataclasses.replace(RPT, drop_flat_from=0, positions="hard", hard_entropy=0.1),
+    "rpt, two updates": dataclasses.replace(RPT, updates=2),
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 50])
+@pytest.mark.parametrize("config", ANCHORED.values(), ids=ANCHORED)
+def test_few_anchors_in_parts_are_all_of_them(config, at_once):
+    """Also on later updates, whose rewards are the first one's, under moved weights."""
+    results = []
+    for configured in (config, dataclasses.replace(config, anchors_at_once=at_once)):
+        model, objective = thinker(), make(configured)
+        if isinstance(objective, Rlp):
+            # A teacher that is not the model: else there is nothing to learn from the distance to it.
+            objective.teacher._model = tiny_model(seed=4).requires_grad_(False)
+            objective.teacher._model.ban(14, (0, 1, 4, 5, 9))
+        prepared, taken = objective.prepare(model, text(), RNG), []
+        for _ in range(objective.updates):
+            taken.append(taken_apart(objective, model, text(), prepared=prepared))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        results.append(taken)
+    whole, parts = results
+    M = whole[0][3].thoughts.anchors.index_BM.shape[1]
+    assert parts[0][-1] == math.ceil(M / at_once) + 1
+    for got, truth in zip(parts, whole, strict=True):
+        assert sum(g.norm() for g in truth[4].values()) > 1e-3
+        assert_the_same(got, truth)
+
+
+STEPS = {
+    "quiet_star": dataclasses.replace(QUIET, anchors_at_once=4),
+    "rlp": dataclasses.replace(RLP, anchors_at_once=4, next_token_weight=0.5),
+    "rpt": dataclasses.replace(RPT, anchors_at_once=4),
+}
+
+
+@pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
+def test_a_factor_on_every_loss_is_one_on_the_gradient(config):
+    """Sharding needs one, and it must reach what the parts send into the text once, not twice and not never."""
+    model = thinker()
+    truth = taken_apart(make(config), model, text())[4]
+    got = taken_apart(make(config), model, text(), factor=-3.0)[4]
+    assert max(relative_error(got[n], -3.0 * truth[n]) for n in truth) <= 1e-12
+
+
+@pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
+def test_without_what_the_parts_send_into_the_text_gradients_are_wrong(config, monkeypatch):
+    model = thinker()
+    truth = taken_apart(make(dataclasses.replace(config, anchors_at_once=None)), model, text())[4]
+    monkeypatch.setattr(Trunk, "carry", lambda self: sum(0.0 * x.sum() for x in self._read.tensors))
+    got = taken_apart(make(config), model, text())[4]
+    errors = {name: relative_error(got[name], truth[name]) for name in truth}
+    assert max(errors.values()) > 1e-2
+    # What only thoughts use has all of its gradient without it.
+    if isinstance(config, QuietStarConfig):
+        assert errors["mixing_head.out.weight"] <= 1e-10
+
+
+def test_a_trunk_gathers_in_the_accumulation_dtype():
+    """Many small gradients on a large one, each of them lost in bf16."""
+    model = tiny_model(torch.float32)
+    model.decoder.compute_dtype = torch.bfloat16
+    trunk = Trunk(model.read(text()))
+    for factor in (1.0, *[2.0**-9] * 64):
+        (trunk.state.hidden_BNW.float().sum() * factor).backward()
+    read, weight = trunk._read, model.decoder.norm.weight
+    trunk.carry().backward(retain_graph=True)
+    got = weight.grad.clone()
+    weight.grad = None
+    (read.hidden_BNW.float().sum() * (1 + 64 * 2.0**-9)).backward()
+    assert relative_error(got, weight.grad) <= 2**-8
+    assert 64 * 2.0**-9 > 8 * 2**-8
+
+
+def test_parts_of_anchors():
+    source = text()
+    everywhere = Anchors.everywhere(source)
+    few = Anchors(source, torch.tensor([[1, 4, -1], [0, 5, 9], [2, -1, -1]]))
+    for anchors in (everywhere, few):
+        for name in ("position_BM", "predicting_BM"):
+            parts = [getattr(anchors.part(cut), name) for cut in anchors.cuts(2)]
+            assert torch.equal(torch.cat(parts, dim=1), getattr(anchors, name))
+        visible = [anchors.part(cut).visible_BM for cut in anchors.cuts(2)]
+        for i in (0, 1):
+            assert torch.equal(torch.cat([v[i] for v in visible], dim=1), anchors.visible_BM[i])
+        moved = [(b, m + c.start, *x) for c in anchors.cuts(2) for b, m, *x in anchors.part(c).prefixes]
+        assert sorted(moved) == sorted(anchors.prefixes)
+    middle = everywhere.part(slice(3, 7))
+    assert middle.window == (3, 7) and middle.part(slice(1, 3)).window == (4, 6) and not middle.dense
+    assert everywhere.part(slice(0, 11)).dense and few.part(slice(0, 2)).window is None
+    assert few.padded(5).index_BM[0].tolist() == [1, 4, -1, -1, -1] and few.padded(2) is few
+
+
+def test_ranks_agree_on_how_many_parts_there_are():
+    """A rank with fewer anchors goes through as many passes as that with the most."""
+    model, objective = thinker(), make(dataclasses.replace(RLP, anchors_at_once=2))
+    truth = taken_apart(objective, model, text())
+    agreements = []
+
+    def all_agree(here) -> bool:
+        agreements.append(bool(here))
+        # Another rank has ten anchors and samples to the end.
+        return len(agreements) >= 5 and bool(here)
+
+    model.all_agree = all_agree
+    got = taken_apart(objective, model, text())
+    assert (truth[-1], got[-1]) == (4, 6)
+    assert relative_error(got[0], truth[0]) <= 1e-12
+    assert max(relative_error(got[4][n], truth[4][n]) for n in truth[4]) <= 1e-12
+
+
+def test_parts_of_no_size_are_refused():
+    for config in (QUIET, RLP, RPT):
+        assert dataclasses.replace(config, anchors_at_once=0).problems() == [
+            "anchors_at_once must be at least 1, got 0"
+        ]
