@@ -273,7 +273,11 @@ def quiet_star_step(settings: Settings) -> Row:
     weights = row.setting["model_bytes"] = model_bytes(model)
     row.compare("quiet_star / next_token, FLOP/s", row.rate("quiet_star"), row.rate("next_token"))
     row.compare("quiet_star / next_token, time", row.seconds("quiet_star"), row.seconds("next_token"))
-    row.compare("quiet_star / next_token, memory", row.added("quiet_star", weights), row.added("next_token", weights))
+    row.compare(
+        "quiet_star / next_token, memory",
+        row.added("quiet_star", weights),
+        row.added("next_token", model_bytes(model, samples=False)),
+    )
     for backend in _others(settings):
         forced = row.seconds(f"quiet_star, {backend}")
         row.compare(f"{backend} / default, time", forced, row.seconds("quiet_star"))
@@ -292,7 +296,11 @@ def rlp_step(settings: Settings) -> Row:
     all_weights = weights + sum(model_bytes(other) for other in objectives["rlp"].other_models(model))
     row.compare("rlp / next_token, FLOP/s", row.rate("rlp"), row.rate("next_token"))
     row.compare("rlp / next_token, time", row.seconds("rlp"), row.seconds("next_token"))
-    row.compare("rlp / next_token, memory", row.added("rlp", all_weights), row.added("next_token", weights))
+    row.compare(
+        "rlp / next_token, memory",
+        row.added("rlp", all_weights),
+        row.added("next_token", model_bytes(model, samples=False)),
+    )
     return row
 
 
@@ -310,7 +318,7 @@ def public_step(settings: Settings, dtype: torch.dtype) -> Row:
         row,
         settings,
         {
-            "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"]), model, text),
+            "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"], c["at_once"]), model, text),
             "next_token, K times": partial(training_step, next_token(), model, repeated(text, c["K"])),
             "next_token, once": partial(training_step, next_token(), model, text),
         },
@@ -543,12 +551,16 @@ def quiet_star_memory(settings: Settings) -> Row:
     model = make_model(settings.model, settings.dtype, settings.device)
     text = make_text(settings.model, 1, c["N"], settings.device)
     objectives: dict[str, Objective] = {
-        "quiet_star": quiet_star(c["L"], c["A"], c["K"]),
+        "quiet_star": quiet_star(c["L"], c["A"], c["K"], c["at_once"]),
         "next_token": next_token(),
     }
     _race(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()}, repeats=1)
     weights = row.setting["model_bytes"] = model_bytes(model)
-    row.compare("quiet_star / next_token, memory", row.added("quiet_star", weights), row.added("next_token", weights))
+    row.compare(
+        "quiet_star / next_token, memory",
+        row.added("quiet_star", weights),
+        row.added("next_token", model_bytes(model, samples=False)),
+    )
     row.compare("quiet_star / next_token, memory above weights", row.added("quiet_star"), row.added("next_token"))
     return row
 
@@ -599,5 +611,5 @@ def run_row(part: str, name: str, measure: Callable[[], Row]) -> Row:
     """The row, or one that says why it failed."""
     try:
         return measure()
-    except Exception as error:
+    except (RuntimeError, ValueError, TypeError, MemoryError, ImportError) as error:
         return Row(part, name, {}, failed=f"{type(error).__name__}: {error}"[:500])

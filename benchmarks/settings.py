@@ -64,11 +64,11 @@ class Settings:
     quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
     rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
     public_model: DecoderConfig = PUBLIC_57M
-    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2))
+    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2, at_once=64))
     large_model: DecoderConfig | None = None
     large: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=8, A=4, K=2, next_token_rows=8))
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
-    memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2))
+    memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=32))
     curve_model: DecoderConfig = CURVE_26M
     curves: Sequence[Curve] = ()
 
@@ -126,9 +126,9 @@ def quick(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Sett
         AttentionShape("rollout step", N=512, S=4, H=9, G=3, D=64, K=2),
         quiet_star=dict(N=128, L=4, A=2, K=2),
         rlp=dict(P=256, G=4, T=16),
-        public=dict(N=128, L=4, A=2, K=2),
+        public=dict(N=128, L=4, A=2, K=2, at_once=32),
         deep=dict(P=256, G=8, T=16),
-        memory=dict(N=128, L=8, A=2, K=2),
+        memory=dict(N=128, L=8, A=2, K=2, at_once=32),
         curves=_curves(
             dict(N=64, L=4, A=2, K=1),
             dict(P=128, G=4, T=8, anchors=1),
@@ -154,11 +154,11 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         quiet_star=dict(N=16, L=2, A=2, K=2),
         rlp=dict(P=24, G=2, T=3),
         public_model=TINY,
-        public=dict(N=16, L=3, A=2, K=2),
+        public=dict(N=16, L=3, A=2, K=2, at_once=5),
         large_model=TINY,
         large=dict(N=16, L=2, A=2, K=2, next_token_rows=2),
         deep=dict(P=32, G=2, T=4),
-        memory=dict(N=16, L=3, A=2, K=2),
+        memory=dict(N=16, L=3, A=2, K=2, at_once=5),
         curve_model=TINY,
         curves=_curves(
             dict(N=16, L=2, A=2, K=1),

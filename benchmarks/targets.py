@@ -41,6 +41,7 @@ TARGETS = (
     Target("rollouts", "deep", "generate / rollout, end to end", "≥", 6),
     Target("rollouts", "deep", "rollout / generate, KV", "≤", 1 / 4),
     Target("rollouts", "scoring", "separate / shared, time", "≥", 2),
+    Target("memory", "quiet_star", "quiet_star / next_token, memory", "≤", 2),
 )
 
 

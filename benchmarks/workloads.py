@@ -15,6 +15,7 @@ import torch
 from benchmarks.measure import Unserved
 from models.decoder import Decoder, DecoderConfig
 from models.philox import Rng
+from models.precision import COPIES
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Objective
@@ -108,9 +109,10 @@ def repeated(text: Text, times: int) -> Text:
     return Text.from_rows(rows)
 
 
-def quiet_star(L: int, A: int, K: int) -> QuietStar:
-    """Thoughts of L sampled tokens, K at every position, A tokens predicted."""
-    return QuietStar(QuietStarConfig(length=L, lookahead=A, thoughts=K))
+def quiet_star(L: int, A: int, K: int, at_once: int | None = None) -> QuietStar:
+    """Thoughts of L sampled tokens, K at every position, A tokens predicted; those of `at_once` positions are held at
+    once."""
+    return QuietStar(QuietStarConfig(length=L, lookahead=A, thoughts=K, anchors_at_once=at_once))
 
 
 def rlp(P: int, G: int, T: int, anchors: int = 1) -> Rlp:
@@ -131,16 +133,18 @@ def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dic
     """
     model.zero_grad(set_to_none=True)
     flops = 0
-    for output in [objective(model, text, Rng(0, 0))]:
+    for output in objective.losses(model, text, Rng(0, 0)):
         output.loss.backward()
         flops += output.flops
     return {"flops": flops}
 
 
-def model_bytes(model: ThinkingModel) -> int:
-    """Bytes of a model's weights: masters, and their low-precision copies if they were made."""
-    copies = (getattr(p, "_working_copy", (None, None))[1] for p in model.parameters())
-    return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies] if x is not None)
+def model_bytes(model: ThinkingModel, samples: bool = True) -> int:
+    """Bytes of a model's weights: masters, and the low-precision copies that were made of them; with those that are
+    packed for sampling, if it samples."""
+    names = COPIES if samples else COPIES[:1]
+    copies = [getattr(p, name)[1] for p in model.parameters() for name in names if hasattr(p, name)]
+    return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+COPIES = ("_working_copy", "_packed_copy")  # attributes of a weight that hold (state, copy)
 _optimizer_steps = 0
 
 

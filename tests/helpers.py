@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.decoder import Decoder, DecoderConfig
 from models.thinking import ThinkingModel
@@ -69,3 +73,31 @@ def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: i
         return decoder.read(sequence).hidden_BNW[0, anchor + 1 - start :]
     finally:
         decoder.__class__ = original
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of tensors made under it that are alive: `now`, and at most, `peak`. A storage counts once and whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size

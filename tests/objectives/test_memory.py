@@ -19,7 +19,7 @@ from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
 from objectives.rpt import Rpt, RptConfig
-from tests.helpers import packed_text, relative_error, tiny_model
+from tests.helpers import LiveBytes, packed_text, relative_error, tiny_model
 
 RNG = Rng(seed=3, step=1)
 OPEN, CLOSE = (7, 8), (9,)
@@ -263,3 +263,56 @@ def test_parts_of_no_size_are_refused():
         assert dataclasses.replace(config, anchors_at_once=0).problems() == [
             "anchors_at_once must be at least 1, got 0"
         ]
+
+
+# How much memory it is
+
+
+def peak_bytes(config, N: int, checkpointing: bool = False) -> int:
+    """What a step on a row of N tokens has alive at most, weights and their gradients aside."""
+    model, objective = tiny_model(torch.float32, max_positions=1024), make(config)
+    model.decoder.activation_checkpointing = checkpointing
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    source = packed_text([[N]], N)
+    with LiveBytes() as live:
+        for output in objective.losses(model, source, RNG):
+            output.loss.backward()
+    return live.peak
+
+
+PAPERS = QuietStarConfig(length=16, lookahead=4, thoughts=2, policy_weight=10.0)
+
+
+def test_with_a_row_only_the_texts_memory_grows():
+    """Twice the row at the same `anchors_at_once`: as many bytes more as next-token prediction needs more."""
+    text_alone, at_once, whole = (
+        peak_bytes(config, 96) - peak_bytes(config, 48)
+        for config in (None, dataclasses.replace(PAPERS, anchors_at_once=4), PAPERS)
+    )
+    assert at_once <= 1.1 * text_alone
+    assert whole > 10 * text_alone
+
+
+def test_the_knob_sets_the_memory_of_thoughts():
+    two, four, eight = (peak_bytes(dataclasses.replace(PAPERS, anchors_at_once=n), 24) for n in (2, 4, 8))
+    assert eight - four == pytest.approx(2 * (four - two), rel=0.1)
+
+
+def test_few_anchors_in_parts_need_less():
+    config = dataclasses.replace(RLP, length=16, anchors_per_document=24)
+    whole, parts, fewer = (
+        peak_bytes(dataclasses.replace(config, anchors_at_once=n, anchors_per_document=anchors), 48)
+        for n, anchors in ((None, 24), (3, 24), (3, 12))
+    )
+    assert parts <= 0.3 * whole
+    assert parts <= 1.1 * fewer
+
+
+@pytest.mark.parametrize("config", [None, PAPERS, RLP, RPT], ids=["next_token", "quiet_star", "rlp", "rpt"])
+def test_activation_checkpointing_needs_less(config):
+    assert peak_bytes(config, 48, checkpointing=True) <= 0.7 * peak_bytes(config, 48)
+
+
+def test_quiet_star_at_512_needs_at_most_twice_what_next_token_does():
+    assert peak_bytes(dataclasses.replace(PAPERS, anchors_at_once=8), 512) <= 2 * peak_bytes(None, 512)

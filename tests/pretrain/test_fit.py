@@ -194,6 +194,29 @@ def test_the_update_does_not_depend_on_micro_batches(tiny_run, tmp_path):
     assert max(errors.values()) <= 1e-4, errors
 
 
+def test_what_sets_the_memory_may_change_within_a_run(tiny_run, tmp_path):
+    """Anchors in parts and activation checkpointing: the same bits however often it is started, and the same update."""
+    common = [*tiny_run, *QUIET, "--optimizer.eps", "1e-3", "--objective.policy_weight", "0"]
+    memory = ["--objective.anchors_at_once", "7", "--activation_checkpointing", "true"]
+    for run, first, then in (
+        ("parts", [], memory),
+        ("twice", memory, memory),
+        ("changed", [], memory),
+        ("whole", [], []),
+    ):
+        if run in ("twice", "changed"):
+            assert fit(common, *first, "--run-dir", str(tmp_path / run), "--steps", "2") == 0
+        assert fit(common, *then, "--run-dir", str(tmp_path / run), "--steps", "4") == 0
+    parts, twice, changed, whole = (weights(tmp_path / run) for run in ("parts", "twice", "changed", "whole"))
+    assert [n for n in parts if not torch.equal(twice[n], parts[n])] == []
+    for other in (parts, changed):
+        errors = {n: relative_error(other[n], whole[n]) for n in whole if n.startswith("model/")}
+        assert max(errors.values()) <= 1e-4, errors
+    assert any(not torch.equal(parts[n], whole[n]) for n in whole)
+    samples = lines(tmp_path / "parts" / "samples.jsonl")
+    assert max(sample["position"] for sample in samples) >= 7
+
+
 def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_directory, monkeypatch, capsys):
     original = QuietStar.__call__
 
@@ -286,9 +309,10 @@ def test_sample_needs_a_model_that_thinks(tiny_directory, capsys):
 
 
 def test_dry_run_writes_nothing(tiny_run, run_directory, capsys):
-    assert fit(tiny_run, *QUIET, "--steps", "5", "--dry-run") == 0
-    said = capsys.readouterr().err
-    assert "the recipe can be run" in said
+    for memory in ([], ["--objective.anchors_at_once", "5", "--activation_checkpointing", "true"]):
+        assert fit(tiny_run, *QUIET, "--steps", "5", *memory, "--dry-run") == 0
+        said = capsys.readouterr().err
+        assert "the recipe can be run" in said
     assert not run_directory.exists()
 
 
