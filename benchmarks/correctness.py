@@ -113,7 +113,17 @@ def _few(device: torch.device) -> Anchors:
     return Anchors(text, torch.tensor([[3, 99, 41, -1], [129, 129, 64, 0]], device=device))
 
 
-ANCHORS = {"everywhere": _everywhere, "everywhere, packed and padded": _everywhere_packed, "at a few anchors": _few}
+def _window(device: torch.device) -> Anchors:
+    text = packed([[67, 1, 40], [120]], 130).to(device)
+    return Anchors.everywhere(text).part(slice(50, 110))
+
+
+ANCHORS = {
+    "everywhere": _everywhere,
+    "everywhere, packed and padded": _everywhere_packed,
+    "in a window": _window,
+    "at a few anchors": _few,
+}
 HEADS = ((9, 3, 64), (4, 4, 64), (8, 4, 128))
 
 

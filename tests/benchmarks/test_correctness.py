@@ -11,7 +11,16 @@ from models.attention import aten, reference
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in checks(few=True) if "triton" not in name])
+ON_CUDA_ALONE = ("flex", "flash")
+CHECKS = [name for name in checks(few=True) if "triton" not in name]
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if any(f": {b}" in name for b in ON_CUDA_ALONE)])
+def test_what_a_cpu_cannot_run_is_unserved(name):
+    assert run_check(checks(few=True)[name], CPU)[0] == "unserved"
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if not any(f": {b}" in name for b in ON_CUDA_ALONE)])
 def test_on_cpu(name):
     outcome, said, findings = run_check(checks(few=True)[name], CPU)
     assert outcome == "passed", said
