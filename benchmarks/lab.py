@@ -3,8 +3,8 @@
     python -m benchmarks.lab
 
 For each seed, from the shipped base model: RLP (recipe quickstart with twice the rows a step), next-token prediction at
-equal FLOPs, RLP with its rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star). Each is then
-put to the same held-out problems: NLL of the answer without a thought, after its own, after others; share of right
+equal FLOPs, RLP with its rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star). Each is
+then put to the same held-out problems: NLL of the answer without a thought, after its own, after others; share of right
 thoughts. What RLP's models do on longer chains, other tasks and other surface forms is compared with the base model.
 
 Writes medians and ranges over the seeds to benchmarks/results/lab.json and prints them. Runs are kept in runs/lab-*, so
