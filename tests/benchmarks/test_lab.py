@@ -32,6 +32,8 @@ def results(tmp_path_factory):
         patch.setattr(lab, "load_recipe", small)
         patch.setattr(lab, "BASE", "random:lab")
         patch.setattr(lab, "ROWS", 2)
+        patch.setattr(lab, "STEPS", 2)
+        patch.setattr(lab, "ROWS_PER_STEP", 1)
         patch.setattr(lab, "SHIFTS", dict(list(lab.SHIFTS.items())[:2]))
         patch.setattr(sys, "argv", ["lab", "--seeds", "2", "--work", str(work), "--out", str(work / "lab.json")])
         lab.main()
