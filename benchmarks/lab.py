@@ -41,7 +41,7 @@ from pretrain.run_directory import RunDirectory
 RESULTS = Path(__file__).parent / "results" / "lab.json"
 BASE = "lab"
 TRAINED_ON = "lab:tasks=sum,chain=4"
-STEPS, ROWS_PER_STEP = 70, 8  # of RLP and its controls: larger batches than a quickstart has time for, so less noise
+STEPS, ROWS_PER_STEP = 85, 8  # of RLP and its controls: larger batches than a quickstart has time for, so less noise
 ROWS = 24  # held-out rows of 256 tokens, about 20 problems each
 LONGEST = 20  # sampled tokens of a thought: room for chains of 8 with their spaces and the closing tag
 SHIFTS = {
