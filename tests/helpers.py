@@ -76,7 +76,10 @@ def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: i
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of tensors made under it that are alive: `now`, and at most, `peak`. A storage counts once and whole."""
+    """Bytes of tensors made under it that are alive: `now`, and at most, `peak`. A storage counts once and whole.
+
+    Weights packed for oneDNN do not count: they are weights, and have no storage that can be asked for its size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout != torch._mkldnn:
                 self._count(tensor.untyped_storage())
         return out
 
