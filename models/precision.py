@@ -34,7 +34,7 @@ def _kept(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callab
 
     Hazard: writing to `weight.data` by hand is neither.
     """
-    state = ([weight._version for weight in weights], _optimizer_steps, dtype)
+    state = ([weight._version for weight in weights], _optimizer_steps, dtype, weights[0].device)
     kept = getattr(weights[0], name, None)
     if kept is None or kept[0] != state:
         kept = (state, make(*(weight.detach() for weight in weights)))

@@ -29,6 +29,9 @@ from pretrain.samples import describe_thought
 from pretrain.state import run_state
 from pretrain.watch import WINDOW, Watch, length_trend
 
+# Seconds of training between two lines of progress where there is no terminal to draw a bar on, at least.
+SECONDS_A_LINE = 2.0
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -56,6 +59,7 @@ class Records(lightning.Callback):
         self.mirrors = mirrors
         self.progress: Progress | None = None
         self.watch = Watch()
+        self._said = -SECONDS_A_LINE
         self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._last = (0, 0.0)
 
@@ -81,11 +85,13 @@ class Records(lightning.Callback):
         status = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
         if self.progress is not None:
             self.progress.update(self._task, completed=report.step, status=status)
-        if report.step % module.recipe.logging.every and report.step != module.recipe.steps:
+        steps = module.recipe.steps
+        if report.step % module.recipe.logging.every and report.step != steps:
             return
-        if self.progress is None:
+        if self.progress is None and (report.seconds >= self._said + SECONDS_A_LINE or report.step == steps):
+            self._said = report.seconds
             nll = "".join(f"  {name} {report.metrics[name]:.3f}" for name in report.metrics if name.startswith("nll"))
-            say(f"step {report.step}/{module.recipe.steps}  {status}{nll}")
+            say(f"step {report.step}/{steps}  {status}{nll}")
         record = {
             "step": report.step,
             "tokens": report.tokens,
