@@ -78,25 +78,26 @@ class Watch:
         values = self._seen[name]
         return fmean(values[-self.window :]) if len(values) >= self.window else None
 
-    def _change(self, name: str) -> tuple[float, float] | None:
-        """Means over the first and the last window; None while they overlap."""
+    def _change(self, name: str, window: int) -> tuple[float, float] | None:
+        """Means over the first and the last `window` records; None while they overlap."""
         values = self._seen[name]
-        if len(values) < 2 * self.window:
+        if len(values) < 2 * window:
             return None
-        return fmean(values[: self.window]), fmean(values[-self.window :])
+        return fmean(values[:window]), fmean(values[-window:])
 
     def _length_collapse(self) -> str | None:
-        change = self._change("thought_length")
+        window = max(1, self.window // 2)  # a mean length varies little from step to step, and may collapse in ten
+        change = self._change("thought_length", window)
         if change is None or change[1] >= COLLAPSED * change[0]:
             return None
         return (
-            f"thoughts shrank from {change[0]:.1f} to {change[1]:.1f} tokens (first and last {self.window} records): "
+            f"thoughts shrank from {change[0]:.1f} to {change[1]:.1f} tokens (first and last {window} records): "
             "usually they do not pay and the model learns to say little; try positions that need thinking "
             "(objective.positions band or entropy), more objective.thoughts, or a lower optimizer.lr"
         )
 
     def _leakage(self) -> str | None:
-        change, length = self._change("target_in_thought"), self._recent("thought_length")
+        change, length = self._change("target_in_thought", self.window), self._recent("thought_length")
         if change is None:
             return None
         first, last = change

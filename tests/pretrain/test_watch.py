@@ -98,7 +98,7 @@ def test_a_solved_task_is_no_flat_reward():
 def test_a_window_must_be_full_and_two_must_not_overlap():
     assert names(run(WINDOW - 1, thought_closed=0.0)) == []
     assert names(run(WINDOW, thought_closed=0.0)) == ["unclosed_thoughts"]
-    collapsing = run(WINDOW) + run(WINDOW, thought_length=10.0)
+    collapsing = run(WINDOW // 2) + run(WINDOW // 2, thought_length=10.0)
     assert names(collapsing[:-1]) == []
     assert names(collapsing) == ["length_collapse"]
     assert [w.name for w in follow(run(4, thought_closed=0.0), window=4)] == ["unclosed_thoughts"]
