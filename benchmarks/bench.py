@@ -29,7 +29,7 @@ def choose_device() -> torch.device:
 
 
 def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None, out: Path) -> int:
-    """Runs the parts, writes OUT/<cpu or cuda>.json and .png, and returns how many rows or contestants failed.
+    """Runs the parts, writes OUT/<cpu or cuda>[-DTYPE].json and .png, and returns how many rows or contestants failed.
 
     The file is written after every row. Rows of other parts that it holds already are kept if they were measured of
     the same commit on the same device at the same size, so that parts can be run one after the other.
@@ -41,7 +41,7 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
     if out.exists() and not out.is_dir():
         raise SystemExit(f"forethought: {out} is a file; name a directory for the results with --out")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{device.type}.json"
+    path = out / f"{device.type}{'-' + dtype if dtype else ''}.json"
     rows = [row for row in _kept(path, about) if row["part"] not in only]
     failures: list[str] = []
     for part in only:
@@ -53,7 +53,10 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
             order = list(PARTS)
             rows.sort(key=lambda r: order.index(r["part"]))
             results = about | {"targets": judge(rows, device.type, size), "rows": rows}
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            # In one step: a run that is cut off leaves the rows before.
+            written = path.with_suffix(".json.part")
+            written.write_text(json.dumps(results, indent=1) + "\n")
+            written.replace(path)
     print_report(results, only)
     picture = write_picture(results, path.with_suffix(".png"))
     print(f"wrote {path}" + (f" and {picture.name}" if picture else "; no picture: matplotlib is not installed"))

@@ -3,8 +3,8 @@
 #     bash benchmarks/gpu.sh
 # and on any machine, with toy sizes, through the same entry points:
 #     FORETHOUGHT_DEVICE=cpu bash benchmarks/gpu.sh --tiny
-# Results go to $OUT, else to benchmarks/results/: cuda.json and .png, correctness.json, gpu.log. Every part is a process
-# of its own with a time limit and writes what it has as it goes, so that no part loses another's results.
+# Results go to $OUT, else to benchmarks/results/: cuda.json and .png, a correctness-BACKEND.json each, gpu.log. Every part
+# is a process of its own with a time limit and writes what it has as it goes, so that no part loses another's results.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -19,28 +19,56 @@ log=$out/gpu.log
 : >"$log" || exit 1
 failed=()
 
+report() { # NAME CODE SECONDS
+    echo "== $1: exit code $2 after $3 s" | tee -a "$log"
+    [ "$2" -eq 0 ] || failed+=("$1 ($2)")
+}
+
 part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$(($2 * ${patience:-1})) started=$SECONDS code
+    local name=$1 limit=$(($2 * ${patience:-1})) started=$SECONDS
     shift 2
     echo "== $name, at most $limit s" | tee -a "$log"
     timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$log"
-    code=${PIPESTATUS[0]}
-    echo "== $name: exit code $code after $((SECONDS - started)) s" | tee -a "$log"
-    [ "$code" -eq 0 ] || failed+=("$name ($code)")
+    report "$name" "${PIPESTATUS[0]}" $((SECONDS - started))
+}
+
+# Parts beside each other: what is not timed, and spends its time compiling.
+names=() pids=()
+beside() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$(($2 * ${patience:-1}))
+    shift 2
+    timeout -k 5 "$limit" "$@" >"$logs/$name" 2>&1 &
+    names+=("$name") pids+=($!)
+}
+
+wait_for_all() {
+    local i code started=$SECONDS
+    for i in "${!pids[@]}"; do
+        wait "${pids[$i]}"
+        code=$?
+        echo "== ${names[$i]}, beside others" | tee -a "$log"
+        tee -a "$log" <"$logs/${names[$i]}"
+        report "${names[$i]}" "$code" $((SECONDS - started))
+    done
 }
 
 if ! "$python" -c "import sys, torch; sys.exit('$FORETHOUGHT_DEVICE' == 'cuda' and not torch.cuda.is_available())"; then
     echo "no CUDA device, or no torch in $python; for a dry run: FORETHOUGHT_DEVICE=cpu bash $0 --tiny" | tee -a "$log"
     exit 1
 fi
-part correctness 50 "$python" -m benchmarks.correctness $size --out "$out"
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+for backend in aten flash flex triton; do
+    beside "correctness-$backend" 120 "$python" -m benchmarks.correctness $size --backend "$backend" --out "$out"
+done
 if "$python" -c "import pytest" 2>/dev/null; then
     tests=(tests/models/test_attention.py tests/models/test_decoder.py tests/models/test_logprobs.py)
     tests+=(tests/models/test_philox.py tests/models/test_rollout.py tests/checkpoints/test_parity.py)
     # Weights of real models have to be fetched.
-    part tests 50 "$python" -m pytest -p no:cacheprovider -m "not smollm2" ${size:+--collect-only} "${tests[@]}"
+    beside tests 120 "$python" -m pytest -p no:cacheprovider -m "not smollm2" ${size:+--collect-only} "${tests[@]}"
 fi
-for limits in attention:50 steps:75 memory:25 rollouts:110 curves:70; do
+wait_for_all
+for limits in attention:75 steps:70 memory:20 rollouts:100 curves:60; do
     part "${limits%:*}" "${limits#*:}" "$python" -m benchmarks $size --only "${limits%:*}" --out "$out"
 done
 part report 15 "$python" -m benchmarks.report "$out/$FORETHOUGHT_DEVICE.json"

@@ -29,19 +29,23 @@ class Target:
 
 
 TARGETS = (
-    Target("attention", "dense", "reference / default, time", "≥", 20),
-    Target("attention", "dense", "default / reference, memory", "≤", 1 / 10),
-    Target("attention", "dense", "default / S causal calls, time", "≤", 1.25),
-    Target("steps", "quiet_star", "quiet_star / next_token, FLOP/s", "≥", 0.85),
-    Target("steps", "public shape, float32", "quiet_star / next_token, K times, time", "≤", 18),
-    Target("steps", "public shape, bfloat16", "quiet_star / next_token, K times, time", "≤", 18),
-    Target("steps", "public shape, float32", "peak, GB", "≤", 2.8),
-    Target("steps", "public shape, bfloat16", "peak, GB", "≤", 1.6),
-    Target("rollouts", "deep", "rollout / generate, decode tokens/s", "≥", 4),
-    Target("rollouts", "deep", "generate / rollout, end to end", "≥", 6),
-    Target("rollouts", "deep", "rollout / generate, KV", "≤", 1 / 4),
-    Target("rollouts", "scoring", "separate / shared, time", "≥", 2),
-    Target("memory", "quiet_star", "quiet_star / next_token, memory", "≤", 2),
+    Target("attention", "dense", "reference / default, time", "≥", 20, "cpu"),
+    Target("attention", "dense", "default / reference, memory", "≤", 1 / 10, "cpu"),
+    Target("attention", "dense", "default / S causal calls, time", "≤", 1.25, "cpu"),
+    Target("steps", "quiet_star", "quiet_star / next_token, FLOP/s", "≥", 0.85, "cpu"),
+    Target("steps", "public shape, float32", "quiet_star / next_token, K times, time", "≤", 18, "cpu"),
+    Target("steps", "public shape, bfloat16", "quiet_star / next_token, K times, time", "≤", 18, "cpu"),
+    Target("steps", "public shape, float32", "peak, GB", "≤", 2.8, "cpu"),
+    Target("steps", "public shape, bfloat16", "peak, GB", "≤", 1.6, "cpu"),
+    Target("rollouts", "deep", "rollout / generate, decode tokens/s", "≥", 4, "cpu"),
+    Target("rollouts", "deep", "generate / rollout, end to end", "≥", 6, "cpu"),
+    Target("rollouts", "deep", "rollout / generate, KV", "≤", 1 / 4, "cpu"),
+    Target("rollouts", "scoring", "separate / shared, time", "≥", 2, "cpu"),
+    Target("memory", "quiet_star", "quiet_star / next_token, memory", "≤", 2, "cpu"),
+    Target("attention", "dense", "triton / one causal call, FLOP/s", "≥", 0.6, "cuda"),
+    Target("rollouts", "deep", "decode / copy, bytes/s", "≥", 0.7, "cuda"),
+    Target("steps", "large", "quiet_star, MFU", "≥", 0.4, "cuda"),
+    Target("steps", "large", "next_token, MFU", "≥", 0.55, "cuda"),
 )
 
 

@@ -128,14 +128,15 @@ def next_token() -> NextToken:
 def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dict[str, float]:
     """Loss and gradients of one step, without the optimizer's own update; the FLOPs of the project's ledger.
 
-    Gradients are allocated anew, as in training. Low-precision copies of weights are there from the warm-up, while in
-    training each step makes them again: that is the same for all objectives, and weighs most on the cheapest.
+    Gradients are allocated and freed within it, so that they count as memory of the step. Low-precision copies of
+    weights are there from the warm-up, while in training each step makes them again: that is the same for all
+    objectives, and weighs most on the cheapest.
     """
-    model.zero_grad(set_to_none=True)
     flops = 0
     for output in objective.losses(model, text, Rng(0, 0)):
         output.loss.backward()
         flops += output.flops
+    model.zero_grad(set_to_none=True)
     return {"flops": flops}
 
 

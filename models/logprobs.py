@@ -13,12 +13,14 @@ from torch import Tensor
 
 from models.precision import accumulation_dtype, linear, working_copy
 
-# Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB.
-CHUNK_ELEMENTS = 2**25
+# Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB. Each chunk adds to the whole gradient of the head, on
+# which a GPU would spend most of its time if chunks were small: 2²⁸ are 1 GiB.
+CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 2**25, 2**28
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def _chunks(hidden_RW: Tensor, weight_VW: Tensor) -> list[slice]:
+    elements = CUDA_CHUNK_ELEMENTS if hidden_RW.is_cuda else CHUNK_ELEMENTS
+    rows, size = len(hidden_RW), max(1, elements // len(weight_VW))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -39,7 +41,7 @@ class _TokenLogprobs(torch.autograd.Function):
         copy = working_copy(weight_VW, hidden_RW.dtype)
         logprobs_R = hidden_RW.new_empty(len(targets_R), dtype=accumulation_dtype(hidden_RW.dtype))
         lse_R = torch.empty_like(logprobs_R)
-        for c in _chunks(len(targets_R), len(weight_VW)):
+        for c in _chunks(hidden_RW, weight_VW):
             logits_CV = _logits(F.linear(hidden_RW[c], copy), temperature, banned_V)
             lse_R[c] = logits_CV.logsumexp(-1)
             logprobs_R[c] = logits_CV.gather(-1, targets_R[c, None])[:, 0] - lse_R[c]
@@ -52,7 +54,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_RW, copy, targets_R, lse_R, banned_V = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RW) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(copy, dtype=ctx.master_dtype) if ctx.needs_input_grad[1] else None
-        for c in _chunks(len(targets_R), len(copy)):
+        for c in _chunks(hidden_RW, copy):
             logits_CV = _logits(F.linear(hidden_RW[c], copy), ctx.temperature, banned_V)
             # d logprob / d logits = (onehot − softmax) / temperature
             grad_CV = logits_CV.sub_(lse_R[c, None]).exp_().mul_(-grad_R[c, None] / ctx.temperature)
@@ -89,13 +91,14 @@ def sample_tokens(
     hidden_RW, uniforms_R = hidden.flatten(0, -2), uniforms.flatten()
     tokens_R = torch.empty(len(uniforms_R), dtype=torch.int64, device=hidden.device)
     logprobs_R = torch.empty(len(uniforms_R), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    for c in _chunks(len(uniforms_R), len(weight_VW)):
+    for c in _chunks(hidden_RW, weight_VW):
         logits_CV = _logits(linear(hidden_RW[c], weight_VW), temperature or 1.0, banned_V)
         masses_CV = logits_CV.sub_(logits_CV.amax(-1, keepdim=True)).exp_()
         if temperature == 0:
             tokens_R[c] = masses_CV.argmax(-1)
         else:
-            cumulative_CV = masses_CV.cumsum(-1)
+            # A GPU sums in a tree, and in fp32 the sum can fall, or rise where a mass is zero.
+            cumulative_CV = masses_CV.cumsum(-1, dtype=torch.float64 if masses_CV.is_cuda else None)
             threshold_C1 = uniforms_R[c, None].to(cumulative_CV.dtype) * cumulative_CV[:, -1:]
             # The first token whose cumulated mass exceeds the threshold, hence never one of mass zero.
             tokens_R[c] = torch.searchsorted(cumulative_CV, threshold_C1, right=True)[:, 0]
@@ -111,7 +114,7 @@ def token_entropies(hidden: Tensor, weight_VW: Tensor, top: int | None = None) -
     """
     hidden_RW = hidden.flatten(0, -2)
     entropy_R = torch.empty(len(hidden_RW), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    for c in _chunks(len(hidden_RW), len(weight_VW)):
+    for c in _chunks(hidden_RW, weight_VW):
         logits_CV = _logits(linear(hidden_RW[c], weight_VW), 1.0, None)
         if top is not None:
             logits_CV = logits_CV.topk(min(top, logits_CV.shape[-1])).values
@@ -125,6 +128,6 @@ def most_probable(hidden: Tensor, weight_VW: Tensor) -> Tensor:
     """The token of highest probability of each row; hidden [..., W] → int64 [...]."""
     hidden_RW = hidden.flatten(0, -2)
     tokens_R = torch.empty(len(hidden_RW), dtype=torch.int64, device=hidden.device)
-    for c in _chunks(len(hidden_RW), len(weight_VW)):
+    for c in _chunks(hidden_RW, weight_VW):
         tokens_R[c] = _logits(linear(hidden_RW[c], weight_VW), 1.0, None).argmax(-1)
     return tokens_R.view(hidden.shape[:-1])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import TextState, ThoughtCache
@@ -56,9 +57,21 @@ class Rollout:
         sliced = {name: x[..., cut] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, thoughts=self.thoughts.part(cut), **sliced)  # type: ignore[arg-type]
 
+    def slots(self, S: int) -> Rollout:
+        """The same with S slots for tokens: the first, or empty ones behind."""
+        more = S - self.sampled_BKSM.shape[2]
+        if not more:
+            return self
+        changed = {
+            name: F.pad(x, (0, 0, 0, more)) for name, x in vars(self).items() if isinstance(x, Tensor) and x.ndim == 4
+        }
+        return replace(self, thoughts=self.thoughts.slots(S), **changed)  # type: ignore[arg-type]
+
     @staticmethod
     def joined(parts: Sequence[Rollout], anchors: Anchors) -> Rollout:
         """The thoughts of all `anchors` from those of its parts, in order."""
+        S = max(p.sampled_BKSM.shape[2] for p in parts)
+        parts = [p.slots(S) for p in parts]
         names = [name for name, x in vars(parts[0]).items() if isinstance(x, Tensor)]
         whole = {name: torch.cat([getattr(p, name) for p in parts], dim=-1) for name in names}
         thoughts = Thoughts.joined([p.thoughts for p in parts], anchors)
@@ -85,7 +98,7 @@ def rollout(
     it goes on: `close` is given to those that have not written it, and then the answer is drawn. Banned ids are never
     drawn, except those of `close`, of the answer's end, and those `allowed`. The draw of a token is keyed by the run's
     seed, the step and the token's place (sample id, anchor, thought, token), so a thought is the same in whatever
-    batch, chunk or rank it is sampled.
+    batch, chunk or rank it is sampled. Slots that no thought needs, as all ended before, are cut off.
     """
     text, P = anchors.text, len(given)
     B, M, K = text.shape[0], anchors.index_BM.shape[1], thoughts_per_anchor
@@ -109,14 +122,20 @@ def rollout(
     banned_V = model.banned_V.clone()
     banned_V[[*close, *_end(answer), *allowed]] = False
 
+    may_end_early = bool(close) or answer is not None
     cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
-    thought_K1 = torch.arange(K, device=device)[:, None]
+    thought_K11, draw_T1 = torch.arange(K, device=device)[:, None, None], torch.arange(S - P, device=device)[:, None]
     for s in range(P, S):
         newest = slice(0, P) if s == P else slice(s - 1, s)
         hidden_BKSMW = model.continue_thoughts(tokens_BKSM[:, :, newest], anchors, state, cache)
-        uniforms_BKM = rng.uniform(text.sample_id_B[:, None, None], anchors.index_BM[:, None], thought_K1, s - P)
+        look, since = divmod(s - P, LOOK_EVERY)
+        if since == 0:
+            draws_T1 = draw_T1[look * LOOK_EVERY :][:LOOK_EVERY]
+            uniforms_BKTM = rng.uniform(
+                text.sample_id_B[:, None, None, None], anchors.index_BM[:, None, None], thought_K11, draws_T1
+            )
         token_BKM, logprob_BKM = sample_tokens(
-            hidden_BKSMW[:, :, -1], model.head_weight_VW, uniforms_BKM, temperature, banned_V
+            hidden_BKSMW[:, :, -1], model.head_weight_VW, uniforms_BKTM[:, :, since], temperature, banned_V
         )
         given_BKM = pending_BKM > 0
         draws_BKM = ~given_BKM & (phase_BKM != ENDED)
@@ -143,7 +162,8 @@ def rollout(
             phase_BKM = torch.where(over_BKM, ANSWERING, torch.where(done_BKM, ENDED, phase_BKM))
             pending_BKM = torch.where(over_BKM, len(forced) - closes_BKM * len(close), pending_BKM)
             drawn_BKM = drawn_BKM * ~over_BKM
-        if (s - P + 1) % LOOK_EVERY == 0 and model.all_agree((phase_BKM == ENDED).all()):
+        if may_end_early and since == LOOK_EVERY - 1 and model.all_agree((phase_BKM == ENDED).all()):
+            S = s + 1
             break
     return Rollout(
         Thoughts(tokens_BKSM, anchors),
@@ -153,7 +173,7 @@ def rollout(
         answering_BKSM,
         answered_BKM,
         len(close),
-    )
+    ).slots(S)
 
 
 def _end(answer: Answer | None) -> tuple[int, ...]:
@@ -167,6 +187,8 @@ def _ends_with(tokens_BKSM: Tensor, s: int, ending: tuple[int, ...], drawn_BKM: 
     first = s + 1 - len(ending)
     if first < 0:
         return torch.zeros_like(drawn_BKM, dtype=torch.bool)
-    ending_T1 = torch.tensor(ending, device=tokens_BKSM.device)[:, None]
-    same_BKM = (tokens_BKSM[:, :, first : s + 1] == ending_T1).all(dim=2)
-    return same_BKM & (drawn_BKM >= len(ending))
+    # Compared with numbers: a tensor of the ending would be copied to the device, and the copy waited for.
+    same_BKM = drawn_BKM >= len(ending)
+    for slot, token in enumerate(ending, first):
+        same_BKM = same_BKM & (tokens_BKSM[:, :, slot] == token)
+    return same_BKM

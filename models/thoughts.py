@@ -218,9 +218,14 @@ class Thoughts:
         """The thoughts of some of each row's anchors."""
         return Thoughts(self.tokens_BKSM[..., cut], self.anchors.part(cut))
 
+    def slots(self, S: int) -> Thoughts:
+        """The same with S slots for tokens: the first, or empty ones behind."""
+        more = S - self.tokens_BKSM.shape[2]
+        return Thoughts(torch.nn.functional.pad(self.tokens_BKSM, (0, 0, 0, more), value=PAD), self.anchors)
+
     @staticmethod
     def joined(parts: Sequence[Thoughts], anchors: Anchors) -> Thoughts:
-        """The thoughts of all `anchors` from those of its parts, in order."""
+        """The thoughts of all `anchors` from those of its parts, in order, all with as many slots."""
         return Thoughts(torch.cat([p.tokens_BKSM for p in parts], dim=-1), anchors)
 
     def followed_by(self, tokens_BKTM: Tensor) -> Thoughts:

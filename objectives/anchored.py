@@ -212,6 +212,15 @@ class Anchored(Objective):
                     eligible_BN[row, start:end] = here & (entropy_BN[row, start:end] >= threshold)
         return self._draw_anchors(eligible_BN, text, rng)
 
+    def looked_at(self, text: Text) -> int:
+        """Hidden states whose next token `choose_anchors` asks for."""
+        return text.tokens_BN.numel() if self.config.positions in ("band", "entropy", "hard") else 0
+
+    def drawn_rows(self, drawn: Rollout) -> int:
+        """Hidden states that tokens were drawn from, whether or not their thoughts had ended."""
+        B, K, S, M = drawn.sampled_BKSM.shape
+        return B * K * (S - len(self.open_ids)) * M
+
     def _draw_anchors(self, eligible_BN: Tensor, text: Text, rng: Rng) -> Anchors:
         device = text.tokens_BN.device
         place_BN = torch.arange(text.shape[1], device=device).expand(text.shape)

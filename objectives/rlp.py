@@ -126,9 +126,9 @@ class Rlp(Anchored):
         base_BHM = token_logprobs(torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
         ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
-        ledger.vocabulary(base_BHM.numel(), backward=False)
+        ledger.vocabulary(self.looked_at(text) + base_BHM.numel(), backward=False)
         ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
-        ledger.vocabulary(drawn.closed_BKM.numel() * c.length, backward=False, stage="rollout")
+        ledger.vocabulary(self.drawn_rows(drawn), backward=False, stage="rollout")
         return ThoughtBatch(ledger.total, drawn, target_BHM, base_BHM, anchors.index_BM >= 0)
 
     def closed_and_continued(self, batch: ThoughtBatch) -> tuple[Thoughts, Tensor]:

@@ -148,9 +148,9 @@ class Rpt(Anchored):
             read_by_proxy = Ledger(proxy.decoder)
             read_by_proxy.read(text, backward=False)
             ledger.spent["text"] += read_by_proxy.total
-        ledger.vocabulary(text.tokens_BN.numel() if c.positions == "hard" else target_B1M.numel(), backward=False)
+        ledger.vocabulary(self.looked_at(text) + target_B1M.numel(), backward=False)
         ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
-        ledger.vocabulary(int(drawn.sampled_BKSM.sum()), backward=False, stage="rollout")
+        ledger.vocabulary(self.drawn_rows(drawn), backward=False, stage="rollout")
         answered = torch.tensor([[[p is not None for p in row] for row in group] for group in predictions])
         return ResponseBatch(
             ledger.total,

@@ -260,6 +260,8 @@ def dry_run(recipe: Recipe) -> None:
     for output in prepared.objective.losses(model, text, Rng(recipe.seed, 0)):
         output.loss.backward()
         flops += output.flops
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters())
     passes = recipe.rows_per_step // rows

@@ -103,4 +103,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 @functools.cache
 def _compiled(function):
+    # Each head size, dtype and kind of mask is compiled by itself. Beyond the limit, eight, dynamo runs the definition
+    # instead without a word, and that holds all scores.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=True)

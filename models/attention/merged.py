@@ -29,6 +29,8 @@ from models.thoughts import Anchors, Text
 
 # Sequences, and heads, of one call: they are the y and z axes of the grid of a CUDA flash kernel.
 MOST_AT_ONCE = 2**16 - 1
+# A CUDA flash backward holds the queries' gradients in fp32, each sequence filled up to 128 tokens: so many elements.
+PADDED_TOKENS, MOST_PADDED = 128, 2**27
 
 
 class Sequences(NamedTuple):
@@ -428,7 +430,7 @@ def _prefixes(anchors: Anchors, queries: int) -> _Prefixes:
 def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
     B, K, S, M, H, D = q.shape
     if M * H > MOST_AT_ONCE:
-        parts = [_own_part(q_m, k_m, v_m, kernels) for q_m, k_m, v_m in _few_anchors(H, q, k, v)]
+        parts = [_own_part(q_m, k_m, v_m, kernels) for q_m, k_m, v_m in _few_anchors(MOST_AT_ONCE // H, q, k, v)]
         out, lse = (_joined(x, dim=3) for x in zip(*parts, strict=True))
         return out, lse
     if S == 1:
@@ -441,11 +443,15 @@ def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor
 
 
 def _own_part_backward(grad, q, k, v, out, lse, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    S, T, M, H = q.shape[2], k.shape[2], q.shape[3], q.shape[4]
-    if M * H > MOST_AT_ONCE:
+    B, K, S, M, H, D = q.shape
+    T = k.shape[2]
+    most = MOST_AT_ONCE
+    if kernels.varlen:
+        most = min(most, max(H, MOST_PADDED // (B * K * max(S, PADDED_TOKENS) * D)))
+    if M * H > most:
         parts = [
             _own_part_backward(g, q_m, k_m, v_m, o, l, kernels)
-            for g, q_m, k_m, v_m, o, l in _few_anchors(H, grad, q, k, v, out, lse)
+            for g, q_m, k_m, v_m, o, l in _few_anchors(most // H, grad, q, k, v, out, lse)
         ]
         dq, dk, dv = (_joined(x, dim=3) for x in zip(*parts, strict=True))
         return dq, dk, dv
@@ -455,9 +461,9 @@ def _own_part_backward(grad, q, k, v, out, lse, kernels: Kernels) -> tuple[Tenso
     return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
 
 
-def _few_anchors(H: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors [B, K, S, M, …] in parts over M that have no more heads than one call takes."""
-    return zip(*(x.split(max(1, MOST_AT_ONCE // H), dim=3) for x in tensors), strict=True)
+def _few_anchors(most: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors [B, K, S, M, …] in parts over M, which is at most `most` in each."""
+    return zip(*(x.split(max(1, most), dim=3) for x in tensors), strict=True)
 
 
 def _as_sequences(x: Tensor) -> Tensor:

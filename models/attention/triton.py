@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.attention import aten
+from models.attention.merged import MOST_AT_ONCE
 from models.thoughts import Anchors, Text
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -46,6 +47,11 @@ def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool
         return False, f"the triton kernels take head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
     S, T, group = q.shape[2], k.shape[2], q.shape[4] // k.shape[4]
     if not anchors.dense:
+        if anchors.index_BM.numel() > MOST_AT_ONCE:
+            return (
+                False,
+                f"{anchors.index_BM.numel()} anchors are more than a grid takes; try objective.anchors_at_once",
+            )
         if differentiable:
             return aten.supports(q, k, anchors, differentiable)
         return True, "triton kernels for thoughts at a few anchors"

@@ -8,17 +8,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import arguments, bench, report
+from benchmarks.correctness import CHECKED
 from benchmarks.measure import Growth, Spread, Unserved, memory_limit, peak_of, race
 from benchmarks.rows import PARTS, Row
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
-from benchmarks.workloads import TINY, make_model, make_text, transformers_model
+from benchmarks.workloads import TINY, make_model, make_text, next_token, training_step, transformers_model
 from pretrain import cli
 from tests.helpers import relative_error
 
@@ -40,26 +43,50 @@ def dry_run(tmp_path_factory) -> tuple[Path, str]:
 
 def test_the_gpu_script_runs_everything(dry_run):
     out, said = dry_run
-    assert {path.name for path in out.iterdir()} == {"cpu.json", "cpu.png", "correctness.json", "gpu.log"}
-    for name in ("correctness", "tests", *PARTS, "report"):
+    checked = [f"correctness-{backend}" for backend in CHECKED]
+    files = {f"{name}.json" for name in checked} | {"cpu.json", "cpu.png", "gpu.log"}
+    assert {path.name for path in out.iterdir()} == files
+    for name in (*checked, "tests", *PARTS, "report"):
         assert f"== {name}: exit code 0" in said
     assert (out / "gpu.log").read_text() == said
     results = json.loads((out / "cpu.json").read_text())
     assert {row["part"] for row in results["rows"]} == set(PARTS)
     assert not [row for row in results["rows"] if row.get("failed")]
     assert not [m for row in results["rows"] for m in row["measured"].values() if m.get("failed")]
-    correctness = json.loads((out / "correctness.json").read_text())
-    assert correctness["counts"]["passed"] > 5
-    assert correctness["counts"]["failed"] == 0
+    counts = {name: json.loads((out / f"{name}.json").read_text())["counts"] for name in checked}
+    assert counts["correctness-aten"]["passed"] > 5
+    assert not any(count["failed"] for count in counts.values())
 
 
 def test_every_target_is_measured_by_a_row(dry_run):
     results = json.loads((dry_run[0] / "cpu.json").read_text())
-    assert [t["ratio"] for t in results["targets"]] == [t.ratio for t in TARGETS]
+    assert [t["ratio"] for t in results["targets"]] == [t.ratio for t in TARGETS if t.device == "cpu"]
     for target in results["targets"]:
         assert target["value"] is not None, target
         assert target["reached"] is None  # not at this size
     assert all(t["reached"] in (True, False) for t in judge(results["rows"], "cpu", "full"))
+
+
+def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
+    """What a CPU has of them: all but those over a GPU's peak and its copies."""
+    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    rows = {(row["part"], row["name"]): row for row in rows}
+    for target in (t for t in TARGETS if t.device == "cuda"):
+        row = rows[target.part, target.row]
+        if target.ratio.endswith(", MFU"):
+            assert target.ratio.removesuffix(", MFU") in row["measured"]
+        elif target.ratio == "triton / one causal call, FLOP/s":
+            assert "triton" in row["measured"] and "aten / one causal call, FLOP/s" in row["ratios"]
+        else:
+            assert target.ratio == "decode / copy, bytes/s"
+
+
+def test_gradients_are_memory_of_a_step():
+    config = replace(TINY, vocab_size=2**16)
+    model, text = make_model(config, torch.float32, CPU), make_text(config, 1, 4, CPU)
+    measured = race({"step": partial(training_step, next_token(), model, text)}, CPU, repeats=1)
+    head = model.head_weight_VW
+    assert measured["step"].added_bytes >= head.numel() * head.element_size()
 
 
 def test_both_ways_of_scoring_give_the_same_log_probs(dry_run):

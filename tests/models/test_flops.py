@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.flops import Ledger
 from models.philox import Rng
+from models.rollout import LOOK_EVERY
 from models.thoughts import Anchors
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
@@ -60,20 +61,35 @@ def test_quiet_star(policy):
     assert expected == pytest.approx(seen, rel=0.005)
 
 
-def test_rlp():
-    """With few anchors the reference meets every text key with every thought token, and the ledger only those seen."""
+@pytest.mark.parametrize(
+    ("positions", "closes"), [("random", False), ("band", False), ("entropy", False), ("random", True)]
+)
+def test_rlp(positions, closes):
+    """With few anchors the reference meets every text key with every thought token, and the ledger only those seen.
+
+    Thoughts that all close at once are neither sampled nor scored to their full length.
+    """
     model, text = tiny_model(), packed_text([[16], [9, 7]], N)
     model.decoder.attention_backend = "reference"
-    model.ban(61, (3,))
+    model.ban(61, tuple(range(61)) if closes else (3,))
     P, L, K = 2, 5, 4
     # Without a next-token term the text's last block has no backward but that of its keys and values, which the ledger
     # counts like all others: one part in as many as there are layers.
-    config = RlpConfig(length=L, thoughts=K, anchors_per_document=2, next_token_weight=0.1, train_predictor=0.1)
+    config = RlpConfig(
+        length=3 * LOOK_EVERY if closes else L,
+        thoughts=K,
+        anchors_per_document=2,
+        positions=positions,
+        band=(-50.0, 0.0),
+        next_token_weight=0.1,
+        train_predictor=0.1,
+    )
+    L = LOOK_EVERY if closes else L
     objective = Rlp(config, (1, 2), (3,))
     objective.teacher.model(model)
     ledger = Ledger(model.decoder)
     seen, reported = counted(objective, model, text)
-    anchors = objective._draw_anchors(objective.eligible(text), text, Rng(0, 0))
+    anchors = objective.choose_anchors(text, Rng(0, 0), model.read(text), model.head_weight_VW)
     prefix = sum(end - start for _, _, start, end in anchors.prefixes)
     M = anchors.index_BM.numel()
     text_pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)

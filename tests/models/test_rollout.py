@@ -225,5 +225,7 @@ def test_sampling_stops_early_only_where_all_agree():
     (early, few), (late, all_of_them) = drawn
     assert few < all_of_them == 30
     assert early.closed_BKM.all()
+    assert early.thoughts.tokens_BKSM.shape[2] == 1 + few
+    early = early.slots(1 + 30)
     assert torch.equal(early.thoughts.tokens_BKSM, late.thoughts.tokens_BKSM)
     assert torch.equal(early.logprobs_BKSM, late.logprobs_BKSM)
