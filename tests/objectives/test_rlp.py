@@ -190,6 +190,42 @@ def test_options_add_their_terms():
         assert relative_error(predictor[name] - plain[name], truth[name]) <= 1e-9, name
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_the_distance_to_another_teacher_on_explicit_sequences(horizon):
+    """kl_weight: loss and every gradient, with the teacher's own reading of text and thoughts."""
+    model, other, source = likely_to_close(), likely_to_close(seed=5), text()
+    rlp = objective(dataclasses.replace(SMALL, kl_weight=0.7, horizon=horizon))
+    rlp.teacher._model = copy.deepcopy(other)
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    assert 0.1 < batch.rollout.closed_BKM.double().mean() < 0.9
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    # exp(d) − d − 1 of each sampled token, d = log π_teacher − log π, both tempered and without what is banned.
+    thoughts, banned, total = batch.rollout.thoughts, model.banned_V.clone(), 0.0
+    banned[list(CLOSE)] = False
+    anchors = batch.real_BM.nonzero().tolist()
+    for b, m in anchors:
+        for k in range(SMALL.thoughts):
+            tokens = [t for t in thoughts.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
+            logprobs = []
+            for reader in (model, other):
+                logits = explicit_hidden(reader, source, thoughts, b, k, m) @ reader.head_weight_VW.T
+                logprobs.append((logits / SMALL.temperature).masked_fill(banned, -torch.inf).log_softmax(-1))
+            own = range(len(OPEN), len(tokens))
+            for u in own:
+                pi, reference = (x[u - 1, tokens[u]] for x in logprobs)
+                d = reference.detach() - pi
+                total = total + (d.exp() - d - 1) / len(own)
+    distance = 0.7 * total / (len(anchors) * SMALL.thoughts)
+    # Algorithm 1's own part of the value is 0.
+    assert relative_error(output.loss, distance) <= 1e-10
+    algorithm_1, _ = explicit_loss(rlp, model, source, batch)
+    got, expected = gradients(model, output.loss), gradients(model, algorithm_1 + distance)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+
+
 def test_shuffled_rewards_are_the_same_rewards():
     model, source = likely_to_close(), text()
     plain, shuffled = (
