@@ -11,10 +11,13 @@ import dataclasses
 import pytest
 import torch
 
+from checkpoints.references import LAB
+from data_pipelines.tokenizer import Tokenizer
 from models.philox import Rng
 from models.thoughts import PAD, Text, Thoughts
 from objectives.rlp import Rlp, RlpConfig
 from objectives.teacher import EmaTeacher
+from pretrain.recipe import Recipe
 from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
 
 RNG = Rng(seed=3, step=1)
@@ -55,7 +58,7 @@ def explicit_loss(rlp: Rlp, model, source: Text, batch):
         rewards, policies = [], []
         for k in range(c.thoughts):
             body = [t for t in sampled.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
-            closed = body[-len(rlp.close_ids) :] == list(rlp.close_ids) and len(body) > len(OPEN)
+            closed = body[-len(rlp.close_ids) :] == list(rlp.close_ids) and len(body) > len(rlp.open_ids)
             assert closed == bool(batch.rollout.closed_BKM[b, k, m])
             sequence = body + ([] if closed else list(rlp.close_ids))
             first = len(sequence) - 1
@@ -67,9 +70,10 @@ def explicit_loss(rlp: Rlp, model, source: Text, batch):
             logits = hidden @ model.head_weight_VW.T
             predicted = [logits[first + h].log_softmax(-1)[x] for h, x in enumerate(target)]
             base = batch.base_BHM[b, :, m]
-            rewards.append(sum(c.discount**h * (p.detach() - base[h]) for h, p in enumerate(predicted)))
+            gain = sum(c.discount**h * (p.detach() - base[h]) for h, p in enumerate(predicted))
+            rewards.append(max(gain, 0.0) if c.reward_positive else gain)
             tempered = (logits / c.temperature).masked_fill(banned, -torch.inf).log_softmax(-1)
-            own = range(len(OPEN), len(body))
+            own = range(len(rlp.open_ids), len(body))
             policies.append(sum(tempered[u - 1, body[u]] for u in own) / len(own))
             scores[b, k, m] = torch.stack(predicted).detach()
         mean = sum(rewards) / len(rewards)
@@ -221,6 +225,58 @@ def test_the_distance_to_another_teacher_on_explicit_sequences(horizon):
     assert relative_error(output.loss, distance) <= 1e-10
     algorithm_1, _ = explicit_loss(rlp, model, source, batch)
     got, expected = gradients(model, output.loss), gradients(model, algorithm_1 + distance)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+
+
+def test_negative_rewards_count_as_0_on_explicit_sequences():
+    """reward_positive: what is paid, not what is logged."""
+    model, source = likely_to_close(), text()
+    rlp = objective(dataclasses.replace(SMALL, reward_positive=True))
+    rlp.teacher._model = tiny_model(seed=5)
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    truth, scores = explicit_loss(rlp, model, source, batch)
+    got, expected = gradients(model, output.loss), gradients(model, truth)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+    gains = {at: (predicted - batch.base_BHM[at[0], :, at[2]]).item() for at, predicted in scores.items()}
+    for at, gain in gains.items():
+        assert output.record.reward_BKM[at].item() == pytest.approx(gain)
+    # It matters only in groups with both: where all lose nothing is learned, where all gain it changes nothing.
+    groups = [[gains[b, k, m] > 0 for k in range(SMALL.thoughts)] for b, m in batch.real_BM.nonzero().tolist()]
+    assert sum(any(group) and not all(group) for group in groups) >= 2
+    assert any(not any(group) for group in groups)
+
+
+def test_an_instruction_stands_before_the_thought_alone():
+    """Given like the opening tag: thoughts see it, no loss is on it, and predictions without a thought lack it."""
+    tokenizer = Tokenizer.from_directory(LAB)
+    config = dataclasses.replace(SMALL, instruction="a+b=", horizon=2)
+    rlp = Recipe(1, config, model="lab").make_objective(tokenizer)
+    spelled = [tokenizer.token_id(token) for token in ("a", "+", "b", "=", "<think>")]
+    assert list(rlp.open_ids) == spelled
+    assert rlp.longest_thought == len(spelled) + SMALL.length + 1 + 1
+    model, source = tiny_model(vocab_size=62), text()
+    model.ban(14, (0, 1))
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    drawn = batch.rollout
+    assert 0 < drawn.closed_BKM.sum() < drawn.closed_BKM.numel()
+    assert (drawn.thoughts.tokens_BKSM[:, :, :5] == torch.tensor(spelled)[:, None]).all()
+    assert not drawn.sampled_BKSM[:, :, :5].any()
+    logits = state.hidden_BNW @ model.head_weight_VW.T
+    for b, m in batch.real_BM.nonzero().tolist():
+        n = int(drawn.thoughts.anchors.index_BM[b, m])
+        for h in range(2):
+            truth = logits[b, n + h].log_softmax(-1)[source.tokens_BN[b, n + h + 1]]
+            assert relative_error(batch.base_BHM[b, h, m], truth) <= 1e-12
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    truth, _ = explicit_loss(rlp, model, source, batch)
+    got, expected = gradients(model, output.loss), gradients(model, truth)
     assert got.keys() == expected.keys()
     errors = {n: relative_error(got[n], expected[n]) for n in got}
     assert max(errors.values()) <= 1e-10, errors
