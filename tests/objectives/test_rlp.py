@@ -119,22 +119,29 @@ def test_the_teachers_scores_are_those_of_a_plain_pass():
         assert relative_error(batch.base_BHM[b, 0, m], truth) <= 1e-13
 
 
-def test_the_ratio_is_one_on_the_first_update():
-    """Sampling and scoring agree: every token's ratio is 1 within 1e-5 in fp32."""
+def test_the_ratio_is_one_on_the_first_update(monkeypatch):
+    """Sampling and scoring agree on every token: its log-probs of both differ by at most 1e-5 in fp32."""
     model = tiny_model(torch.float32)
     model.ban(61, (9,))
-    rlp, source = objective(), text()
+    rlp, source, seen = objective(), text(), []
+    monkeypatch.setattr(rlp, "policy", lambda *given: seen.append(Rlp.policy(rlp, *given)) or seen[-1])
     state = model.read(source)
     batch = rlp.think(model, source, state, RNG)
     metrics = rlp.score(model, state, batch, rlp.denominators(source), RNG).metrics
-    # A mean within 1e-5 of 1 could hide errors that cancel: compare the log-probs themselves, too.
-    assert (metrics["ratio"].sum / metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
+    drawn = batch.rollout
+    sampled = drawn.sampled_BKSM & batch.real_BM[:, None, None]
+    rolled_out, scored = drawn.logprobs_BKSM[sampled], seen[0].logprob_J
+    assert scored.dtype == torch.float32
+    assert len(scored) == len(rolled_out) == metrics["ratio"].count.item() > 100
+    assert rolled_out.std() > 0.5
+    assert (scored - rolled_out).abs().max() <= 1e-5
+    assert metrics["ratio_clipped"].sum.item() == 0
+    # Both could err alike: the same tokens in fp64.
     exact = copy.deepcopy(model).double()
     exact_batch = dataclasses.replace(batch, base_BHM=batch.base_BHM.double(), reward_BKM=None, advantage_BKM=None)
-    exact_state = exact.read(source)
-    deviation = rlp.score(exact, exact_state, exact_batch, rlp.denominators(source), RNG)
-    assert (deviation.metrics["ratio"].sum / deviation.metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
-    assert metrics["ratio_clipped"].sum.item() == 0
+    rlp.score(exact, exact.read(source), exact_batch, rlp.denominators(source), RNG)
+    assert seen[1].logprob_J.dtype == torch.float64
+    assert relative_error(rolled_out, seen[1].logprob_J) <= 2e-6
 
 
 def test_the_baseline_cancels_as_published_and_not_after_a_clip():
