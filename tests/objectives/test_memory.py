@@ -205,20 +205,25 @@ def test_without_what_the_parts_send_into_the_text_gradients_are_wrong(config, m
         assert errors["mixing_head.out.weight"] <= 1e-10
 
 
-def test_a_trunk_gathers_in_the_accumulation_dtype():
+def test_a_trunk_gathers_in_the_accumulation_dtype(monkeypatch):
     """Many small gradients on a large one, each of them lost in bf16."""
     model = tiny_model(torch.float32)
     model.decoder.compute_dtype = torch.bfloat16
-    trunk = Trunk(model.read(text()))
-    for factor in (1.0, *[2.0**-9] * 64):
-        (trunk.state.hidden_BNW.float().sum() * factor).backward()
-    read, weight = trunk._read, model.decoder.norm.weight
-    trunk.carry().backward(retain_graph=True)
-    got = weight.grad.clone()
-    weight.grad = None
-    (read.hidden_BNW.float().sum() * (1 + 64 * 2.0**-9)).backward()
-    assert relative_error(got, weight.grad) <= 2**-8
-    assert 64 * 2.0**-9 > 8 * 2**-8
+    weight, factors = model.decoder.norm.weight, (1.0, *[2.0**-9] * 64)
+
+    def gathered() -> torch.Tensor:
+        weight.grad, trunk = None, Trunk(model.read(text()))
+        for factor in factors:
+            (trunk.state.hidden_BNW.float().sum() * factor).backward()
+        trunk.carry().backward()
+        return weight.grad.clone()
+
+    got, weight.grad = gathered(), None
+    (model.read(text()).hidden_BNW.float().sum() * sum(factors)).backward()
+    truth = weight.grad.clone()
+    assert relative_error(got, truth) <= 2**-8
+    monkeypatch.setattr("models.decoder.accumulation_dtype", lambda dtype: dtype)
+    assert relative_error(gathered(), truth) > 8 * 2**-8
 
 
 def test_parts_of_anchors():

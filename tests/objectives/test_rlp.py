@@ -11,10 +11,13 @@ import dataclasses
 import pytest
 import torch
 
+from checkpoints.references import LAB
+from data_pipelines.tokenizer import Tokenizer
 from models.philox import Rng
 from models.thoughts import PAD, Text, Thoughts
 from objectives.rlp import Rlp, RlpConfig
 from objectives.teacher import EmaTeacher
+from pretrain.recipe import Recipe
 from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
 
 RNG = Rng(seed=3, step=1)
@@ -55,7 +58,7 @@ def explicit_loss(rlp: Rlp, model, source: Text, batch):
         rewards, policies = [], []
         for k in range(c.thoughts):
             body = [t for t in sampled.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
-            closed = body[-len(rlp.close_ids) :] == list(rlp.close_ids) and len(body) > len(OPEN)
+            closed = body[-len(rlp.close_ids) :] == list(rlp.close_ids) and len(body) > len(rlp.open_ids)
             assert closed == bool(batch.rollout.closed_BKM[b, k, m])
             sequence = body + ([] if closed else list(rlp.close_ids))
             first = len(sequence) - 1
@@ -67,9 +70,10 @@ def explicit_loss(rlp: Rlp, model, source: Text, batch):
             logits = hidden @ model.head_weight_VW.T
             predicted = [logits[first + h].log_softmax(-1)[x] for h, x in enumerate(target)]
             base = batch.base_BHM[b, :, m]
-            rewards.append(sum(c.discount**h * (p.detach() - base[h]) for h, p in enumerate(predicted)))
+            gain = sum(c.discount**h * (p.detach() - base[h]) for h, p in enumerate(predicted))
+            rewards.append(max(gain, 0.0) if c.reward_positive else gain)
             tempered = (logits / c.temperature).masked_fill(banned, -torch.inf).log_softmax(-1)
-            own = range(len(OPEN), len(body))
+            own = range(len(rlp.open_ids), len(body))
             policies.append(sum(tempered[u - 1, body[u]] for u in own) / len(own))
             scores[b, k, m] = torch.stack(predicted).detach()
         mean = sum(rewards) / len(rewards)
@@ -115,22 +119,29 @@ def test_the_teachers_scores_are_those_of_a_plain_pass():
         assert relative_error(batch.base_BHM[b, 0, m], truth) <= 1e-13
 
 
-def test_the_ratio_is_one_on_the_first_update():
-    """Sampling and scoring agree: every token's ratio is 1 within 1e-5 in fp32."""
+def test_the_ratio_is_one_on_the_first_update(monkeypatch):
+    """Sampling and scoring agree on every token: its log-probs of both differ by at most 1e-5 in fp32."""
     model = tiny_model(torch.float32)
     model.ban(61, (9,))
-    rlp, source = objective(), text()
+    rlp, source, seen = objective(), text(), []
+    monkeypatch.setattr(rlp, "policy", lambda *given: seen.append(Rlp.policy(rlp, *given)) or seen[-1])
     state = model.read(source)
     batch = rlp.think(model, source, state, RNG)
     metrics = rlp.score(model, state, batch, rlp.denominators(source), RNG).metrics
-    # A mean within 1e-5 of 1 could hide errors that cancel: compare the log-probs themselves, too.
-    assert (metrics["ratio"].sum / metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
+    drawn = batch.rollout
+    sampled = drawn.sampled_BKSM & batch.real_BM[:, None, None]
+    rolled_out, scored = drawn.logprobs_BKSM[sampled], seen[0].logprob_J
+    assert scored.dtype == torch.float32
+    assert len(scored) == len(rolled_out) == metrics["ratio"].count.item() > 100
+    assert rolled_out.std() > 0.5
+    assert (scored - rolled_out).abs().max() <= 1e-5
+    assert metrics["ratio_clipped"].sum.item() == 0
+    # Both could err alike: the same tokens in fp64.
     exact = copy.deepcopy(model).double()
     exact_batch = dataclasses.replace(batch, base_BHM=batch.base_BHM.double(), reward_BKM=None, advantage_BKM=None)
-    exact_state = exact.read(source)
-    deviation = rlp.score(exact, exact_state, exact_batch, rlp.denominators(source), RNG)
-    assert (deviation.metrics["ratio"].sum / deviation.metrics["ratio"].count).item() == pytest.approx(1.0, abs=1e-5)
-    assert metrics["ratio_clipped"].sum.item() == 0
+    rlp.score(exact, exact.read(source), exact_batch, rlp.denominators(source), RNG)
+    assert seen[1].logprob_J.dtype == torch.float64
+    assert relative_error(rolled_out, seen[1].logprob_J) <= 2e-6
 
 
 def test_the_baseline_cancels_as_published_and_not_after_a_clip():
@@ -190,6 +201,94 @@ def test_options_add_their_terms():
         assert relative_error(predictor[name] - plain[name], truth[name]) <= 1e-9, name
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_the_distance_to_another_teacher_on_explicit_sequences(horizon):
+    """kl_weight: loss and every gradient, with the teacher's own reading of text and thoughts."""
+    model, other, source = likely_to_close(), likely_to_close(seed=5), text()
+    rlp = objective(dataclasses.replace(SMALL, kl_weight=0.7, horizon=horizon))
+    rlp.teacher._model = copy.deepcopy(other)
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    assert 0.1 < batch.rollout.closed_BKM.double().mean() < 0.9
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    # exp(d) − d − 1 of each sampled token, d = log π_teacher − log π, both tempered and without what is banned.
+    thoughts, banned, total = batch.rollout.thoughts, model.banned_V.clone(), 0.0
+    banned[list(CLOSE)] = False
+    anchors = batch.real_BM.nonzero().tolist()
+    for b, m in anchors:
+        for k in range(SMALL.thoughts):
+            tokens = [t for t in thoughts.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
+            logprobs = []
+            for reader in (model, other):
+                logits = explicit_hidden(reader, source, thoughts, b, k, m) @ reader.head_weight_VW.T
+                logprobs.append((logits / SMALL.temperature).masked_fill(banned, -torch.inf).log_softmax(-1))
+            own = range(len(OPEN), len(tokens))
+            for u in own:
+                pi, reference = (x[u - 1, tokens[u]] for x in logprobs)
+                d = reference.detach() - pi
+                total = total + (d.exp() - d - 1) / len(own)
+    distance = 0.7 * total / (len(anchors) * SMALL.thoughts)
+    # Algorithm 1's own part of the value is 0.
+    assert relative_error(output.loss, distance) <= 1e-10
+    algorithm_1, _ = explicit_loss(rlp, model, source, batch)
+    got, expected = gradients(model, output.loss), gradients(model, algorithm_1 + distance)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+
+
+def test_negative_rewards_count_as_0_on_explicit_sequences():
+    """reward_positive: what is paid, not what is logged."""
+    model, source = likely_to_close(), text()
+    rlp = objective(dataclasses.replace(SMALL, reward_positive=True))
+    rlp.teacher._model = tiny_model(seed=5)
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    truth, scores = explicit_loss(rlp, model, source, batch)
+    got, expected = gradients(model, output.loss), gradients(model, truth)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+    gains = {at: (predicted - batch.base_BHM[at[0], :, at[2]]).item() for at, predicted in scores.items()}
+    for at, gain in gains.items():
+        assert output.record.reward_BKM[at].item() == pytest.approx(gain)
+    # It matters only in groups with both: where all lose nothing is learned, where all gain it changes nothing.
+    groups = [[gains[b, k, m] > 0 for k in range(SMALL.thoughts)] for b, m in batch.real_BM.nonzero().tolist()]
+    assert sum(any(group) and not all(group) for group in groups) >= 2
+    assert any(not any(group) for group in groups)
+
+
+def test_an_instruction_stands_before_the_thought_alone():
+    """Given like the opening tag: thoughts see it, no loss is on it, and predictions without a thought lack it."""
+    tokenizer = Tokenizer.from_directory(LAB)
+    config = dataclasses.replace(SMALL, instruction="a+b=", horizon=2)
+    rlp = Recipe(1, config, model="lab").make_objective(tokenizer)
+    spelled = [tokenizer.token_id(token) for token in ("a", "+", "b", "=", "<think>")]
+    assert list(rlp.open_ids) == spelled
+    assert rlp.longest_thought == len(spelled) + SMALL.length + 1 + 1
+    model, source = tiny_model(vocab_size=62), text()
+    model.ban(14, (0, 1))
+    state = model.read(source)
+    batch = rlp.think(model, source, state, RNG)
+    drawn = batch.rollout
+    assert 0 < drawn.closed_BKM.sum() < drawn.closed_BKM.numel()
+    assert (drawn.thoughts.tokens_BKSM[:, :, :5] == torch.tensor(spelled)[:, None]).all()
+    assert not drawn.sampled_BKSM[:, :, :5].any()
+    logits = state.hidden_BNW @ model.head_weight_VW.T
+    for b, m in batch.real_BM.nonzero().tolist():
+        n = int(drawn.thoughts.anchors.index_BM[b, m])
+        for h in range(2):
+            truth = logits[b, n + h].log_softmax(-1)[source.tokens_BN[b, n + h + 1]]
+            assert relative_error(batch.base_BHM[b, h, m], truth) <= 1e-12
+    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    truth, _ = explicit_loss(rlp, model, source, batch)
+    got, expected = gradients(model, output.loss), gradients(model, truth)
+    assert got.keys() == expected.keys()
+    errors = {n: relative_error(got[n], expected[n]) for n in got}
+    assert max(errors.values()) <= 1e-10, errors
+
+
 def test_shuffled_rewards_are_the_same_rewards():
     model, source = likely_to_close(), text()
     plain, shuffled = (
@@ -219,7 +318,7 @@ def test_unclosed_thoughts_are_paid_by_the_same_rule_or_dropped():
 
 
 def test_positions_are_drawn_from_all_that_fit_and_no_others():
-    model, source = likely_to_close(), text()
+    source = text()
     rlp = objective(dataclasses.replace(SMALL, anchors_per_document=1, min_prefix=3, horizon=2))
     seen = set()
     for step in range(60):
@@ -228,7 +327,6 @@ def test_positions_are_drawn_from_all_that_fit_and_no_others():
         seen |= {(b, n) for b in range(3) for n in anchors[b].tolist() if n >= 0}
     first = {(0, n) for n in (2, 3)} | {(0, 8)}
     assert seen == first | {(1, n) for n in range(2, 9)} | {(2, n) for n in (5, 6, 7, 8)}
-    assert model is not None
 
 
 def test_a_position_does_not_depend_on_the_rest_of_the_batch():

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import accumulate
 
 import pytest
 
 from checkpoints.references import LAB
+from data_pipelines import open_data
+from models.philox import Rng
+from models.thoughts import PAD, Text
 from pretrain.cli import main
 from pretrain.recipe import load_recipe, recipe_from_tree, recipe_to_tree
+from pretrain.run import open_model
 from tests.pretrain.test_fit import lines
 
 SMALL = [
@@ -65,7 +70,28 @@ def test_the_causal_test_is_in_every_evaluation(quickstart):
             if condition != "own":
                 difference = found["nll"] - record["causal"]["own"]["nll"]
                 assert record["causal_minus_own"][condition]["nll"] == pytest.approx(difference)
-        assert 0 <= record["thought_right"] <= record["tokens_scored"]
+        # Four sums with spaces between them are seven tokens, and a thought has four at most.
+        assert record["thought_right"] == 0
+
+
+def test_right_thoughts_are_counted(tmp_path):
+    """The share of thoughts that are right, against reading what the shipped model thinks."""
+    more = ["--model", "lab", "--objective.length", "8", "--steps", "1", "--control", "null", "--evaluation.rows", "8"]
+    assert fit("quickstart", tmp_path / "run", *more) == 0
+    before = lines(tmp_path / "run" / "evaluations.jsonl")[0]
+    opened, recipe = open_model("lab"), load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    text = Text(**open_data(recipe.data, opened.tokenizer, 0).held_out_rows(8))
+    objective = recipe.make_objective(opened.tokenizer, evaluation=True)
+    thoughts = objective.evaluate(opened.model, text, Rng(recipe.seed, 2**32 - 1)).thoughts
+    right = []
+    for b, m in (thoughts.anchors.index_BM >= 0).nonzero().tolist():
+        n = int(thoughts.anchors.index_BM[b, m])
+        problem = opened.tokenizer.decode(text.tokens_BN[b, text.document_start_BN[b, n] : n].tolist())
+        sums = [total % 10 for total in accumulate(map(int, problem.split("+")))][1:]
+        said = opened.tokenizer.decode([t for t in thoughts.tokens_BKSM[b, 0, :, m].tolist() if t != PAD])
+        right.append(said == f"<think>{' '.join(map(str, sums))}</think>")
+    assert 0 < sum(right) < len(right) == before["tokens_scored"]
+    assert before["thought_right"] == pytest.approx(sum(right) / len(right))
 
 
 def test_a_finished_run_goes_on_to_its_control(quickstart, tmp_path, capsys):
