@@ -177,6 +177,10 @@ class Objective(ABC):
     def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Restores what `state` gave."""
 
+    def scored(self, text: Text) -> int:
+        """How many tokens of a text `evaluate` scores."""
+        return int(text.targets(1)[1].sum())
+
     @abstractmethod
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, test: CausalTest | None = None) -> TokenScores:
         """Scores of held-out text, without gradient; those of the causal test where thoughts can be put to one."""
