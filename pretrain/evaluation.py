@@ -53,9 +53,8 @@ def score_held_out(
     test: CausalTest | None = None,
 ) -> HeldOutScores:
     """Scores of all tokens of held-out text that the objective evaluates."""
-    cuts = [slice(start, start + rows_at_once) for start in range(0, text.shape[0], rows_at_once)]
+    cuts = parts_to_score(objective, text, rows_at_once)
     scores = [objective.evaluate(model, text.rows(cut), rng, test) for cut in cuts]
-    document_BN = torch.cat([document_numbers(text.rows(cut)) + cut.start * text.shape[1] for cut in cuts])
 
     def gathered(values: list[Tensor | None]) -> Tensor | None:
         picked = [v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True) if v is not None]
@@ -64,19 +63,30 @@ def score_held_out(
     def required(values: list[Tensor]) -> Tensor:
         return torch.cat([v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True)])
 
-    # A part with a single anchor has no other thought to try; a condition counts where all parts have it.
-    conditions = [c for c in scores[0].causal_nll_BN if all(c in s.causal_nll_BN for s in scores)]
     valid_BN = torch.cat([s.valid_BN for s in scores]).cpu()
     return HeldOutScores(
-        document_BN.cpu()[valid_BN],
+        document_numbers(text).cpu()[valid_BN],
         required([s.text_nll_BN for s in scores]),
         required([s.text_correct_BN for s in scores]),
         gathered([s.thought_nll_BN for s in scores]),
         gathered([s.thought_correct_BN for s in scores]),
-        {c: required([s.causal_nll_BN[c] for s in scores]) for c in conditions},
+        {c: required([s.causal_nll_BN[c] for s in scores]) for c in scores[0].causal_nll_BN},
         gathered([s.right_BN for s in scores]),
         sum(s.flops for s in scores),
     )
+
+
+def parts_to_score(objective: Objective, text: Text, rows_at_once: int) -> list[slice]:
+    """Parts of `rows_at_once` rows, or of more where these hold no two thoughts for the causal test to exchange."""
+    cuts, start, end = [], 0, text.shape[0]
+    for stop in range(rows_at_once, end + rows_at_once, rows_at_once):
+        if objective.scored(text.rows(slice(start, stop))) > 1:
+            cuts.append(slice(start, stop))
+            start = stop
+    if start < end:
+        # What is left alone joins the part before it.
+        cuts.append(slice(cuts.pop().start if cuts else 0, end))
+    return cuts
 
 
 def document_numbers(text: Text) -> Tensor:
