@@ -501,7 +501,8 @@ class Anchored(Objective):
                 if condition != "own":
                     causal[condition] = spread(after(other_BLM)[1])
             if "right" in conditions:
-                right_BN = spread(_same(body_BLM, conditions["right"]))
+                same_BM = _same(body_BLM, conditions["right"]).double()
+                right_BN = spread(same_BM.masked_fill(~test.known(anchors), torch.nan))
         return TokenScores(
             spread(text_nll_BM),
             spread(text_correct_BM),
