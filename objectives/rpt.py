@@ -18,6 +18,7 @@ Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -176,7 +177,7 @@ class Rpt(Anchored):
         def prediction(said: list[int], answered: bool) -> bytes | None:
             ids = [token for token in said if token != PAD]
             if not forced:
-                return self._boxed(b"".join(self.token_bytes[token] or b"" for token in ids))
+                return self._boxed(b"".join(map(self._spelled, ids)))
             if not answered:
                 return None
             return b"".join(self.token_bytes[token] or b"" for token in ids[: len(ids) - len(self.box_ids[1])])
@@ -186,13 +187,29 @@ class Rpt(Anchored):
             for b in range(B)
         ]
 
+    def _spelled(self, token: int) -> bytes:
+        """A response's token as text. Closing tag and end of the box are read even where they are control tokens."""
+        spelled = self.token_bytes[token]
+        if spelled is None:
+            for ids, text in ((self.close_ids, self.config.close), (self.box_ids[1], self.config.box_close)):
+                if ids == (token,):
+                    return text.encode()
+        return spelled or b""
+
     def _boxed(self, response: bytes) -> bytes | None:
-        """What stands in the last box behind the closing tag."""
-        close, opening = self.config.close.encode(), self.config.box_open.encode()
-        _, closed, answer = response.rpartition(close)
+        """What stands in the last box behind the closing tag; brackets in it, as in `\\boxed{x^{2}}`, come in pairs."""
+        opening, end = self.config.box_open.encode(), self.config.box_close.encode()
+        _, closed, answer = response.rpartition(self.config.close.encode())
         _, boxed, content = answer.rpartition(opening)
-        inside, ended, _ = content.partition(self.config.box_close.encode())
-        return inside if closed and boxed and ended else None
+        if not (closed and boxed):
+            return None
+        depth = 1
+        # What the box opens with right before its content, `{` of `\boxed{`, opens another level.
+        for bracket in re.finditer(b"|".join(map(re.escape, (end, opening[-len(end) :]))), content):
+            depth += -1 if bracket[0] == end else 1
+            if depth == 0:
+                return content[: bracket.start()]
+        return None
 
     def _rewards(self, predictions: list[list[list[bytes | None]]], drawn: Rollout, dtype: torch.dtype) -> Tensor:
         anchors = drawn.thoughts.anchors

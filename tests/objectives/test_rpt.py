@@ -130,6 +130,11 @@ def drawn_tokens(tokens: list[int], answering: list[bool], answered: bool) -> Ro
         ("</think>\\boxed{ cat", None),
         ("</think> cat", None),
         ("a</think>b</think>\\boxed{é}", "é".encode()),
+        ("</think>\\boxed{\\frac{1}{2}} or {3}", b"\\frac{1}{2}"),
+        ("</think>\\boxed{f(){}\n}", b"f(){}\n"),
+        ("</think>\\boxed{{a}", None),
+        ("</think>\\boxed{a}}", b"a"),
+        ("</think>\\boxed{a} \\boxed{{b}", None),
     ],
 )
 def test_the_last_box_behind_the_closing_tag(response, expected):
@@ -138,6 +143,18 @@ def test_the_last_box_behind_the_closing_tag(response, expected):
     tokens = list(response.encode())
     drawn = drawn_tokens([*tokens, PAD], [False] * (len(tokens) + 1), True)
     assert rpt.predictions(drawn) == [[[expected]]]
+
+
+def test_tags_that_are_control_tokens_are_read():
+    """Token 256 closes thoughts, 257 boxes, 258 responses; none of them stands for text."""
+    table = [*(bytes([byte]) for byte in range(256)), None, None, None]
+    rpt = Rpt(RptConfig(), OPEN, (256,), table, ((1,), (257,)), (258,))
+    for tokens, expected in (
+        ([*b"so", 256, *b"\\boxed{ cat", 257, 258], b" cat"),
+        ([*b"so</think>\\boxed{ cat}", 258], b" cat"),
+        ([*b"so\\boxed{ cat}", 258], None),
+    ):
+        assert rpt.predictions(drawn_tokens(tokens, [False] * len(tokens), True)) == [[[expected]]]
 
 
 def test_forced_predictions_are_what_stands_before_the_end():
