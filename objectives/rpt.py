@@ -13,7 +13,8 @@ A model that follows instructions writes tags and box by itself (template `free`
 counts). A base model is given them (template `forced`): it writes the thought and what is in the box. With an empty
 box the prediction is simply the next `answer_length` tokens.
 
-Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anchor, S tokens of a response, W width.
+Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anchor, S tokens of a response, L of its
+thought, W width.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -163,6 +165,23 @@ class Rpt(Anchored):
             kept_BM=kept_BM,
             answered_BKM=answered.to(real_BM.device),
         )
+
+    def bodies(self, drawn: Rollout) -> Tensor:
+        """Of a free response only what stands before its closing tag: the box behind it is no part of the thought."""
+        body_BKLM = super().bodies(drawn)
+        if self.config.template == "forced":
+            return body_BKLM
+        rows_XL = body_BKLM.transpose(2, 3).flatten(0, 2).tolist()
+        lengths = [self._thought_length([token for token in row if token != PAD]) for row in rows_XL]
+        length_BKM = torch.tensor(lengths, device=body_BKLM.device).view_as(drawn.closed_BKM)
+        slot_L1 = torch.arange(body_BKLM.shape[2], device=body_BKLM.device)[:, None]
+        return body_BKLM.masked_fill(slot_L1 >= length_BKM[:, :, None], PAD)
+
+    def _thought_length(self, ids: list[int]) -> int:
+        """The tokens of a response before its closing tag, however that is cut into tokens; all if there is none."""
+        spelled = list(map(self._spelled, ids))
+        thought, closed, _ = b"".join(spelled).rpartition(self.config.close.encode())
+        return sum(end <= len(thought) for end in accumulate(map(len, spelled))) if closed else len(ids)
 
     # What is rewarded
 
