@@ -185,11 +185,12 @@ class Anchored(Objective):
     def denominators(self, text: Text, prepared: Prepared | None = None) -> Denominators:
         """`anchors`: those the documents have room for, whether or not a filter by the model then leaves some out;
         `text`: tokens to predict."""
-        eligible = self.eligible(text)
-        wanted = sum(
-            min(self.config.anchors_per_document, int(eligible[row, start:end].sum())) for row, start, end in text.spans
-        )
-        return {"anchors": torch.tensor(wanted, device=eligible.device), "text": text.targets(1)[1].sum()}
+        predicted = text.targets(1)[1].sum()
+        return {"anchors": torch.tensor(self.scored(text), device=predicted.device), "text": predicted}
+
+    def scored(self, text: Text) -> int:
+        eligible_BN, most = self.eligible(text).cpu(), self.config.anchors_per_document
+        return sum(min(most, int(eligible_BN[row, start:end].sum())) for row, start, end in text.spans)
 
     def choose_anchors(self, text: Text, rng: Rng, no_think: TextState, head_weight_VW: Tensor) -> Anchors:
         """Anchors [B, M], up to `anchors_per_document` of each document in the order of a draw of their own; −1 pads.
@@ -509,7 +510,8 @@ class Anchored(Objective):
                 if condition != "own":
                     causal[condition] = spread(after(other_BLM)[1])
             if "right" in conditions:
-                right_BN = spread(_same(body_BLM, conditions["right"]))
+                same_BM = _same(body_BLM, conditions["right"]).double()
+                right_BN = spread(same_BM.masked_fill(~test.known(anchors), torch.nan))
         return TokenScores(
             spread(text_nll_BM),
             spread(text_correct_BM),

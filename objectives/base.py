@@ -86,7 +86,8 @@ class TokenScores:
     """Scores of each token's successor [B, N], where `valid_BN`; without thoughts and, if there are any, with.
 
     nll: in nats. correct: bool, whether the most probable token is the true one. causal_nll_BN: by condition of the
-    causal test. right_BN: bool, whether the thought is exactly the right one, where the test knows that.
+    causal test. right_BN: 1 where the thought is exactly the right one, else 0; nan where the test knows no right one,
+    after which causal_nll_BN has no meaning.
     """
 
     text_nll_BN: Tensor
@@ -176,6 +177,10 @@ class Objective(ABC):
 
     def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Restores what `state` gave."""
+
+    def scored(self, text: Text) -> int:
+        """How many tokens of a text `evaluate` scores."""
+        return int(text.targets(1)[1].sum())
 
     @abstractmethod
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, test: CausalTest | None = None) -> TokenScores:

@@ -52,6 +52,12 @@ class CausalTest:
             found["right"] = self.right(anchors)
         return found
 
+    def known(self, anchors: Anchors) -> Tensor:
+        """bool [B, M]: where a right thought is known, be it an empty one."""
+        rows = zip(anchors.text.sample_id_B.tolist(), anchors.index_BM.tolist(), strict=True)
+        known = [[(sample_id, n) in self.solutions for n in row] for sample_id, row in rows]
+        return torch.tensor(known, device=anchors.index_BM.device)
+
     def right(self, anchors: Anchors) -> Tensor:
         """Right bodies [B, L', M]; PAD alone where none is known."""
         sample_id_B, index_BM = anchors.text.sample_id_B.tolist(), anchors.index_BM.tolist()

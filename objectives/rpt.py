@@ -13,13 +13,16 @@ A model that follows instructions writes tags and box by itself (template `free`
 counts). A base model is given them (template `forced`): it writes the thought and what is in the box. With an empty
 box the prediction is simply the next `answer_length` tokens.
 
-Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anchor, S tokens of a response, W width.
+Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anchor, S tokens of a response, L of its
+thought, W width.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -163,6 +166,23 @@ class Rpt(Anchored):
             answered_BKM=answered.to(real_BM.device),
         )
 
+    def bodies(self, drawn: Rollout) -> Tensor:
+        """Of a free response only what stands before its closing tag: the box behind it is no part of the thought."""
+        body_BKLM = super().bodies(drawn)
+        if self.config.template == "forced":
+            return body_BKLM
+        rows_XL = body_BKLM.transpose(2, 3).flatten(0, 2).tolist()
+        lengths = [self._thought_length([token for token in row if token != PAD]) for row in rows_XL]
+        length_BKM = torch.tensor(lengths, device=body_BKLM.device).view_as(drawn.closed_BKM)
+        slot_L1 = torch.arange(body_BKLM.shape[2], device=body_BKLM.device)[:, None]
+        return body_BKLM.masked_fill(slot_L1 >= length_BKM[:, :, None], PAD)
+
+    def _thought_length(self, ids: list[int]) -> int:
+        """The tokens of a response before its closing tag, however that is cut into tokens; all if there is none."""
+        spelled = list(map(self._spelled, ids))
+        thought, closed, _ = b"".join(spelled).rpartition(self.config.close.encode())
+        return sum(end <= len(thought) for end in accumulate(map(len, spelled))) if closed else len(ids)
+
     # What is rewarded
 
     def predictions(self, drawn: Rollout) -> list[list[list[bytes | None]]]:
@@ -176,7 +196,7 @@ class Rpt(Anchored):
         def prediction(said: list[int], answered: bool) -> bytes | None:
             ids = [token for token in said if token != PAD]
             if not forced:
-                return self._boxed(b"".join(self.token_bytes[token] or b"" for token in ids))
+                return self._boxed(b"".join(map(self._spelled, ids)))
             if not answered:
                 return None
             return b"".join(self.token_bytes[token] or b"" for token in ids[: len(ids) - len(self.box_ids[1])])
@@ -186,13 +206,29 @@ class Rpt(Anchored):
             for b in range(B)
         ]
 
+    def _spelled(self, token: int) -> bytes:
+        """A response's token as text. Closing tag and end of the box are read even where they are control tokens."""
+        spelled = self.token_bytes[token]
+        if spelled is None:
+            for ids, text in ((self.close_ids, self.config.close), (self.box_ids[1], self.config.box_close)):
+                if ids == (token,):
+                    return text.encode()
+        return spelled or b""
+
     def _boxed(self, response: bytes) -> bytes | None:
-        """What stands in the last box behind the closing tag."""
-        close, opening = self.config.close.encode(), self.config.box_open.encode()
-        _, closed, answer = response.rpartition(close)
+        """What stands in the last box behind the closing tag; brackets in it, as in `\\boxed{x^{2}}`, come in pairs."""
+        opening, end = self.config.box_open.encode(), self.config.box_close.encode()
+        _, closed, answer = response.rpartition(self.config.close.encode())
         _, boxed, content = answer.rpartition(opening)
-        inside, ended, _ = content.partition(self.config.box_close.encode())
-        return inside if closed and boxed and ended else None
+        if not (closed and boxed):
+            return None
+        depth = 1
+        # What the box opens with right before its content, `{` of `\boxed{`, opens another level.
+        for bracket in re.finditer(b"|".join(map(re.escape, (end, opening[-len(end) :]))), content):
+            depth += -1 if bracket[0] == end else 1
+            if depth == 0:
+                return content[: bracket.start()]
+        return None
 
     def _rewards(self, predictions: list[list[list[bytes | None]]], drawn: Rollout, dtype: torch.dtype) -> Tensor:
         anchors = drawn.thoughts.anchors

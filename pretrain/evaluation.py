@@ -30,7 +30,7 @@ class HeldOutScores:
     """Scores of each evaluated token, fp64 on the CPU; those with thoughts are missing for objectives without.
 
     document_E: int64, numbers the documents. causal_E: NLL by condition of the causal test. right_E: 1 where the
-    thought is the right one, nan where no right one is known.
+    thought is the right one, nan where no right one is known; there causal_E["right"] has no meaning.
     """
 
     document_E: Tensor
@@ -53,9 +53,8 @@ def score_held_out(
     test: CausalTest | None = None,
 ) -> HeldOutScores:
     """Scores of all tokens of held-out text that the objective evaluates."""
-    cuts = [slice(start, start + rows_at_once) for start in range(0, text.shape[0], rows_at_once)]
+    cuts = parts_to_score(objective, text, rows_at_once)
     scores = [objective.evaluate(model, text.rows(cut), rng, test) for cut in cuts]
-    document_BN = torch.cat([document_numbers(text.rows(cut)) + cut.start * text.shape[1] for cut in cuts])
 
     def gathered(values: list[Tensor | None]) -> Tensor | None:
         picked = [v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True) if v is not None]
@@ -64,19 +63,30 @@ def score_held_out(
     def required(values: list[Tensor]) -> Tensor:
         return torch.cat([v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True)])
 
-    # A part with a single anchor has no other thought to try; a condition counts where all parts have it.
-    conditions = [c for c in scores[0].causal_nll_BN if all(c in s.causal_nll_BN for s in scores)]
     valid_BN = torch.cat([s.valid_BN for s in scores]).cpu()
     return HeldOutScores(
-        document_BN.cpu()[valid_BN],
+        document_numbers(text).cpu()[valid_BN],
         required([s.text_nll_BN for s in scores]),
         required([s.text_correct_BN for s in scores]),
         gathered([s.thought_nll_BN for s in scores]),
         gathered([s.thought_correct_BN for s in scores]),
-        {c: required([s.causal_nll_BN[c] for s in scores]) for c in conditions},
+        {c: required([s.causal_nll_BN[c] for s in scores]) for c in scores[0].causal_nll_BN},
         gathered([s.right_BN for s in scores]),
         sum(s.flops for s in scores),
     )
+
+
+def parts_to_score(objective: Objective, text: Text, rows_at_once: int) -> list[slice]:
+    """Parts of `rows_at_once` rows, or of more where these hold no two thoughts for the causal test to exchange."""
+    cuts, start, end = [], 0, text.shape[0]
+    for stop in range(rows_at_once, end + rows_at_once, rows_at_once):
+        if objective.scored(text.rows(slice(start, stop))) > 1:
+            cuts.append(slice(start, stop))
+            start = stop
+    if start < end:
+        # What is left alone joins the part before it.
+        cuts.append(slice(cuts.pop().start if cuts else 0, end))
+    return cuts
 
 
 def document_numbers(text: Text) -> Tensor:
@@ -104,7 +114,8 @@ def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
 def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     """Means over all tokens and over deciles of difficulty, easiest first; ties keep the order of the text.
 
-    The causal test's conditions come with intervals: of their NLL, and of their difference to the own thought's.
+    The causal test's conditions come with intervals: of their NLL, and of their difference to the own thought's. What
+    takes right thoughts to know is over the tokens where these are known, and left out where none is.
     """
     order = difficulty_E.argsort(stable=True)
     summary: dict[str, Any] = {"tokens_scored": float(len(order))}
@@ -115,14 +126,21 @@ def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     for name, share_E in (
         ("accuracy_text", scores.text_correct_E),
         ("accuracy_thought", scores.thought_correct_E),
-        ("thought_right", scores.right_E),
     ):
         if share_E is not None:
             summary[name] = share_E.mean().item()
+    everywhere_E = torch.ones_like(scores.document_E, dtype=torch.bool)
+    known_E = ~everywhere_E if scores.right_E is None else ~scores.right_E.isnan()
+    if scores.right_E is not None and known_E.any():
+        summary["thought_right"] = scores.right_E[known_E].mean().item()
     if scores.causal_E:
-        own_E, all_E = scores.causal_E["own"], scores.causal_E | {"none": scores.text_nll_E}
-        summary["causal"] = {c: interval(nll_E, scores.document_E) for c, nll_E in all_E.items()}
-        summary["causal_minus_own"] = {
-            c: interval(nll_E - own_E, scores.document_E) for c, nll_E in all_E.items() if c != "own"
-        }
+        summary["causal"], summary["causal_minus_own"] = {}, {}
+        for condition, nll_E in (scores.causal_E | {"none": scores.text_nll_E}).items():
+            where_E = known_E if condition == "right" else everywhere_E
+            if not where_E.any():
+                continue
+            document_E, minus_own_E = scores.document_E[where_E], nll_E - scores.causal_E["own"]
+            summary["causal"][condition] = interval(nll_E[where_E], document_E)
+            if condition != "own":
+                summary["causal_minus_own"][condition] = interval(minus_own_E[where_E], document_E)
     return summary

@@ -197,7 +197,7 @@ def encode_tag(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 # Keys that name something and may also hold settings: `data: python-docs` is `data: {reference: python-docs}`.
-SHORT_FORMS = {"data": "reference", "objective": "name", "control": "name"}
+SHORT_FORMS = {"data": "reference", "objective": "name", "control": "name", "evaluation.objective": "name"}
 
 
 def shipped() -> list[str]:
@@ -223,7 +223,6 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{reference} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{reference} must be a mapping of keys to values")
-    tree = {key: _long_form(key, value) for key, value in tree.items()}
     problems: list[str] = []
     for key, value in _parse_overrides(overrides, problems):
         _override(tree, key, value, problems)
@@ -295,19 +294,19 @@ def _read_value(value: str) -> Any:
 
 def _override(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
     *parents, last = key.split(".")
-    value = _long_form(key, value)
-    if key == "objective" and isinstance(tree.get("objective"), dict) and isinstance(value, dict):
-        # Another objective has other settings; those of the recipe's own would be mistakes in it.
-        tree[key] = value if value.get("name") != tree[key].get("name") else tree[key] | value
-        return
-    if key in SHORT_FORMS and isinstance(tree.get(key), dict) and isinstance(value, dict):
-        tree[key] = tree[key] | value
-        return
+    where = ""
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        where = _path(where, parent)
+        tree[parent] = _long_form(where, tree.get(parent, {}))
+        tree = tree[parent]
         if not isinstance(tree, dict):
             problems.append(f"--{key}: {parent} is a value and has no keys")
             return
+    value, old = _long_form(key, value), _long_form(key, tree.get(last))
+    if key in SHORT_FORMS and isinstance(old, dict) and isinstance(value, dict):
+        # Another objective has other settings; those of the recipe's own would be mistakes in it.
+        another = SHORT_FORMS[key] == "name" and value.get("name", old.get("name")) != old.get("name")
+        value = value if another else old | value
     tree[last] = value
 
 
@@ -367,14 +366,15 @@ def _help(kind: type, prefix: str) -> list[str]:
             lines += _help(hint, f"{name}.")  # type: ignore[arg-type]
             continue
         comment = re.search(rf"^    {spec.name}: [^\n#]*#\s*(.*)$", source, re.MULTILINE)
-        kind_of_value = "|".join(OBJECTIVES) if hint is ObjectiveConfig else _name_of(hint)
         default = "" if spec.default is dataclasses.MISSING else f" (default {spec.default})"
-        lines.append(f"--{name} {kind_of_value}{default}" + (f": {comment[1]}" if comment else ""))
+        lines.append(f"--{name} {_name_of(hint)}{default}" + (f": {comment[1]}" if comment else ""))
     return lines
 
 
 def _name_of(hint: Any) -> str:
     options = [o for o in get_args(hint) if o is not type(None)]
+    if hint is ObjectiveConfig:
+        return "|".join(OBJECTIVES)
     if get_origin(hint) is Literal:
         return "|".join(map(str, options))
     if get_origin(hint) is tuple:

@@ -23,6 +23,7 @@ from models.philox import Rng
 from models.pointwise import compile_chains
 from models.thinking import ThinkingModel
 from models.thoughts import Text
+from objectives.anchored import Anchored
 from objectives.base import Objective
 from objectives.causal import CausalTest
 from objectives.quiet_star import QuietStarConfig
@@ -93,6 +94,7 @@ class Prepared:
     tokenizer: Tokenizer
     tokenizer_directory: Path
     data: PackedText
+    held_out: Text
     model: ThinkingModel
     checkpoint: tuple[Tensors, dict] | None
 
@@ -108,6 +110,8 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     objective = recipe.make_objective(tokenizer)
     evaluator = recipe.make_objective(tokenizer, evaluation=True)
     test = causal_test(recipe, tokenizer, data)
+    held_out = Text(**data.held_out_rows(recipe.evaluation.rows))
+    _check_held_out(recipe, evaluator, held_out)
     _load_proxy(objective, recipe, tokenizer)
     newest = newest_checkpoint(directory.checkpoints) if directory is not None else None
     checkpoint = None
@@ -129,7 +133,9 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
     _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
-    return Prepared(recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, model, checkpoint)
+    return Prepared(
+        recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, held_out, model, checkpoint
+    )
 
 
 def causal_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> CausalTest | None:
@@ -167,6 +173,24 @@ def _check_lengths(recipe: Recipe, thought: int, model: ThinkingModel) -> None:
             f"data.length {recipe.data.length} and thoughts of {thought} tokens exceed the {limit} positions of "
             f"{recipe.model}; set data.length to at most {limit - thought}"
         )
+
+
+def _check_held_out(recipe: Recipe, evaluator: Objective, held_out: Text) -> None:
+    if evaluator.scored(held_out):
+        return
+    if not held_out.targets(1)[1].any():
+        why = f"data.held_out {recipe.data.held_out} keeps no text to predict; raise it, or give more text"
+    else:
+        assert isinstance(evaluator, Anchored)
+        c, where = evaluator.config, "objective" if recipe.evaluation.objective is None else "evaluation.objective"
+        wanted = [f"min_prefix {c.min_prefix}", f"positions {c.positions}"]
+        wanted += [f"horizon {evaluator.horizon}"] if evaluator.horizon > 1 else []
+        wanted += [f"marker {c.marker!r}"] if c.positions == "marker" else []
+        why = (
+            f"no position of the {held_out.shape[0]} held-out rows fits {where}'s {', '.join(wanted)}; "
+            "change these, or raise evaluation.rows"
+        )
+    raise RecipeError(f"no held-out token can be scored: {why}")
 
 
 def fit(recipe: Recipe) -> Path:
@@ -219,8 +243,9 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         return True
 
     mirrors = _mirrors(recipe, directory)
-    held_out = Text(**prepared.data.held_out_rows(recipe.evaluation.rows))
-    evaluation = HeldOutEvaluation(directory, prepared.evaluator, held_out, mirrors, difficulty_E, prepared.test)
+    evaluation = HeldOutEvaluation(
+        directory, prepared.evaluator, prepared.held_out, mirrors, difficulty_E, prepared.test
+    )
     checkpointing = Checkpoints(directory, prepared.data, evaluation)
     records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
     trainer = lightning.Trainer(

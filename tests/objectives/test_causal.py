@@ -33,6 +33,7 @@ def test_conditions_by_hand():
     assert [columns(found["other"], *at) for at in ((0, 0), (0, 1), (1, 0))] == [[41, 42], [21, 22, 23], [31]]
     assert [columns(found["filler"], *at) for at in ((0, 0), (0, 1), (1, 0))] == [[5, 5, 5], [5], [5, 5]]
     assert [columns(found["right"], *at) for at in ((0, 0), (0, 1), (1, 0))] == [[1, 2], [], [3]]
+    assert test.known(anchors).tolist() == [[True, False], [True, False]]
     assert sorted(columns(found["shuffled"], 0, 0)) == [21, 22, 23]
     assert columns(found["shuffled"], 0, 1) == [31]
 

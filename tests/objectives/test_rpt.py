@@ -130,6 +130,11 @@ def drawn_tokens(tokens: list[int], answering: list[bool], answered: bool) -> Ro
         ("</think>\\boxed{ cat", None),
         ("</think> cat", None),
         ("a</think>b</think>\\boxed{é}", "é".encode()),
+        ("</think>\\boxed{\\frac{1}{2}} or {3}", b"\\frac{1}{2}"),
+        ("</think>\\boxed{f(){}\n}", b"f(){}\n"),
+        ("</think>\\boxed{{a}", None),
+        ("</think>\\boxed{a}}", b"a"),
+        ("</think>\\boxed{a} \\boxed{{b}", None),
     ],
 )
 def test_the_last_box_behind_the_closing_tag(response, expected):
@@ -138,6 +143,63 @@ def test_the_last_box_behind_the_closing_tag(response, expected):
     tokens = list(response.encode())
     drawn = drawn_tokens([*tokens, PAD], [False] * (len(tokens) + 1), True)
     assert rpt.predictions(drawn) == [[[expected]]]
+
+
+@pytest.mark.parametrize(
+    ("response", "thought"),
+    [
+        ("I think.</think>\\boxed{ cat}", "I think."),
+        ("a</think>b</think>\\boxed{c}", "a</think>b"),
+        ("</think>\\boxed{c}", ""),
+        ("no tag \\boxed{c}", "no tag \\boxed{c}"),
+    ],
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_is_watched_of_a_free_response_is_its_thought(response, thought, ended):
+    tokens = [*response.encode(), *([258] if ended else [])]
+    length = len(response) + 1
+    drawn = drawn_tokens([7, 8, *tokens, *[PAD] * (length - len(tokens))], [False] * (length + 2), True)
+    sampled = (drawn.thoughts.tokens_BKSM != PAD) & (torch.arange(length + 2) > 1)[:, None]
+    drawn = dataclasses.replace(drawn, sampled_BKSM=sampled, closed_BKM=drawn.closed_BKM & ended, closing=1)
+    table = [*(bytes([byte]) for byte in range(256)), None, None, None]
+    rpt = objective(RptConfig(length=length), end=(258,), token_bytes=table)
+    body = rpt.bodies(drawn)[0, 0, :, 0].tolist()
+    assert body == [*thought.encode(), *[PAD] * (length - len(thought))]
+
+
+def test_a_tag_that_shares_a_token_ends_the_thought_before_it():
+    rpt = objective(RptConfig(), token_bytes=[b"I", b" see", b".</", b"think", b">", b"\\boxed{x}"])
+    assert rpt._thought_length([0, 1, 2, 3, 4, 5]) == 2
+
+
+def test_a_right_prediction_is_no_leak():
+    model, source = model_of_few_words(), text()
+    config = RptConfig(length=4, thoughts=4, positions="random")
+    rpt = objective(config, end=(13,), token_bytes=[*BYTES[:9], None, *BYTES[10:]])
+    batch = rpt.prepare(model, source, RNG)
+    tokens = batch.rollout.thoughts.tokens_BKSM
+    # Every response: a word, the closing tag, and the target itself.
+    tokens[:, :, 2:] = PAD
+    tokens[:, :, 2], tokens[:, :, 3], tokens[:, :, 4] = 60, 9, batch.target_BHM
+    sampled = (tokens != PAD) & (torch.arange(tokens.shape[2]) > 1)[:, None]
+    batch.rollout = dataclasses.replace(
+        batch.rollout, sampled_BKSM=sampled, closed_BKM=torch.zeros_like(batch.rollout.closed_BKM)
+    )
+    metrics = rpt(model, source, RNG, rpt.denominators(source, batch), batch).metrics
+    assert metrics["target_in_thought"].sum.item() == 0
+    assert metrics["thought_length"].sum.item() == metrics["thought_length"].count.item() > 0
+
+
+def test_tags_that_are_control_tokens_are_read():
+    """Token 256 closes thoughts, 257 boxes, 258 responses; none of them stands for text."""
+    table = [*(bytes([byte]) for byte in range(256)), None, None, None]
+    rpt = Rpt(RptConfig(), OPEN, (256,), table, ((1,), (257,)), (258,))
+    for tokens, expected in (
+        ([*b"so", 256, *b"\\boxed{ cat", 257, 258], b" cat"),
+        ([*b"so</think>\\boxed{ cat}", 258], b" cat"),
+        ([*b"so\\boxed{ cat}", 258], None),
+    ):
+        assert rpt.predictions(drawn_tokens(tokens, [False] * len(tokens), True)) == [[[expected]]]
 
 
 def test_forced_predictions_are_what_stands_before_the_end():

@@ -104,6 +104,14 @@ def test_a_run_and_what_it_leaves(objective, tiny_run, run_directory, capsys):
     assert (again.steps, again.objective_name) == (3, objective)
 
 
+@pytest.mark.parametrize("objective", ["next_token", "rlp"])
+def test_without_held_out_text_nothing_is_begun(objective, tiny_run, run_directory, capsys):
+    assert fit(tiny_run, *OBJECTIVES[objective], "--steps", "1", "--data.held_out", "0") == 1
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "no held-out token can be scored: data.held_out 0.0 keeps no text" in message
+    assert not run_directory.exists()
+
+
 def test_before_the_run_a_thinking_model_is_its_base(tiny_run, run_directory):
     assert fit(tiny_run, *QUIET, "--steps", "1") == 0
     first = lines(run_directory / "evaluations.jsonl")[0]

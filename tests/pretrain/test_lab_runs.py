@@ -121,6 +121,15 @@ def test_without_the_causal_test(tmp_path):
         ("lab-rpt", ["--objective.box_open", "\\boxed{"], "objective.box_open '\\\\boxed{' cannot be written"),
         ("quickstart", ["--evaluation.filler", "''"], "evaluation.filler is empty"),
         ("quickstart", ["--data.length", "8"], "raise it"),
+        (
+            "quickstart",
+            ["--objective.min_prefix", "20"],
+            "no held-out token can be scored: no position of the 2 held-out rows fits objective's min_prefix 20, "
+            "positions marker, marker '='; change these, or raise evaluation.rows",
+        ),
+        ("quickstart", ["--objective.marker", "'*'"], "no held-out token can be scored"),
+        ("lab-rpt", ["--objective.min_prefix", "20"], "no held-out token can be scored"),
+        ("quickstart", ["--objective.horizon", "9"], "horizon 9"),
     ],
 )
 def test_what_cannot_be_written_is_named(recipe, arguments, part, tmp_path, capsys):

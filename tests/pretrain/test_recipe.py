@@ -9,6 +9,8 @@ import yaml
 
 from objectives.next_token import NextTokenConfig
 from objectives.quiet_star import QuietStarConfig
+from objectives.rlp import RlpConfig
+from objectives.rpt import RptConfig
 from pretrain.recipe import (
     Recipe,
     RecipeError,
@@ -67,6 +69,33 @@ def test_one_line_changes_the_objective():
     assert recipe.objective == QuietStarConfig(length=12)
     same = load_recipe("smollm2-quiet-star", "--objective quiet_star".split())
     assert same.objective == load_recipe("smollm2-quiet-star").objective
+
+
+def test_every_objective_of_a_recipe_can_be_named_in_short(tmp_path):
+    for key in ("objective", "control", "evaluation.objective"):
+
+        def found(*arguments, reference="smollm2-next-token", key=key):
+            recipe = load_recipe(reference, arguments)
+            return recipe.evaluation.objective if key == "evaluation.objective" else getattr(recipe, key)
+
+        assert found(f"--{key}", "rlp") == RlpConfig()
+        assert found(f"--{key}", "rlp", f"--{key}.length", "5") == RlpConfig(length=5)
+        path = tmp_path / "recipe.yaml"
+        tree = {"steps": 1, "objective": "next_token", "evaluation": {"rows": 2}}
+        if key == "evaluation.objective":
+            tree["evaluation"]["objective"] = "rlp"
+        else:
+            tree[key] = "rlp"
+        path.write_text(yaml.safe_dump(tree))
+        assert found(reference=str(path)) == RlpConfig()
+        assert found(f"--{key}.length", "5", reference=str(path)) == RlpConfig(length=5)
+        # The same one keeps its settings, another one has its own.
+        five = (f"--{key}.length", "5")
+        assert found(*five, f"--{key}", "rlp", reference=str(path)) == RlpConfig(length=5)
+        assert found(*five, f"--{key}", "rpt", reference=str(path)) == RptConfig()
+    text = help_on_keys()
+    for key in ("objective", "control", "evaluation.objective"):
+        assert f"--{key} next_token|quiet_star|rlp|rpt" in text
 
 
 def test_all_mistakes_in_one_message(tmp_path):
