@@ -469,7 +469,6 @@ class Anchored(Objective):
         The anchors do not depend on the model, so that evaluations at different steps score the same tokens: where
         training chooses by the model's own predictions, any eligible position is scored.
         """
-        c = self.config
         state = model.read(text)
         anchors = self._draw_anchors(self.eligible(text), text, rng)
         drawn = self.roll_out(model, state, anchors, 1, rng)
@@ -479,7 +478,7 @@ class Anchored(Objective):
         ledger = Ledger(model.decoder)
         ledger.read(text, backward=False)
         ledger.think(anchors, 1, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
-        ledger.vocabulary(c.length * real_BM.numel(), backward=False, stage="rollout")
+        ledger.vocabulary(self.drawn_rows(drawn), backward=False, stage="rollout")
 
         def predict(hidden_BMW: Tensor) -> tuple[Tensor, Tensor]:
             ledger.vocabulary(2 * real_BM.numel(), backward=False)

@@ -98,8 +98,8 @@ def clipped_surrogate(
 def kl_to_reference(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """exp(d) − d − 1 with d = log π_ref − log π of each sampled token: unbiased for KL(π ‖ π_ref), never negative.
 
-    Schulman's third estimator, as in GRPO eq. 4. Its gradient through the sampled tokens' log-probs alone is in the mean
-    that of KL(π_ref ‖ π): E_π[(1 − π_ref / π) ∇log π].
+    Schulman's third estimator, as in GRPO eq. 4. Its gradient through the sampled tokens' log-probs alone is, in the
+    mean, that of KL(π_ref ‖ π): E_π[(1 − π_ref / π) ∇log π].
     """
     d = reference_logprobs.detach() - logprobs
     return d.exp() - d - 1
