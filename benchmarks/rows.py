@@ -36,6 +36,7 @@ from models import attention
 from models.decoder import ThoughtCache
 from models.logprobs import token_logprobs
 from models.philox import Rng
+from models.pointwise import compile_chains
 from models.rollout import rollout
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
@@ -257,8 +258,21 @@ def _forced(model: ThinkingModel, backend: str, run: Contestant) -> Contestant:
     return with_backend
 
 
+def _compiled(run: Contestant) -> Contestant:
+    """The same with its chains of pointwise operations compiled."""
+
+    def with_compiled_chains() -> Mapping[str, float] | None:
+        compile_chains()
+        try:
+            return run()
+        finally:
+            compile_chains(False)
+
+    return with_compiled_chains
+
+
 def quiet_star_step(settings: Settings) -> Row:
-    """A Quiet-STaR step and a next-token step on the same rows, and the former by each backend."""
+    """A Quiet-STaR step and a next-token step on the same rows, and the former compiled and by each backend."""
     c = settings.quiet_star
     row = Row("steps", "quiet_star", dict(c) | {"dtype": _name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
@@ -268,6 +282,8 @@ def quiet_star_step(settings: Settings) -> Row:
         "quiet_star": step,
         "next_token": partial(training_step, next_token(), model, text),
     }
+    if settings.name != "tiny":  # where compiling would take longer than all the rest
+        contestants["quiet_star, compiled"] = _compiled(step)
     contestants |= {f"quiet_star, {b}": _forced(model, b, step) for b in _others(settings)}
     _race(row, settings, contestants)
     weights = row.setting["model_bytes"] = model_bytes(model)
@@ -278,6 +294,7 @@ def quiet_star_step(settings: Settings) -> Row:
         row.added("quiet_star", weights),
         row.added("next_token", model_bytes(model, samples=False)),
     )
+    row.compare("compiled / default, time", row.seconds("quiet_star, compiled"), row.seconds("quiet_star"))
     for backend in _others(settings):
         forced = row.seconds(f"quiet_star, {backend}")
         row.compare(f"{backend} / default, time", forced, row.seconds("quiet_star"))

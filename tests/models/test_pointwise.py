@@ -1,4 +1,4 @@
-"""The pointwise chains compiled against the chains as they stand, values and gradients."""
+"""The chains of pointwise operations, as they stand and compiled, against fp64."""
 
 from __future__ import annotations
 
@@ -8,42 +8,79 @@ import pytest
 import torch
 
 from models import pointwise
-from models.pointwise import gated, merged, rms_norm, rotate
 from tests.helpers import relative_error
 
-
-def cases(dtype: torch.dtype):
-    def x(*shape):
-        return torch.randn(*shape, dtype=dtype, requires_grad=True)
-
-    for shape in ((5, 3), (1, 2, 4, 3)):
-        cos, sin = torch.rand(2, shape[-1], 1, 4).to(dtype)
-        yield rms_norm, (x(*shape, 16), x(16).float(), 1e-5)
-        yield rotate, (x(*shape, 2, 8), cos, sin)
-        yield gated, (x(*shape, 16), x(*shape, 16))
-        yield merged, (x(*shape, 8), x(*shape).float(), x(*shape, 8), x(*shape).float())
+R, H, D = 5, 3, 8
 
 
-@pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling takes a C++ compiler"
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_is_as_it_stands(monkeypatch, dtype):
-    torch.manual_seed(0)
-    chains = list(cases(dtype))
+@pytest.fixture(params=[False, True], ids=["as they stand", "compiled"])
+def compiled(request):
+    if request.param and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    pointwise.compile_chains(request.param)
+    yield request.param
+    pointwise.compile_chains(False)
 
-    def run():
-        for chain, arguments in chains:
-            out = chain(*arguments)
-            inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
-            yield chain.__name__, [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
-    eager = list(run())
-    monkeypatch.setattr(pointwise, "_compiled", {})
-    monkeypatch.setattr(pointwise, "_compile", True)
-    for (name, a), (_, b) in zip(run(), eager, strict=True):
-        for got, truth in zip(a, b, strict=True):
-            assert got.dtype == truth.dtype
-            # A compiled chain rounds once, at its end.
-            assert relative_error(got, truth) <= (1e-6 if dtype == torch.float32 else 2**-7), name
-    assert set(pointwise._compiled) == {getattr(pointwise, f"_{chain.__name__}") for chain, _ in chains}
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """fp64 values that are exact in bf16."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().double()
+
+
+def rms_norm(x, weight):
+    return pointwise.rms_norm(x, weight, 1e-6)
+
+
+def rms_norm_by_hand(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rotate_by_hand(x, cos, sin):
+    """Each pair of halves is a complex number that is turned."""
+    turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos, sin)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def gated_by_hand(gate, up):
+    return gate / (1 + (-gate).exp()) * up
+
+
+def merged_by_hand(out_a, lse_a, out_b, lse_b):
+    a, b = lse_a.exp()[..., None], lse_b.exp()[..., None]
+    return (a * out_a + b * out_b) / (a + b)
+
+
+CHAINS = {
+    "rms_norm": (rms_norm, rms_norm_by_hand, [draw(2, R, D), draw(D)]),
+    "rotate": (pointwise.rotate, rotate_by_hand, [draw(2, R, H, D), *(draw(2, R, 1, D // 2, seed=i) for i in (1, 2))]),
+    "gated": (pointwise.gated, gated_by_hand, [draw(2, R, D), draw(2, R, D, seed=1)]),
+    "merged": (
+        pointwise.merged,
+        merged_by_hand,
+        [draw(*shape, seed=i) for i, shape in enumerate(2 * [(R, H, D), (R, H)])],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_values_and_gradients(compiled, name, dtype):
+    chain, by_hand, values = CHAINS[name]
+    # Log-sum-exps and norm weights are fp32 in either case.
+    kept = {("rms_norm", 1), ("merged", 1), ("merged", 3)}
+    cast = [x.to(torch.float32 if (name, i) in kept else dtype).requires_grad_() for i, x in enumerate(values)]
+    exact = [x.clone().requires_grad_() for x in values]
+    out, truth = chain(*cast), by_hand(*exact)
+    assert out.dtype == dtype
+    allowed = 1e-6 if dtype == torch.float32 else 2**-7
+    assert relative_error(out, truth) <= allowed
+    grad = draw(*truth.shape)
+    for got, expected in zip(
+        torch.autograd.grad(out, cast, grad.to(dtype)), torch.autograd.grad(truth, exact, grad), strict=True
+    ):
+        assert relative_error(got, expected) <= allowed
+
+
+def test_a_part_without_keys_has_no_share(compiled):
+    out_a, lse_a, out_b, lse_b = (x.float() for x in CHAINS["merged"][2])
+    assert torch.equal(pointwise.merged(out_a, lse_a, out_b, torch.full_like(lse_b, float("-inf"))), out_a)
