@@ -64,7 +64,7 @@ class Settings:
     quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
     rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
     public_model: DecoderConfig = PUBLIC_57M
-    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2, at_once=32))
+    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2, at_once=24))
     large_model: DecoderConfig | None = None
     large: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=8, A=4, K=2, next_token_rows=8))
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))

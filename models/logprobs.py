@@ -13,9 +13,9 @@ from torch import Tensor
 
 from models.precision import accumulation_dtype, linear, working_copy
 
-# Logits held at once, in elements: 2²⁴ fp32 logits are 64 MiB. Each chunk adds to the whole gradient of the head, on
+# Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB. Each chunk adds to the whole gradient of the head, on
 # which a GPU would spend most of its time if chunks were small: 2²⁸ are 1 GiB.
-CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 2**24, 2**28
+CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 2**25, 2**28
 
 
 def _chunks(hidden_RW: Tensor, weight_VW: Tensor) -> list[slice]:
