@@ -86,6 +86,8 @@ def test_gradients_are_memory_of_a_step():
     model, text = make_model(config, torch.float32, CPU), make_text(config, 1, 4, CPU)
     measured = race({"step": partial(training_step, next_token(), model, text)}, CPU, repeats=1)
     head = model.head_weight_VW
+    if measured["step"].added_bytes is None:
+        pytest.skip("the peak of resident memory cannot be reset here")
     assert measured["step"].added_bytes >= head.numel() * head.element_size()
 
 
