@@ -42,6 +42,8 @@ from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
 from objectives.base import Objective
 
+# What a row may break down by outside its contestants, whose own failures `race` takes.
+BREAKS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, MemoryError, ImportError)
 GIVEN = 3  # the id that every thought of a deep rollout begins with
 
 
@@ -430,7 +432,7 @@ def deep_rollout(settings: Settings) -> Row:
         contestants["copy"] = partial(_copy, device)
     try:
         theirs = transformers_model(model, settings.dtype)
-    except Exception as error:  # of whatever release is installed; the rest of the row does without
+    except BREAKS as error:  # of whatever release is installed; the rest of the row does without
         row.setting["generate"] = f"{type(error).__name__}: {error}"[:200]
         theirs = None
     if theirs is not None:
@@ -632,5 +634,5 @@ def run_row(part: str, name: str, measure: Callable[[], Row]) -> Row:
     """The row, or one that says why it failed."""
     try:
         return measure()
-    except Exception as error:  # a row that breaks down must not take the others with it
+    except BREAKS as error:
         return Row(part, name, {}, failed=f"{type(error).__name__}: {error}"[:500])
