@@ -134,12 +134,22 @@ class Trunk:
 
 
 class ThoughtCache:
-    """Static buffers for the keys and values of thoughts that are being sampled: per layer [B, K, T, M, G, D]."""
+    """Static buffers for the keys and values of thoughts that are being sampled: per layer [B, K, T, M, G, D].
+
+    length: tokens written.
+    """
+
+    # Of what attention is given, how much is filled, where only the device knows; None if all of it is.
+    filled_1: Tensor | None = None
 
     def __init__(self, config: DecoderConfig, B: int, K: int, T: int, M: int, like: Tensor):
         shape = (config.layers, B, K, T, M, config.kv_heads, config.head_dim)
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
+
+    def next_tokens(self, S: int) -> Tensor:
+        """int64 [S], the numbers of the next S tokens of a thought, counted from 1."""
+        return torch.arange(self.length + 1, self.length + S + 1, device=self.keys.device)
 
     def extend(self, layer: int, k_BKSMGD: Tensor, v_BKSMGD: Tensor) -> tuple[Tensor, Tensor]:
         """Writes behind what is there and returns all keys and values so far; the last layer moves `length` on."""
@@ -149,6 +159,36 @@ class ThoughtCache:
         if layer == len(self.keys) - 1:
             self.length = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class RecordableCache(ThoughtCache):
+    """The buffers of another cache, one token after the other, with the number of tokens held on the device.
+
+    What a step does is then the same at every length, so that it can be recorded once and replayed. Attention is given
+    the whole buffers and `filled_1`.
+    """
+
+    def __init__(self, cache: ThoughtCache):
+        self.keys, self.values = cache.keys, cache.values
+        self.length = self.keys.shape[3] - 1  # the most that may be there when a step begins
+        self._written_1 = torch.empty(1, dtype=torch.int64, device=self.keys.device)
+        self.restart(cache.length)
+
+    def restart(self, length: int) -> None:
+        """Back to so many tokens."""
+        self._written_1.fill_(length)
+
+    def next_tokens(self, S: int) -> Tensor:
+        assert S == 1
+        self.filled_1 = (self._written_1 + 1).int()
+        return self._written_1 + 1
+
+    def extend(self, layer: int, k_BKSMGD: Tensor, v_BKSMGD: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].index_copy_(2, self._written_1, k_BKSMGD)
+        self.values[layer].index_copy_(2, self._written_1, v_BKSMGD)
+        if layer == len(self.keys) - 1:
+            self._written_1 += 1
+        return self.keys[layer], self.values[layer]
 
 
 # Attention of queries [_, H, D] over keys and values [_, G, D] and whatever else may be seen → [_, H, D].
@@ -273,7 +313,7 @@ class Decoder(nn.Module):
         """
         written, S = (0 if cache is None else cache.length), x_BKSMW.shape[2]
         self._check_positions(state.text.shape[1] + written + S)
-        steps_S = torch.arange(written + 1, written + S + 1, device=x_BKSMW.device)
+        steps_S = torch.arange(1, S + 1, device=x_BKSMW.device) if cache is None else cache.next_tokens(S)
         position_BKSM = anchors.position_BM[:, None, None, :] + steps_S[:, None]
         cos, sin = self._rotation(position_BKSM, x_BKSMW.dtype)
 
@@ -281,11 +321,12 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.layers):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                filled_1 = None
                 if cache is not None:
                     k, v = cache.extend(layer, k, v)
-                return thought_attention(
-                    q, k, v, state.keys[layer], state.values[layer], anchors, self.attention_backend
-                )
+                    filled_1 = cache.filled_1
+                text = state.keys[layer], state.values[layer]
+                return thought_attention(q, k, v, *text, anchors, self.attention_backend, filled_1)
 
             x, _, _ = self._pass(block, x, cos, sin, attend)
         return self.norm(x)

@@ -5,7 +5,7 @@ Shapes: B rows, M anchors, K thoughts, P tokens given, S all tokens of a thought
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from models.decoder import TextState, ThoughtCache
 from models.logprobs import sample_tokens
 from models.philox import Rng
+from models.recorded import WORTH_RECORDING, RecordedStep
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, START, Anchors, Thoughts
 
@@ -124,10 +125,17 @@ def rollout(
 
     may_end_early = bool(close) or answer is not None
     cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
+
+    def each_layer_launched(tokens_BKSM: Tensor) -> Tensor:
+        return model.continue_thoughts(tokens_BKSM, anchors, state, cache)
+
+    step: Callable[[Tensor], Tensor] = each_layer_launched
     thought_K11, draw_T1 = torch.arange(K, device=device)[:, None, None], torch.arange(S - P, device=device)[:, None]
     for s in range(P, S):
         newest = slice(0, P) if s == P else slice(s - 1, s)
-        hidden_BKSMW = model.continue_thoughts(tokens_BKSM[:, :, newest], anchors, state, cache)
+        if s == P + 1 and model.records_steps and anchors.window is None and S - s >= WORTH_RECORDING:
+            step = RecordedStep(model, anchors, state, cache)
+        hidden_BKSMW = step(tokens_BKSM[:, :, newest])
         look, since = divmod(s - P, LOOK_EVERY)
         if since == 0:
             draws_T1 = draw_T1[look * LOOK_EVERY :][:LOOK_EVERY]

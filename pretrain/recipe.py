@@ -116,6 +116,7 @@ class Recipe:
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it, else fp32
     compile: bool = False  # torch.compile for what lies between products and attention; on CPU it takes a C++ compiler
     activation_checkpointing: bool = False  # less memory, up to a third more compute: backward computes blocks again
+    cuda_graphs: bool = False  # thoughts at a few anchors are sampled by replaying one recorded step; not when sharded
     devices: int = 1  # of each node; the model is sharded over all of them
     nodes: int = 1
     data_workers: int = 0  # processes that prepare batches ahead of time

@@ -103,6 +103,10 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     """Reads tokenizer, data and model, the latter from the run's newest checkpoint if `directory` has one."""
     if recipe.compile and not torch.cuda.is_available() and not _cpp_compiler():
         raise RecipeError("compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out")
+    if recipe.cuda_graphs and not torch.cuda.is_available():
+        raise RecipeError("cuda_graphs takes a CUDA device and there is none; leave the key out")
+    if recipe.cuda_graphs and recipe.ranks > 1:
+        raise RecipeError("cuda_graphs cannot record a model that is sharded; leave the key out or train on one device")
     compile_chains(recipe.compile)
     tokenizer_directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
@@ -132,6 +136,7 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
         )
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
+    model.records_steps = recipe.cuda_graphs
     _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
     return Prepared(
         recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, held_out, model, checkpoint

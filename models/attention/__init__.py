@@ -39,24 +39,38 @@ def thought_attention(
     v_text_BNGD: Tensor,
     anchors: Anchors,
     backend: str | None = None,
+    filled_1: Tensor | None = None,
 ) -> Tensor:
     """Attention of thoughts: each token sees its document's text up to its anchor and its own thought up to itself.
 
     q [B, K, S, M, H, D] are the last S of the T tokens of each thought; k and v [B, K, T, M, G, D] all T of them;
     k_text and v_text [B, N, G, D]. → [B, K, S, M, H, D] in q's dtype. Differentiable in all five.
+
+    filled_1: int32 [1], how many of the T tokens there are yet, of which q is the newest (S = 1): a number that the
+    host never sees, so that a recorded call serves every length. Without gradient.
     """
     arguments = q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD
-    return _choose(*arguments, anchors=anchors, backend=backend).thought_attention(*arguments, anchors)
+    chosen = _choose(*arguments, anchors=anchors, backend=backend, filled=filled_1 is not None)
+    if filled_1 is None:
+        return chosen.thought_attention(*arguments, anchors)
+    return chosen.thought_attention(*arguments, anchors, filled_1)
 
 
-def _choose(q: Tensor, k: Tensor, *others: Tensor, anchors: Anchors | None = None, backend: str | None = None):
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    *others: Tensor,
+    anchors: Anchors | None = None,
+    backend: str | None = None,
+    filled: bool = False,
+):
     """The backend for text, or for thoughts where there are anchors."""
     asked = backend or os.environ.get("FORETHOUGHT_ATTENTION") or None
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"attention backend {asked!r} is not one of {', '.join(BACKENDS)}")
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
     chosen = asked or "aten"
-    served, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable)
+    served, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)
     if not served and asked is not None:
         raise ValueError(f"attention backend {asked!r} cannot serve this call: {reason}; unset it or use 'reference'")
     if not served:

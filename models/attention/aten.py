@@ -13,12 +13,17 @@ from models.precision import accumulation_dtype
 from models.thoughts import Anchors
 
 
-def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+def supports(
+    q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool, filled: bool = False
+) -> tuple[bool, str]:
     """Whether these kernels serve such a call, and why not: thoughts q [B, K, S, M, H, D] and k [B, K, T, M, G, D] at
-    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without; `differentiable` if a gradient may be asked for."""
+    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without; `differentiable` if a gradient may be asked for,
+    `filled` if the number of own tokens is on the device."""
     if anchors is not None and q.shape[2] not in (1, k.shape[2]):
         S, T = q.shape[2], k.shape[2]
         return False, f"{S} query tokens for {T} key tokens: neither one step nor the whole thought"
+    if filled and (q.device.type != "cuda" or anchors is None or anchors.window is not None):
+        return False, "the number of own tokens is read on the device by CUDA kernels for a few anchors"
     if q.device.type == "cpu":
         if q.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return True, "flash kernel for CPU"
@@ -54,11 +59,31 @@ def _cpu_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tens
     return dq, dk, dv
 
 
-def _cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, sequences: Sequences | None = None) -> tuple[Tensor, Tensor]:
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    sequences: Sequences | None = None,
+    filled_1: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if filled_1 is not None:
+        return _cuda_filled(q, k, v, filled_1)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *(sequences or (None, None, q.shape[1], k.shape[1])), 0.0, causal, False
     )
     return out, lse
+
+
+def _cuda_filled(q: Tensor, k: Tensor, v: Tensor, filled_1: Tensor) -> tuple[Tensor, Tensor]:
+    # Only sequences of several lengths may use fewer keys than there are.
+    b, s, t = *q.shape[:2], k.shape[1]
+    starts = torch.arange(b + 1, dtype=torch.int32, device=q.device)
+    rows = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *rows, starts * s, starts * t, s, t, 0.0, False, False, seqused_k=filled_1.expand(b).contiguous()
+    )
+    return out.unflatten(0, (b, s)), lse.unflatten(1, (b, s)).transpose(0, 1)
 
 
 def _cuda_backward(

@@ -26,10 +26,14 @@ from models.attention.merged import Kernels, MergedAttention, Sequences
 from models.thoughts import Anchors, Text
 
 
-def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+def supports(
+    q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool, filled: bool = False
+) -> tuple[bool, str]:
     """As aten.supports."""
     if q.device.type != "cuda":
         return False, f"the flash-attn packages run on CUDA, not on {q.device.type}"
+    if filled:
+        return False, "the flash-attn packages are told the number of own tokens by the host"
     served, reason = aten.supports(q, k, anchors, differentiable)
     if not served:
         return False, reason

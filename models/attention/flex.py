@@ -21,10 +21,14 @@ from models.attention.caching import kept_with_first
 from models.thoughts import Anchors, Text
 
 
-def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+def supports(
+    q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool, filled: bool = False
+) -> tuple[bool, str]:
     """As aten.supports."""
     if q.device.type != "cuda":
         return False, f"FlexAttention is compiled for CUDA here, not for {q.device.type}"
+    if filled:
+        return False, "FlexAttention has the number of own tokens in its mask, which the host makes"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False, f"FlexAttention takes fp32, bf16 and fp16, not {q.dtype}"
     if q.shape[-1] < 16:

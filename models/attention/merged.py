@@ -59,7 +59,8 @@ class Kernels:
     """A flash kernel and its backward: q, O and dO [b, s, h, d], k and v [b, t, g, d], h a multiple of g;
     L [b, h, s] in fp32 (fp64 for fp64), natural logarithm.
 
-    forward(q, k, v, causal, sequences) → (O, L). s = t where causal.
+    forward(q, k, v, causal, sequences, filled_1) → (O, L). s = t where causal. With filled_1, int32 [1], only so many
+    of the t keys of each sequence count; kernels that cannot do so are never asked.
     backward(dO, q, k, v, O, L, causal, sequences) → (dQ, dK, dV), given the O and L of the whole attention, of which
     k and v may be a part.
     varlen: whether they take `sequences`. Then q, O and dO are [all s, h, d], k and v [all t, g, d], L [h, all s].
@@ -88,9 +89,12 @@ class MergedAttention:
         k_text_BNGD: Tensor,
         v_text_BNGD: Tensor,
         anchors: Anchors,
+        filled_1: Tensor | None = None,
     ) -> Tensor:
         """As reference.thought_attention, for S = T (a whole thought) or S = 1 (its newest token)."""
         kernels = self.kernels[q_BKSMHD.device.type]
+        if not torch.is_grad_enabled():
+            return _thoughts(q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD, anchors, kernels, filled_1)[0]
         return _ThoughtAttention.apply(q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD, anchors, kernels)
 
     def dense_part(self, q: Tensor, k: Tensor, v: Tensor, text: Text) -> tuple[Tensor, Tensor]:
@@ -133,15 +137,7 @@ class _TextAttention(torch.autograd.Function):
 class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, k_text, v_text, anchors, kernels):
-        out_own, lse_own = _own_part(q, k, v, kernels)
-        if anchors.window is not None:
-            out_text, lse_text = _window_part(q.flatten(1, 2), k_text, v_text, anchors, kernels)
-            out_text = out_text.view_as(q)
-            lse_text = lse_text.view(*q.shape[:3], *lse_text.shape[2:]).transpose(-1, -2)
-        else:
-            out_text, lse_text = _prefix_part(q, k_text, v_text, anchors, kernels)
-        lse = torch.logaddexp(lse_own, lse_text)
-        out = merged(out_own, lse_own, out_text, lse_text)
+        out, lse = _thoughts(q, k, v, k_text, v_text, anchors, kernels)
         ctx.save_for_backward(q, k, v, k_text, v_text, out, lse)
         ctx.anchors, ctx.kernels = anchors, kernels
         return out
@@ -151,6 +147,27 @@ class _ThoughtAttention(torch.autograd.Function):
         q, k, v, k_text, v_text, out, lse = ctx.saved_tensors
         grads = _thought_gradients(grad, q, k, v, k_text, v_text, out, lse, ctx.anchors, ctx.kernels)
         return *grads, None, None
+
+
+def _thoughts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    anchors: Anchors,
+    kernels: Kernels,
+    filled_1: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O [B, K, S, M, H, D] and L [B, K, S, M, H]."""
+    out_own, lse_own = _own_part(q, k, v, kernels, filled_1)
+    if anchors.window is not None:
+        out_text, lse_text = _window_part(q.flatten(1, 2), k_text, v_text, anchors, kernels)
+        out_text = out_text.view_as(q)
+        lse_text = lse_text.view(*q.shape[:3], *lse_text.shape[2:]).transpose(-1, -2)
+    else:
+        out_text, lse_text = _prefix_part(q, k_text, v_text, anchors, kernels)
+    return merged(out_own, lse_own, out_text, lse_text), torch.logaddexp(lse_own, lse_text)
 
 
 def _thought_gradients(
@@ -427,16 +444,20 @@ def _prefixes(anchors: Anchors, queries: int) -> _Prefixes:
 # O like q; L [B, K, S, M, H].
 
 
-def _own_part(q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+def _own_part(
+    q: Tensor, k: Tensor, v: Tensor, kernels: Kernels, filled_1: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     B, K, S, M, H, D = q.shape
     if M * H > MOST_AT_ONCE:
-        parts = [_own_part(q_m, k_m, v_m, kernels) for q_m, k_m, v_m in _few_anchors(MOST_AT_ONCE // H, q, k, v)]
+        few = _few_anchors(MOST_AT_ONCE // H, q, k, v)
+        parts = [_own_part(q_m, k_m, v_m, kernels, filled_1) for q_m, k_m, v_m in few]
         out, lse = (_joined(x, dim=3) for x in zip(*parts, strict=True))
         return out, lse
     if S == 1:
         G = k.shape[4]
         q_rows = q.reshape(B * K, M * G, H // G, D).transpose(1, 2)
-        out, lse = kernels.forward(q_rows, _as_sequences(k), _as_sequences(v), False)
+        count = {} if filled_1 is None else {"filled_1": filled_1}
+        out, lse = kernels.forward(q_rows, _as_sequences(k), _as_sequences(v), False, **count)
         return out.transpose(1, 2).reshape(q.shape), lse.reshape(q.shape[:-1])
     out, lse = kernels.forward(_as_sequences(q), _as_sequences(k), _as_sequences(v), True)
     return out.reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])

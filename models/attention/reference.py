@@ -15,7 +15,9 @@ from models.precision import accumulation_dtype
 from models.thoughts import Anchors, Text
 
 
-def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+def supports(
+    q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool, filled: bool = False
+) -> tuple[bool, str]:
     """As aten.supports: always."""
     return True, "the definition"
 
@@ -39,8 +41,12 @@ def thought_attention(
     k_text_BNGD: Tensor,
     v_text_BNGD: Tensor,
     anchors: Anchors,
+    filled_1: Tensor | None = None,
 ) -> Tensor:
-    """A thought token sees the text of its document up to its anchor, and its own thought up to itself."""
+    """A thought token sees the text of its document up to its anchor, and its own thought up to itself.
+
+    filled_1: int32 [1], how many of the T tokens there are, the query being the newest of them (S = 1).
+    """
     B, K, S, M, H, D = q_BKSMHD.shape
     T, G, N = k_BKTMGD.shape[2], k_BKTMGD.shape[4], k_text_BNGD.shape[1]
     q = _exact(q_BKSMHD).reshape(B, K, S, M, G, H // G, D)
@@ -53,7 +59,12 @@ def thought_attention(
         & (n_N <= anchors.index_BM[:, :, None])
         & (document_BM >= 0)[:, :, None]
     )
-    own_visible_ST = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+    if filled_1 is None:
+        own_visible_ST = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+    else:
+        own_visible_ST = (torch.arange(T, device=q.device) < filled_1)[None]
+        # What is not filled yet may be anything, NaN included.
+        v_BKTMGD = v_BKTMGD.masked_fill(~own_visible_ST[0, :, None, None, None], 0.0)
 
     text_scores = torch.einsum("bksmgrd,bngd->bksmgrn", q, _exact(k_text_BNGD))
     own_scores = torch.einsum("bksmgrd,bktmgd->bksmgrt", q, _exact(k_BKTMGD))

@@ -30,7 +30,9 @@ HEAD_SIZES = (16, 32, 64, 128)
 MAX_ROWS, MAX_OWN = 128, 64
 
 
-def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[bool, str]:
+def supports(
+    q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool, filled: bool = False
+) -> tuple[bool, str]:
     """As aten.supports."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed; install the extra 'kernels'"
@@ -43,6 +45,8 @@ def supports(q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool
         return False, f"the triton kernels take fp32, bf16 and fp16, not {q.dtype}"
     if anchors is None:
         return aten.supports(q, k, anchors, differentiable)
+    if filled and anchors.dense:
+        return False, "the triton kernel for a step at every position is told the number of own tokens by the host"
     if q.shape[-1] not in HEAD_SIZES:
         return False, f"the triton kernels take head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
     S, T, group = q.shape[2], k.shape[2], q.shape[4] // k.shape[4]
@@ -80,11 +84,14 @@ def thought_attention(
     k_text_BNGD: Tensor,
     v_text_BNGD: Tensor,
     anchors: Anchors,
+    filled_1: Tensor | None = None,
 ) -> Tensor:
     """As reference.thought_attention, where `supports` says so."""
     arguments = q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD
     if not anchors.dense:
-        return _AtAFewAnchors.apply(*arguments, anchors)
+        if torch.is_grad_enabled():
+            return _AtAFewAnchors.apply(*arguments, anchors)
+        return _at_a_few_anchors(*arguments, anchors, filled_1)[0]
     if q_BKSMHD.shape[2] == k_BKTMGD.shape[2]:
         return _AtEveryPosition.apply(*arguments, anchors)
     return _step(*arguments, anchors)
@@ -115,10 +122,8 @@ class _AtEveryPosition(torch.autograd.Function):
 class _AtAFewAnchors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, k_text, v_text, anchors):
-        from models.attention.kernels import decode
-
         q, k_text, v_text = q.contiguous(), k_text.contiguous(), v_text.contiguous()
-        out, lse = decode.decode(q, k, v, k_text, v_text, *anchors.visible_BM)
+        out, lse = _at_a_few_anchors(q, k, v, k_text, v_text, anchors)
         ctx.save_for_backward(q, k, v, k_text, v_text, out, lse)
         ctx.anchors = anchors
         return out
@@ -128,6 +133,14 @@ class _AtAFewAnchors(torch.autograd.Function):
         q, k, v, k_text, v_text, out, lse = ctx.saved_tensors
         natural = lse * math.log(2.0)
         return *aten.thought_gradients(grad, q, k, v, k_text, v_text, out, natural, ctx.anchors), None
+
+
+def _at_a_few_anchors(q, k, v, k_text, v_text, anchors, filled_1=None) -> tuple[Tensor, Tensor]:
+    from models.attention.kernels import decode
+
+    start_BM, end_BM = anchors.visible_BM
+    q, k_text, v_text = q.contiguous(), k_text.contiguous(), v_text.contiguous()
+    return decode.decode(q, k, v, k_text, v_text, start_BM, end_BM, filled_1)
 
 
 def _step(q, k, v, k_text, v_text, anchors) -> Tensor:

@@ -29,11 +29,15 @@ class Fake:
     def __init__(self):
         self.calls = []
 
-    def forward(self, q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal):
+    def forward(self, q, k, v, q_starts, k_starts, q_longest, k_longest, scale, causal, used=None):
         pieces = self.pieces("forward", q, k, v, q_starts, k_starts, q_longest, k_longest, scale)
         out = torch.full(q.shape, torch.nan, dtype=q.dtype)
         heads, queries = q.shape[-2], q.shape[:-2]
         lse = torch.full((*queries[:-1], heads, queries[-1]), torch.nan, dtype=q.dtype)
+        if used is not None:
+            assert used.dtype == torch.int32 and used.is_contiguous() and len(used) == len(pieces)
+            both = zip(pieces, used.tolist(), strict=True)
+            pieces = [(at_q, (slice(at_k.start, at_k.start + n),)) for (at_q, (at_k,)), n in both]
         for at_q, at_k in pieces:
             scores = self.scores(q[at_q], k[at_k], scale, causal)
             lse[(*at_q[:-1], slice(None), at_q[-1])] = scores.logsumexp(-1)
@@ -95,8 +99,9 @@ def torch_operators():
 
     def forward(q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, **options):
         assert (dropout, debug) == (0.0, False)
+        used = options.pop("seqused_k", None)
         assert not any(options.values())
-        out, lse = fake.forward(q, k, v, q_starts, k_starts, max_q, max_k, q.shape[-1] ** -0.5, causal)
+        out, lse = fake.forward(q, k, v, q_starts, k_starts, max_q, max_k, q.shape[-1] ** -0.5, causal, used)
         return out, lse, torch.empty(0), torch.empty(0), torch.empty(0)
 
     def backward(dout, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, dropout, causal, rng, unused, **options):
@@ -252,6 +257,23 @@ def test_a_part_run_with_its_own_result_is_caught(kernels, monkeypatch, name, wr
     assert min(errors[name] for name in ("dq", "dk", "dk_text")) > 0.02, errors
 
 
+@pytest.mark.parametrize("filled", [1, 3, 5])
+@pytest.mark.parametrize("most", [merged.MOST_AT_ONCE, 8])
+def test_own_tokens_counted_on_the_device(torch_operators, monkeypatch, filled, most):
+    """As if what is not filled yet, here NaN, were not there."""
+    monkeypatch.setattr(merged, "MOST_AT_ONCE", most)
+    anchors = anchor_cases()["sparse, repeated, without text"]
+    arguments = [x.detach() for x in inputs(anchors.text, anchors.index_BM.shape[1], 2, 1, 5, 4, 2, D=8)]
+    q, k, v, k_text, v_text = arguments
+    truth = reference.thought_attention(q, k[:, :, :filled], v[:, :, :filled], k_text, v_text, anchors)
+    k[:, :, filled:], v[:, :, filled:] = torch.nan, torch.nan
+    number_1 = torch.tensor([filled], dtype=torch.int32)
+    with torch.no_grad():
+        got = MergedAttention({"cpu": aten.CUDA}).thought_attention(*arguments, anchors, number_1)
+    assert relative_error(got, truth) <= TOLERANCE
+    assert relative_error(reference.thought_attention(*arguments, anchors, number_1), truth) <= TOLERANCE
+
+
 def test_what_is_kept_dies_with_its_text(kernels):
     """Sequences and masks are made once, for all layers, and hold no batch in memory."""
     for name in ("dense, packed, padded", "sparse, repeated, without text"):
@@ -272,6 +294,8 @@ def test_the_schema_of_torchs_operators():
         op: [a.name for a in getattr(torch.ops.aten, op).default._schema.arguments if not a.kwarg_only]
         for op in ("_flash_attention_forward", "_flash_attention_backward")
     }
+    keyword = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments if a.kwarg_only]
+    assert "seqused_k" in keyword
     lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
     assert names["_flash_attention_forward"] == ["query", "key", "value", *lengths, "return_debug_mask"]
     given = ["grad_out", "query", "key", "value", "out", "logsumexp"]

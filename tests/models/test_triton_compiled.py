@@ -23,7 +23,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 # Shared memory of a thread block at most, in bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 FP32 = {"lse_ptr", "delta_ptr", "lse_text_ptr"}
-INTEGERS = {"start_ptr": "*i32", "end_ptr": "*i32", "document_end_ptr": "*i32"}
+INTEGERS = {"start_ptr": "*i32", "end_ptr": "*i32", "document_end_ptr": "*i32", "filled_ptr": "*i32"}
 FLOATS = {"scale", "unscaled", "log2_e"}
 
 
@@ -35,11 +35,12 @@ def kernels(S: int, R: int, D: int) -> dict[str, tuple]:
         "dense backward, text": (dense._backward_text, dense.text_constants(S, R, D), set()),
         "step": (step._private_keys, step.constants(R, D), set()),
         "decode, prefix": (decode._prefix, decode.constants(16 * R, R, D), {"out_ptr"}),
-        "decode, suffix": (decode._suffix, decode.constants(S * R, R, D), {"out_text_ptr"}),
+        "decode, suffix": (decode._suffix, decode.constants(S * R, R, D) | {"filled_ptr": None}, {"out_text_ptr"}),
+        "decode, suffix, recorded": (decode._suffix, decode.constants(S * R, R, D), {"out_text_ptr"}),
     }
 
 
-def compiled(kernel, constants: dict[str, int], fp32: set[str], target: int, pointer: str = "*bf16"):
+def compiled(kernel, constants: dict[str, int | None], fp32: set[str], target: int, pointer: str = "*bf16"):
     options = {name: value for name, value in constants.items() if name.startswith("num_")}
     constexprs = {name: value for name, value in constants.items() if name not in options}
 

@@ -101,6 +101,21 @@ def test_a_cache_is_read_where_it_lies(anchors):
         assert relative_error(out, whole[:, :, now]) <= TOLERANCE
 
 
+def test_own_tokens_counted_on_the_device():
+    """A cache whose filled part is known to the device alone, and whose rest is NaN."""
+    anchors = anchors_at_few()
+    M, K, T = anchors.index_BM.shape[1], 2, 35
+    arguments = [x.detach() for x in inputs(anchors.text, M, K, 1, T, 4, 2, D=16, dtype=torch.float32)]
+    q, k, v, k_text, v_text = arguments
+    for filled in (33, 32, 1):
+        seen = q, k[:, :, :filled], v[:, :, :filled], k_text, v_text
+        truth = reference.thought_attention(*(x.double() for x in seen), anchors)
+        k[:, :, filled:], v[:, :, filled:] = torch.nan, torch.nan
+        with torch.no_grad():
+            got = triton.thought_attention(*arguments, anchors, torch.tensor([filled], dtype=torch.int32))
+        assert relative_error(got, truth) <= TOLERANCE
+
+
 @pytest.mark.parametrize("anchors", [anchors_at_few(), anchors_at_all()], ids=["few", "all"])
 def test_padding_is_never_read(anchors):
     """Padding full of NaN leaves every real output and gradient finite and right."""

@@ -344,6 +344,21 @@ def test_references_that_cannot_be_read(tiny_run, arguments, part, capsys):
         assert len(message.splitlines()) == 1, message
 
 
+@pytest.mark.parametrize(
+    ("there", "arguments", "part"),
+    [
+        (False, [], "cuda_graphs takes a CUDA device and there is none; leave the key out"),
+        (True, ["--devices", "2"], "cuda_graphs cannot record a model that is sharded"),
+    ],
+)
+def test_graphs_take_one_cuda_device(tiny_run, monkeypatch, there, arguments, part, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert fit(tiny_run, *QUIET, "--cuda_graphs", "true", "--dry-run", *arguments) == 1
+    message = capsys.readouterr().err.strip()
+    assert part in message
+    assert len(message.splitlines()) == 1, message
+
+
 def test_several_mistakes_come_together(tiny_run, capsys):
     assert fit(tiny_run, *QUIET, "--steps", "0", "--objective.thoughts", "0", "--sed", "1") == 1
     message = capsys.readouterr().err

@@ -71,11 +71,13 @@ def _prefix(
 
 @triton.jit
 def _suffix(
-    q_ptr, k_ptr, v_ptr, out_text_ptr, lse_text_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, out_text_ptr, lse_text_ptr, out_ptr, lse_ptr, filled_ptr,
     scale, rows, S, T, M, G, thought_stride, splits,
     R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Own keys for a tile of the S·R rows of a thought and key-value head, and the merge with all splits."""
+    if filled_ptr is not None:
+        T = tl.load(filled_ptr)
     thought, m = (tl.program_id(0) // M).to(tl.int64), tl.program_id(0) % M
     g, tile = tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, D)
@@ -121,13 +123,14 @@ def decode(
     v_text_BNGD: Tensor,
     start_BM: Tensor,
     end_BM: Tensor,
+    filled_1: Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and its log-sum-exp, in base 2, [B, K, S, M, H] in fp32, for the last S of T tokens.
 
     int32 [start, end) is the text that an anchor's thoughts see, empty where end is 0. Keys and values of thoughts may
     be the leading part of a longer cache; the rest is contiguous. `splits` is chosen by how much text there can be and
-    how many programs there are without it.
+    how many programs there are without it. filled_1, int32 [1], is how many of the T tokens there are yet.
     """
     B, K, S, M, H, D = q_BKSMHD.shape
     T, N, G = k_BKTMGD.shape[2], k_text_BNGD.shape[1], k_text_BNGD.shape[2]
@@ -147,7 +150,7 @@ def decode(
             scale, B, K, S, M, N, G, splits, **prefix,
         )  # fmt: skip
         _suffix[B * K * M, G, triton.cdiv(S * R, suffix["ROWS"])](
-            q_BKSMHD, k, v, out_text, lse_text, out, lse,
+            q_BKSMHD, k, v, out_text, lse_text, out, lse, filled_1,
             scale, lse.numel(), S, T, M, G, thought_stride, splits, **suffix,
         )  # fmt: skip
     return out, lse

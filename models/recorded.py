@@ -1,0 +1,82 @@
+"""One token more for every thought, recorded once as a CUDA graph and replayed for each token.
+
+A step of a few thoughts is some forty short kernels a layer, which a host launches more slowly than a GPU runs them;
+a graph launches them all at once. Recording costs about as much as two steps.
+
+Shapes: B rows, M anchors, K thoughts, W width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from models.decoder import RecordableCache, TextState, ThoughtCache
+from models.thinking import ThinkingModel
+from models.thoughts import PAD, Anchors
+
+# Steps from which on recording pays for itself.
+WORTH_RECORDING = 16
+
+
+class RecordedStep:
+    """Called as `continue_thoughts` with the newest token of each thought, [B, K, 1, M] → [B, K, 1, M, W].
+
+    It goes on behind what `cache` holds. Each call overwrites the result of the one before. On a device without graphs
+    the same step simply runs; attention is left to backends that take the number of tokens from the device.
+    """
+
+    def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, cache: ThoughtCache):
+        self._arguments = model, anchors, state
+        self._cache = RecordableCache(cache)
+        B, K, _, M = cache.keys.shape[1:5]
+        self._tokens_BK1M = torch.full((B, K, 1, M), PAD, device=cache.keys.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if cache.keys.is_cuda:
+            self._record(cache.length)
+
+    @torch.no_grad()
+    def __call__(self, tokens_BK1M: Tensor) -> Tensor:
+        self._tokens_BK1M.copy_(tokens_BK1M)
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._hidden_BK1MW
+
+    def _run(self) -> Tensor:
+        model, anchors, state = self._arguments
+        return model.continue_thoughts(self._tokens_BK1M, anchors, state, self._cache)
+
+    @torch.no_grad()
+    def _record(self, length: int) -> None:
+        device = self._tokens_BK1M.device
+        here, stream = torch.cuda.current_stream(device), _stream(device)
+        stream.wait_stream(here)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            # Compiles kernels and makes what is kept for later calls. What it writes the first replay writes over.
+            self._run()
+            self._cache.restart(length)
+            graph = torch.cuda.CUDAGraph()
+            # Not `torch.cuda.graph`, which empties the allocator's cache. Other threads may copy batches meanwhile.
+            graph.capture_begin(pool=_pool(device), capture_error_mode="thread_local")
+            try:
+                self._hidden_BK1MW = self._run()
+            finally:
+                graph.capture_end()
+        here.wait_stream(stream)
+        self._graph = graph
+
+
+# Graphs that follow each other share memory if they share pool and stream.
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _pool(device: torch.device):
+    return torch.cuda.graph_pool_handle()
