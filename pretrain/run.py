@@ -222,9 +222,11 @@ def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     """Steps of the control that cost what the run has cost, by the cost of its first."""
     assert recipe.control is not None
     control = prepare(recipe.control_recipe(1, str(directory.control)), None)
-    text = Text(**control.data.rows(0, recipe.rows_per_step))
+    text, rng, objective = Text(**control.data.rows(0, recipe.rows_per_step)), Rng(recipe.seed, 0), control.objective
     with torch.no_grad():
-        flops = sum(part.flops for part in control.objective.losses(control.model, text, Rng(recipe.seed, 0)))
+        prepared = objective.prepare(control.model, text, rng)
+        update = sum(part.flops for part in objective.losses(control.model, text, rng, prepared=prepared))
+    flops = update * objective.updates + (prepared.flops if prepared is not None else 0)
     return max(1, round(directory.read(directory.metrics)[-1]["flops"] / flops))
 
 

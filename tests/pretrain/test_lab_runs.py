@@ -44,6 +44,14 @@ def quickstart(tmp_path_factory):
     return directory
 
 
+def test_a_control_of_several_updates_spends_as_much(tmp_path):
+    control = ["--control", "rlp", "--control.updates", "3", "--control.length", "4", "--control.thoughts", "3"]
+    assert fit("quickstart", tmp_path / "run", *control) == 0
+    metrics = [lines(directory / "metrics.jsonl") for directory in (tmp_path / "run", tmp_path / "run" / "control")]
+    main_run, its_control = (of[-1]["flops"] for of in metrics)
+    assert abs(its_control - main_run) <= metrics[1][0]["flops"]
+
+
 def test_the_control_spends_as_much_on_the_same_problems(quickstart):
     main_run, control = lines(quickstart / "metrics.jsonl"), lines(quickstart / "control" / "metrics.jsonl")
     assert main_run[-1]["step"] == 4 < control[-1]["step"]
