@@ -99,7 +99,9 @@ def rollout(
     it goes on: `close` is given to those that have not written it, and then the answer is drawn. Banned ids are never
     drawn, except those of `close`, of the answer's end, and those `allowed`. The draw of a token is keyed by the run's
     seed, the step and the token's place (sample id, anchor, thought, token), so a thought is the same in whatever
-    batch, chunk or rank it is sampled. Slots that no thought needs, as all ended before, are cut off.
+    batch, chunk or rank it is sampled. Log-probs are those of a pass over the finished thoughts: in the
+    root mean square within 1e-5 nats in fp32, and in bf16 within that pass's own distance from fp32. Slots that no
+    thought needs, as all ended before, are cut off.
     """
     text, P = anchors.text, len(given)
     B, M, K = text.shape[0], anchors.index_BM.shape[1], thoughts_per_anchor

@@ -180,6 +180,31 @@ def test_thoughts_end_and_answer_as_a_plain_reading_says(answer):
     assert len(seen) == (2 if answer is None else 4)
 
 
+@pytest.mark.parametrize("anchors", ["few", "everywhere"])
+def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
+    """Root mean squares: in fp32 within 1e-5 nats, in bf16 no further from the scoring pass than that is from fp32."""
+    model = tiny_model(torch.float32, width=64, head_dim=16, ffn_width=128)
+    text = packed_text([[20, 19], [40]], 40)
+    few = Anchors(text, torch.tensor([[3, 8, 30], [5, -1, 39]]))
+
+    @torch.no_grad()
+    def run(dtype, thoughts=None):
+        """Log-probs of thoughts, drawn or scored."""
+        model.decoder.compute_dtype = dtype
+        state = model.read(text)
+        if thoughts is None:
+            drawn = rollout(model, state, few if anchors == "few" else Anchors.everywhere(text), 8, 12, Rng(0, 2))
+            return drawn.thoughts, drawn.logprobs_BKSM[:, :, 1:]
+        hidden = model.think(thoughts, state)[:, :, :-1]
+        return thoughts, token_logprobs(hidden, model.head_weight_VW, thoughts.tokens_BKSM[:, :, 1:])
+
+    thoughts, drawn = run(None)
+    assert (drawn - run(None, thoughts)[1]).square().mean() <= 1e-5**2
+    thoughts, drawn = run(torch.bfloat16)
+    scored, exact = run(torch.bfloat16, thoughts)[1], run(None, thoughts)[1]
+    assert (drawn - scored).square().mean() <= (scored - exact).square().mean()
+
+
 def test_log_probs_of_draws_are_scored_ones():
     model, state, _, drawn = draw(Answer(ASK, 4, END))
     with torch.no_grad():
