@@ -66,7 +66,7 @@ class Row:
         return self.measured[name].rate(figure) if self.seconds(name, figure) else []
 
     def added(self, name: str, constant: int = 0) -> list[float]:
-        """Peak bytes, with `constant` ones that were there before."""
+        """Bytes that a call takes and gives back, with `constant` ones that are there all the time."""
         found = self.measured[name].added_bytes if name in self.measured else None
         return [] if found is None else [float(found + constant)]
 
@@ -92,7 +92,9 @@ class Row:
 
 
 def _race(row: Row, settings: Settings, contestants: Mapping[str, Contestant], repeats: int | None = None) -> Row:
-    row.measured |= race(contestants, settings.device, repeats or settings.repeats, settings.budget)
+    row.measured |= race(
+        contestants, settings.device, settings.repeats if repeats is None else repeats, settings.budget
+    )
     return row
 
 
@@ -568,7 +570,7 @@ def memory_rows(settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def quiet_star_memory(settings: Settings) -> Row:
     """Peak memory of a Quiet-STaR step over that of a next-token step on the same text: weights, gradients and all
-    that is in between, without an optimizer's states."""
+    that is in between, without an optimizer's states. Nothing is timed."""
     c = settings.memory
     row = Row("memory", "quiet_star", dict(c) | {"dtype": _name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
@@ -577,7 +579,7 @@ def quiet_star_memory(settings: Settings) -> Row:
         "quiet_star": quiet_star(c["L"], c["A"], c["K"], c["at_once"]),
         "next_token": next_token(),
     }
-    _race(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()}, repeats=1)
+    _race(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()}, repeats=0)
     weights = row.setting["model_bytes"] = model_bytes(model)
     row.compare(
         "quiet_star / next_token, memory",

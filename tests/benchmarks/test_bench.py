@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -17,7 +18,16 @@ import torch
 
 from benchmarks import arguments, bench, report
 from benchmarks.correctness import CHECKED
-from benchmarks.measure import Growth, Spread, Unserved, memory_limit, peak_of, race
+from benchmarks.measure import (
+    MAPPED_FROM_AT_MOST,
+    MMAP_THRESHOLD,
+    Contestant,
+    Growth,
+    Spread,
+    Unserved,
+    memory_limit,
+    race,
+)
 from benchmarks.rows import PARTS, Row
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
@@ -84,11 +94,8 @@ def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
 def test_gradients_are_memory_of_a_step():
     config = replace(TINY, vocab_size=2**16)
     model, text = make_model(config, torch.float32, CPU), make_text(config, 1, 4, CPU)
-    measured = race({"step": partial(training_step, next_token(), model, text)}, CPU, repeats=1)
     head = model.head_weight_VW
-    if measured["step"].added_bytes is None:
-        pytest.skip("the peak of resident memory cannot be reset here")
-    assert measured["step"].added_bytes >= head.numel() * head.element_size()
+    assert added_bytes(partial(training_step, next_token(), model, text)) >= head.numel() * head.element_size()
 
 
 def test_both_ways_of_scoring_give_the_same_log_probs(dry_run):
@@ -118,6 +125,20 @@ def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
 
 
 # Measuring
+
+
+def megabytes(n: int) -> torch.Tensor:
+    """A block of n MiB, all of it resident."""
+    return torch.ones(n * 2**20, dtype=torch.uint8)
+
+
+def added_bytes(run: Contestant) -> int:
+    """Of a call, where that can be known."""
+    measured = race({"run": run}, CPU, repeats=0)["run"]
+    assert measured.failed is None
+    if measured.added_bytes is None:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    return measured.added_bytes
 
 
 def test_contestants_take_turns_and_one_that_breaks_loses_only_its_own():
@@ -167,21 +188,46 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_peak_memory_is_what_was_allocated_at_once():
-    size = 2**26
-    peak_of(lambda: torch.ones(size, dtype=torch.uint8).sum(), CPU)
-
     def one_after_the_other():
         for _ in range(3):
-            torch.ones(size, dtype=torch.uint8)
+            megabytes(64)
 
     def together():
-        _ = [torch.ones(size, dtype=torch.uint8) for _ in range(3)]
+        _ = [megabytes(64) for _ in range(3)]
 
-    one, three = peak_of(one_after_the_other, CPU), peak_of(together, CPU)
-    if one is None or three is None:
-        pytest.skip("the peak of resident memory cannot be reset here")
-    assert one == pytest.approx(size, rel=0.1)
-    assert three == pytest.approx(3 * size, rel=0.1)
+    assert added_bytes(one_after_the_other) == pytest.approx(64 * 2**20, rel=0.1)
+    assert added_bytes(together) == pytest.approx(3 * 64 * 2**20, rel=0.1)
+
+
+def test_what_a_call_keeps_is_no_memory_that_it_adds():
+    kept = []
+
+    def run():
+        kept.append(megabytes(32))
+        megabytes(64)
+
+    assert added_bytes(run) == pytest.approx(64 * 2**20, rel=0.1)
+
+
+def test_memory_does_not_depend_on_what_the_process_did_before():
+    def small_ones_then_large_ones():
+        blocks = [megabytes(1) for _ in range(64)]
+        blocks = blocks[::8]
+        blocks += [megabytes(16) for _ in range(6)]
+
+    # As in a process that has long been freeing large blocks: these lie in the heap, and leave holes there.
+    libc = ctypes.CDLL("libc.so.6")
+    assert libc.mallopt(MMAP_THRESHOLD, MAPPED_FROM_AT_MOST)
+    blocks = [megabytes(1) for _ in range(256)]
+    del blocks[::2]
+    assert added_bytes(small_ones_then_large_ones) == pytest.approx(104 * 2**20, rel=0.1)
+    assert len(blocks) == 128
+
+
+def test_memory_alone_needs_no_rounds():
+    measured = race({"a": lambda: {"flops": 1.0}}, CPU, repeats=0)["a"]
+    assert measured.figures == {}
+    assert measured.to_json().keys() <= {"peak_bytes", "added_bytes"}
 
 
 def test_asking_for_too_much_memory_raises():
