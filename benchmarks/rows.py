@@ -620,6 +620,9 @@ def cost_curve(settings: Settings, curve: Curve) -> Row:
         growth = Growth.of(done, cost) if cost else None
         if growth is not None:
             row.growth[name] = growth
+            # Not of N and P, whose cost grows as causal attention's does.
+            if curve.name in ("K", "L", "G", "T", "anchors"):
+                row.ratios[f"{name}, worst deviation from a line"] = Spread.of([growth.line_worst])
     return row
 
 

@@ -70,11 +70,15 @@ def test_the_gpu_script_runs_everything(dry_run):
 
 def test_every_target_is_measured_by_a_row(dry_run):
     results = json.loads((dry_run[0] / "cpu.json").read_text())
-    assert [t["ratio"] for t in results["targets"]] == [t.ratio for t in TARGETS if t.device == "cpu"]
+    assert [t["ratio"] for t in results["targets"]] == [t.ratio for t in TARGETS if t.device != "cuda"]
     for target in results["targets"]:
-        assert target["value"] is not None, target
+        # Steps of this size may fit into pages that are resident anyway.
+        assert target["value"] is not None or target["ratio"].startswith("bytes, "), target
         assert target["reached"] is None  # not at this size
-    assert all(t["reached"] in (True, False) for t in judge(results["rows"], "cpu", "full"))
+    full = judge(results["rows"], "cpu", "full")
+    assert [t["reached"] in (True, False) for t in full] == [t["value"] is not None for t in full]
+    curves = {row["name"]: row["ratios"].keys() for row in results["rows"] if row["part"] == "curves"}
+    assert {name for name, ratios in curves.items() if ratios} == {"L", "K", "G", "T", "anchors"}
 
 
 def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
@@ -256,6 +260,7 @@ def test_targets_are_reached_on_the_right_side():
     for target in (at_least, at_most):
         for factor in (0.5, 2.0):
             assert target.reached(target.bound * factor) == (target.margin(target.bound * factor) > 1)
+    assert at_most.margin(0.0) == pytest.approx(1000)
 
 
 # The command
