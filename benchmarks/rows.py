@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -105,7 +105,9 @@ def attention_rows(settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]
     for shape in settings.attention:
         yield shape.name, partial(dense_attention, settings, shape)
     yield settings.rollout_step.name, partial(rollout_step, settings, settings.rollout_step)
-    yield "deep", partial(deep_attention, settings)
+    yield "deep step", partial(deep_attention, settings)
+    if settings.deep_decode is not None:
+        yield settings.deep_decode.name, partial(deep_decode, settings, settings.deep_decode)
 
 
 def _attention_inputs(
@@ -213,16 +215,52 @@ def deep_attention(settings: Settings) -> Row:
     return _backends(row, settings, [x.detach() for x in inputs], anchors)
 
 
-def _backends(row: Row, settings: Settings, inputs: list[Tensor], anchors: Anchors) -> Row:
-    def forward(backend: str | None) -> None:
+def deep_decode(settings: Settings, shape: AttentionShape) -> Row:
+    """The newest of S own tokens of K thoughts at each text's last position, in bf16 and without gradient: what it
+    reads and writes, each key and value once, over what a plain copy does in as much time."""
+    settings = replace(settings, dtype=torch.bfloat16)
+    row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
+    text = Text.from_rows(torch.zeros(shape.B, shape.N, dtype=torch.int64, device=settings.device))
+    anchors = _last_position(text)
+    _ = anchors.prefixes
+    heads = shape.H, shape.G, shape.D
+    inputs = _attention_inputs(settings, shape.B, shape.N, 1, shape.K, 1, shape.S, heads)
+    copy = partial(_copy, settings)
+    _backends(row, settings, [x.detach() for x in inputs], anchors, {"copy": copy})
+    for backend in ("default", *attention.BACKENDS):
+        row.compare(f"{backend} / copy, bytes/s", row.rate(backend, "bytes"), row.rate("copy", "bytes"))
+    return row
+
+
+def _backends(
+    row: Row,
+    settings: Settings,
+    inputs: list[Tensor],
+    anchors: Anchors,
+    others: Mapping[str, Contestant] | None = None,
+) -> Row:
+    """Each backend without gradient, and `others`; with the bytes of all inputs and of the output, once each."""
+    moved = sum(x.nbytes for x in (*inputs, inputs[0]))
+
+    def forward(backend: str | None) -> dict[str, float]:
         with torch.no_grad(), unserved():
             _attend(inputs, anchors, backend)
+        return {"bytes": moved}
 
-    _race(row, settings, {"default": partial(forward, None)} | {b: partial(forward, b) for b in attention.BACKENDS})
+    contestants: dict[str, Contestant] = {"default": partial(forward, None)}
+    contestants |= {backend: partial(forward, backend) for backend in attention.BACKENDS}
+    _race(row, settings, contestants | dict(others or {}))
     for backend in ("default", *attention.BACKENDS):
         if backend != "reference":
             row.compare(f"reference / {backend}, time", row.seconds("reference"), row.seconds(backend))
     return row
+
+
+def _copy(settings: Settings) -> dict[str, float]:
+    """A copy within the device, of more than its caches hold; what it reads and what it writes."""
+    source = torch.empty(settings.copy_bytes, dtype=torch.uint8, device=settings.device)
+    torch.empty_like(source).copy_(source)
+    return {"bytes": 2 * source.numel()}
 
 
 # Training steps
@@ -431,7 +469,7 @@ def deep_rollout(settings: Settings) -> Row:
     # Every token is a step of its own, so that a whole rollout takes seconds: just the one made for it.
     contestants |= {f"rollout, {b}": _forced(model, b, ours) for b in _others(settings) if b == "triton"}
     if device.type == "cuda":
-        contestants["copy"] = partial(_copy, device)
+        contestants["copy"] = partial(_copy, settings)
     try:
         theirs = transformers_model(model, settings.dtype)
     except BREAKS as error:  # of whatever release is installed; the rest of the row does without
@@ -467,13 +505,6 @@ def _read_bytes(model: ThinkingModel, dtype: torch.dtype) -> int:
     if decoder.lm_head is not None:
         parameters -= decoder.embed_tokens.weight.numel()
     return parameters * dtype.itemsize
-
-
-def _copy(device: torch.device) -> dict[str, float]:
-    """A copy within the device, of more than its caches hold."""
-    source = torch.empty(2**31, dtype=torch.uint8, device=device)
-    torch.empty_like(source).copy_(source)
-    return {"bytes": 2 * source.numel()}
 
 
 def _generate(theirs, prompt: Tensor, T: int, cache: str, device: torch.device) -> dict[str, float]:

@@ -48,7 +48,7 @@ TARGETS = (
     Target("rollouts", "scoring", "separate / shared, time", "≥", 2, "cpu"),
     Target("memory", "quiet_star", "quiet_star / next_token, memory", "≤", 2, "cpu"),
     Target("attention", "dense", "triton / one causal call, FLOP/s", "≥", 0.6, "cuda"),
-    Target("rollouts", "deep", "decode / copy, bytes/s", "≥", 0.7, "cuda"),
+    Target("attention", "deep decode", "triton / copy, bytes/s", "≥", 0.7, "cuda"),
     Target("steps", "large", "quiet_star, MFU", "≥", 0.4, "cuda"),
     Target("steps", "large", "next_token, MFU", "≥", 0.55, "cuda"),
     *LINEAR,

@@ -82,17 +82,15 @@ def test_every_target_is_measured_by_a_row(dry_run):
 
 
 def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
-    """What a CPU has of them: all but those over a GPU's peak and its copies."""
+    """What a CPU has of them: all but those over a GPU's peak, and those of Triton with another backend."""
     rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
     rows = {(row["part"], row["name"]): row for row in rows}
     for target in (t for t in TARGETS if t.device == "cuda"):
         row = rows[target.part, target.row]
         if target.ratio.endswith(", MFU"):
             assert target.ratio.removesuffix(", MFU") in row["measured"]
-        elif target.ratio == "triton / one causal call, FLOP/s":
-            assert "triton" in row["measured"] and "aten / one causal call, FLOP/s" in row["ratios"]
         else:
-            assert target.ratio == "decode / copy, bytes/s"
+            assert "triton" in row["measured"] and target.ratio.replace("triton", "aten") in row["ratios"]
 
 
 def test_gradients_are_memory_of_a_step():
@@ -116,6 +114,16 @@ def test_keys_and_values_are_counted(dry_run):
     token = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
     assert deep["measured"]["rollout"]["kv_bytes"]["median"] == token * (P + G * (1 + T))
     assert deep["measured"]["generate, dynamic cache"]["kv_bytes"]["median"] == token * G * (P + T)
+
+
+def test_a_decoding_step_counts_each_key_and_value_once(dry_run):
+    """Text and own, queries and output, in bf16."""
+    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    decode = next(row for row in rows if row["name"] == "deep decode")
+    B, N, K, S, H, G, D = (decode["setting"][name] for name in "BNKSHGD")
+    counted = 2 * B * N * G * D + 2 * B * K * S * G * D + 2 * B * K * H * D
+    assert decode["measured"]["aten"]["bytes"]["median"] == 2 * counted
+    assert decode["ratios"].keys() >= {"default / copy, bytes/s", "reference / copy, bytes/s"}
 
 
 def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
@@ -271,7 +279,7 @@ def test_parts_run_apart_join_in_one_file(tmp_path, monkeypatch, capsys):
     for part in ("memory", "attention"):
         assert cli.main(["bench", "--tiny", "--only", part, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "cpu.json").read_text())
-    assert [row["part"] for row in results["rows"]] == ["attention"] * 4 + ["memory"]
+    assert [row["part"] for row in results["rows"]] == ["attention"] * 5 + ["memory"]
     assert {"commit", "torch", "device", "threads"} <= results["environment"].keys()
     assert "wanted" in capsys.readouterr().out
     # Of another commit nothing is kept.
