@@ -69,7 +69,7 @@ def checks(few: bool = False, backends: Sequence[str] = CHECKED) -> dict[str, Ch
     found: dict[str, Check] = {}
     if CHECKED[0] in backends:
         found |= {"sampled log-probs are scored ones": sampled_is_scored, "draws are those of a CPU": same_draws}
-        found["transformers computes the same"] = same_as_transformers
+        found |= {"transformers computes the same": same_as_transformers, "sampling without waiting": sampling_waits}
     for backend in backends:
         for dtype in DTYPES[:1] if few else DTYPES:
             kind = f"{backend}, {str(dtype).removeprefix('torch.')}"
@@ -322,6 +322,41 @@ def same_draws(device: torch.device) -> list[Finding]:
     on_device = Rng(3, 4).uniform(places[0][:, None, None], places[1][:, None], places[2], 2)
     on_cpu = Rng(3, 4).uniform(places[0].cpu()[:, None, None], places[1].cpu()[:, None], places[2].cpu(), 2)
     return [Finding("largest difference", (on_device.cpu() - on_cpu).abs().max().item(), 0.0)]
+
+
+def sampling_waits(device: torch.device) -> list[Finding]:
+    """bf16: tokens missing from a rollout that nothing ends early and that may not wait for the device."""
+    if device.type != "cuda":
+        raise Unserved(f"torch knows of waits for CUDA alone, not for {device.type}")
+    found = []
+    for where, make in ANCHORS.items():
+        model, anchors = _model(torch.bfloat16, device, None), make(device)
+        with torch.no_grad():
+            state = model.read(anchors.text)
+        sample = partial(rollout, model, state, anchors, 2, 10, Rng(5, 6), given=(4,))
+        sample()  # what is kept with the text and its anchors is waited for once
+        with waiting_raises(model):
+            drawn = sample()
+        found.append(Finding(where, (~drawn.sampled_BKSM[:, :, 1:]).sum().item(), 0.0))
+    return found
+
+
+@contextmanager
+def waiting_raises(model: ThinkingModel) -> Iterator[None]:
+    """From the model's next pass over thoughts on, waiting for the device raises RuntimeError. Not before: what a
+    rollout is given goes to the device first, and that copy is waited for."""
+
+    def continue_thoughts(*call) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        return ThinkingModel.continue_thoughts(model, *call)
+
+    model.continue_thoughts = continue_thoughts  # type: ignore[method-assign, assignment]
+    try:
+        yield
+        assert torch.cuda.get_sync_debug_mode() == 2, "there was no pass over thoughts"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        del model.continue_thoughts
 
 
 def same_as_transformers(device: torch.device) -> list[Finding]:

@@ -7,6 +7,7 @@ taken round by round: its median and range are those of the rounds.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import math
 import resource
@@ -26,6 +27,11 @@ Contestant = Callable[[], "Mapping[str, float] | None"]
 LEAST_SAMPLE, MOST_CALLS = 0.02, 200
 # A peak counter that was reset lies this close to what is resident, in bytes; elsewhere it cannot be reset.
 RESET_WITHIN = 2**25
+# Parameters of mallopt (malloc.h), and bytes from which a block is mapped by itself, and from which what is free at the
+# end of the heap is given back: as glibc starts, and as far as it goes by itself in a process that frees large blocks.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+MAPPED_FROM, TRIMMED_FROM = 2**17, 2**17
+MAPPED_FROM_AT_MOST, TRIMMED_FROM_AT_MOST = 2**25, 2**26
 
 
 class Unserved(Exception):
@@ -50,8 +56,8 @@ class Measured:
     """What one contestant took.
 
     figures: per round; `seconds` of a call, and whatever it returned. peak_bytes: of the process (CPU: resident) or
-    the device's allocator; added_bytes: above what was there before; None where that cannot be known. unserved, failed:
-    why there are no figures.
+    the device's allocator during a call; added_bytes: how much of that is gone after the call; None where that cannot
+    be known. unserved, failed: why there are no figures.
     """
 
     figures: dict[str, list[float]] = field(default_factory=dict)
@@ -73,16 +79,19 @@ class Measured:
 def race(
     contestants: Mapping[str, Contestant], device: torch.device, repeats: int, budget: float = math.inf
 ) -> dict[str, Measured]:
-    """Each contestant `repeats` times in turns, or as many whole rounds as begin within `budget` seconds, at least one.
+    """Each contestant `repeats` times in turns, or as many whole rounds as begin within `budget` seconds, the first in
+    any case.
 
-    Memory is read in the first round. A contestant that raises leaves the others their figures.
+    Memory is read in the warm-up, which is all there is where `repeats` is 0. Of the peak, what a call gives back
+    counts as added by it: copies of weights that the first one makes and keeps do not. A contestant that raises leaves
+    the others their figures.
     """
     measured = {name: Measured() for name in contestants}
     calls: dict[str, int] = {}
     with memory_limit(device):
         for name, run in contestants.items():
             try:
-                calls[name] = _calls(run, device)
+                calls[name] = _warm_up(run, device, measured[name])
             except Unserved as reason:
                 measured[name].unserved = str(reason)
             except Exception as error:
@@ -94,7 +103,7 @@ def race(
                 break
             for name in list(calls):
                 try:
-                    _sample(contestants[name], calls[name], device, measured[name], with_memory=done == 0)
+                    _sample(contestants[name], calls[name], device, measured[name])
                 except Exception as error:
                     # Figures of a contestant that broke down half way would be paired with the wrong rounds.
                     measured[name] = Measured(failed=_one_line(error))
@@ -103,21 +112,18 @@ def race(
     return measured
 
 
-def _calls(run: Contestant, device: torch.device) -> int:
-    """How often to call it in a sample. Warms it up."""
-    took, _ = _timed(run, 1, device)
+def _warm_up(run: Contestant, device: torch.device, into: Measured) -> int:
+    """Reads the memory of its last call here, and says how often to call it in a sample."""
+    with _peak_read(device, into):
+        took, _ = _timed(run, 1, device)
     if device.type == "cuda" or took < 50 * LEAST_SAMPLE:
-        took, _ = _timed(run, 1, device)  # the first call compiled kernels and filled caches
+        with _peak_read(device, into):
+            took, _ = _timed(run, 1, device)  # the first call compiled kernels and filled caches
     return min(MOST_CALLS, math.ceil(LEAST_SAMPLE / took))
 
 
-def _sample(run: Contestant, calls: int, device: torch.device, into: Measured, with_memory: bool) -> None:
-    if with_memory:
-        before = _start_peak(device)
+def _sample(run: Contestant, calls: int, device: torch.device, into: Measured) -> None:
     seconds, own = _timed(run, calls, device)
-    if with_memory and before is not None:
-        into.peak_bytes = _peak(device)
-        into.added_bytes = max(0, into.peak_bytes - before)
     for name, value in {"seconds": seconds, **(own or {})}.items():
         into.figures.setdefault(name, []).append(value)
 
@@ -150,28 +156,81 @@ def _one_line(error: Exception) -> str:
 # Peak memory. On CPU it is that of resident pages, whose peak Linux resets on request.
 
 
-def peak_of(run: Contestant, device: torch.device) -> int | None:
-    """Bytes that one call adds at its peak to what was there before, None where that cannot be known."""
-    before = _start_peak(device)
-    run()
-    return None if before is None else max(0, _peak(device) - before)
+@contextmanager
+def _peak_read(device: torch.device, into: Measured) -> Iterator[None]:
+    """What is done within is the call whose memory is read."""
+    with _freed_blocks_gone(device):
+        known = _forget_peak(device)
+        yield
+        if known:
+            into.peak_bytes = _peak(device)
+            into.added_bytes = max(0, into.peak_bytes - _present(device))
 
 
-def _start_peak(device: torch.device) -> int | None:
-    """Forgets the peak; what is there now, or None where the peak cannot be forgotten."""
+@contextmanager
+def _freed_blocks_gone(device: torch.device) -> Iterator[None]:
+    """On CPU: what is freed is no longer resident, whatever the process did before.
+
+    glibc's malloc maps a large block by itself, and unmaps it when freed, unless a hole that was left in the heap holds
+    it. How large a block must be for that grows as such blocks are freed; here it is as in a fresh process, and all
+    holes as large are taken beforehand.
+    """
+    libc = _libc() if device.type == "cpu" else None
+    if libc is None:
+        yield
+        return
+    libc.mallopt(MMAP_THRESHOLD, MAPPED_FROM)
+    libc.mallopt(TRIM_THRESHOLD, TRIMMED_FROM)
+    taken, heap_end = [], libc.sbrk(0)  # what is mapped lies above
+    try:
+        for size in (2**bits for bits in range(25, 16, -1)):
+            while (block := libc.malloc(size)) and block < heap_end:
+                taken.append(block)
+            libc.free(block)
+        yield
+    finally:
+        for block in taken:
+            libc.free(block)
+        libc.mallopt(MMAP_THRESHOLD, MAPPED_FROM_AT_MOST)
+        libc.mallopt(TRIM_THRESHOLD, TRIMMED_FROM_AT_MOST)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    """glibc, where that is the C library."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+        libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+        _ = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return libc
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Whether that is possible."""
+    try:
+        present = _present(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        return _peak(device) - present < RESET_WITHIN
+    except (OSError, KeyError):
+        return False
+
+
+def _present(device: torch.device) -> int:
+    """Bytes that are in use now, after all that can be given back was."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    try:
-        # Freed blocks that the allocator keeps would hide what is allocated into them.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        resident, peak = _status("VmRSS"), _status("VmHWM")
-    except (OSError, AttributeError, KeyError):
-        return None
-    return resident if peak - resident < RESET_WITHIN else None
+    if (libc := _libc()) is not None:
+        libc.malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _peak(device: torch.device) -> int:

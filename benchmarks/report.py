@@ -80,7 +80,7 @@ def print_report(results: Record, parts: Sequence[str]) -> None:
         for name, g in row.get("growth", {}).items():
             growth.append([f"{name} of {row['name']}", f"{g['exponent']:.2f}", f"{100 * g['line_worst']:.0f}%"])
     where = f"{about['device']}, {settings['dtype']}, {settings['name']}"
-    columns = ["row", "contestant", "seconds: median (range)", "peak above start, MiB", "GFLOP/s"]
+    columns = ["row", "contestant", "seconds: median (range)", "peak above what stays, MiB", "GFLOP/s"]
     print_table(f"Time and memory; {where}", columns, contestants)
     if ratios:
         print_table("Ratios, round by round", ["row", "ratio", "median (range)"], ratios)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ class Row:
         return self.measured[name].rate(figure) if self.seconds(name, figure) else []
 
     def added(self, name: str, constant: int = 0) -> list[float]:
-        """Peak bytes, with `constant` ones that were there before."""
+        """Bytes that a call takes and gives back, with `constant` ones that are there all the time."""
         found = self.measured[name].added_bytes if name in self.measured else None
         return [] if found is None else [float(found + constant)]
 
@@ -92,7 +92,9 @@ class Row:
 
 
 def _race(row: Row, settings: Settings, contestants: Mapping[str, Contestant], repeats: int | None = None) -> Row:
-    row.measured |= race(contestants, settings.device, repeats or settings.repeats, settings.budget)
+    row.measured |= race(
+        contestants, settings.device, settings.repeats if repeats is None else repeats, settings.budget
+    )
     return row
 
 
@@ -103,7 +105,9 @@ def attention_rows(settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]
     for shape in settings.attention:
         yield shape.name, partial(dense_attention, settings, shape)
     yield settings.rollout_step.name, partial(rollout_step, settings, settings.rollout_step)
-    yield "deep", partial(deep_attention, settings)
+    yield "deep step", partial(deep_attention, settings)
+    if settings.deep_decode is not None:
+        yield settings.deep_decode.name, partial(deep_decode, settings, settings.deep_decode)
 
 
 def _attention_inputs(
@@ -211,16 +215,52 @@ def deep_attention(settings: Settings) -> Row:
     return _backends(row, settings, [x.detach() for x in inputs], anchors)
 
 
-def _backends(row: Row, settings: Settings, inputs: list[Tensor], anchors: Anchors) -> Row:
-    def forward(backend: str | None) -> None:
+def deep_decode(settings: Settings, shape: AttentionShape) -> Row:
+    """The newest of S own tokens of K thoughts at each text's last position, in bf16 and without gradient: what it
+    reads and writes, each key and value once, over what a plain copy does in as much time."""
+    settings = replace(settings, dtype=torch.bfloat16)
+    row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
+    text = Text.from_rows(torch.zeros(shape.B, shape.N, dtype=torch.int64, device=settings.device))
+    anchors = _last_position(text)
+    _ = anchors.prefixes
+    heads = shape.H, shape.G, shape.D
+    inputs = _attention_inputs(settings, shape.B, shape.N, 1, shape.K, 1, shape.S, heads)
+    copy = partial(_copy, settings)
+    _backends(row, settings, [x.detach() for x in inputs], anchors, {"copy": copy})
+    for backend in ("default", *attention.BACKENDS):
+        row.compare(f"{backend} / copy, bytes/s", row.rate(backend, "bytes"), row.rate("copy", "bytes"))
+    return row
+
+
+def _backends(
+    row: Row,
+    settings: Settings,
+    inputs: list[Tensor],
+    anchors: Anchors,
+    others: Mapping[str, Contestant] | None = None,
+) -> Row:
+    """Each backend without gradient, and `others`; with the bytes of all inputs and of the output, once each."""
+    moved = sum(x.nbytes for x in (*inputs, inputs[0]))
+
+    def forward(backend: str | None) -> dict[str, float]:
         with torch.no_grad(), unserved():
             _attend(inputs, anchors, backend)
+        return {"bytes": moved}
 
-    _race(row, settings, {"default": partial(forward, None)} | {b: partial(forward, b) for b in attention.BACKENDS})
+    contestants: dict[str, Contestant] = {"default": partial(forward, None)}
+    contestants |= {backend: partial(forward, backend) for backend in attention.BACKENDS}
+    _race(row, settings, contestants | dict(others or {}))
     for backend in ("default", *attention.BACKENDS):
         if backend != "reference":
             row.compare(f"reference / {backend}, time", row.seconds("reference"), row.seconds(backend))
     return row
+
+
+def _copy(settings: Settings) -> dict[str, float]:
+    """A copy within the device, of more than its caches hold; what it reads and what it writes."""
+    source = torch.empty(settings.copy_bytes, dtype=torch.uint8, device=settings.device)
+    torch.empty_like(source).copy_(source)
+    return {"bytes": 2 * source.numel()}
 
 
 # Training steps
@@ -429,7 +469,7 @@ def deep_rollout(settings: Settings) -> Row:
     # Every token is a step of its own, so that a whole rollout takes seconds: just the one made for it.
     contestants |= {f"rollout, {b}": _forced(model, b, ours) for b in _others(settings) if b == "triton"}
     if device.type == "cuda":
-        contestants["copy"] = partial(_copy, device)
+        contestants["copy"] = partial(_copy, settings)
     try:
         theirs = transformers_model(model, settings.dtype)
     except BREAKS as error:  # of whatever release is installed; the rest of the row does without
@@ -465,13 +505,6 @@ def _read_bytes(model: ThinkingModel, dtype: torch.dtype) -> int:
     if decoder.lm_head is not None:
         parameters -= decoder.embed_tokens.weight.numel()
     return parameters * dtype.itemsize
-
-
-def _copy(device: torch.device) -> dict[str, float]:
-    """A copy within the device, of more than its caches hold."""
-    source = torch.empty(2**31, dtype=torch.uint8, device=device)
-    torch.empty_like(source).copy_(source)
-    return {"bytes": 2 * source.numel()}
 
 
 def _generate(theirs, prompt: Tensor, T: int, cache: str, device: torch.device) -> dict[str, float]:
@@ -568,7 +601,7 @@ def memory_rows(settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def quiet_star_memory(settings: Settings) -> Row:
     """Peak memory of a Quiet-STaR step over that of a next-token step on the same text: weights, gradients and all
-    that is in between, without an optimizer's states."""
+    that is in between, without an optimizer's states. Nothing is timed."""
     c = settings.memory
     row = Row("memory", "quiet_star", dict(c) | {"dtype": _name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
@@ -577,7 +610,7 @@ def quiet_star_memory(settings: Settings) -> Row:
         "quiet_star": quiet_star(c["L"], c["A"], c["K"], c["at_once"]),
         "next_token": next_token(),
     }
-    _race(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()}, repeats=1)
+    _race(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()}, repeats=0)
     weights = row.setting["model_bytes"] = model_bytes(model)
     row.compare(
         "quiet_star / next_token, memory",
@@ -618,6 +651,9 @@ def cost_curve(settings: Settings, curve: Curve) -> Row:
         growth = Growth.of(done, cost) if cost else None
         if growth is not None:
             row.growth[name] = growth
+            # Not of N and P, whose cost grows as causal attention's does.
+            if curve.name in ("K", "L", "G", "T", "anchors"):
+                row.ratios[f"{name}, worst deviation from a line"] = Spread.of([growth.line_worst])
     return row
 
 

@@ -59,7 +59,9 @@ class Settings:
     repeats: int
     budget: float
     attention: Sequence[AttentionShape]
-    rollout_step: AttentionShape  # S is the number of own tokens so far
+    rollout_step: AttentionShape  # S is the number of own tokens so far, in deep_decode too
+    deep_decode: AttentionShape | None = None
+    copy_bytes: int = 2**31  # more than a GPU's caches hold
     model: DecoderConfig = SMOLLM2_135M
     quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
     rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
@@ -80,6 +82,10 @@ class Settings:
             "weights": "random",
             "step": "loss and gradients, without the optimizer's update",
         }
+
+
+# Enough text and thoughts that a kernel's time is that of reading them.
+DEEP_DECODE = AttentionShape("deep decode", N=8192, S=512, H=16, G=8, D=128, B=8, K=16)
 
 
 def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Settings:
@@ -109,6 +115,7 @@ def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         6.0,
         [dense, many, wide],
         step,
+        deep_decode=DEEP_DECODE,
         large_model=QWEN3_1_7B,
         curve_model=replace(SMOLLM2_135M, layers=12),
         curves=curves,
@@ -124,6 +131,7 @@ def quick(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Sett
         30.0,
         [AttentionShape("dense", N=512, S=8, H=9, G=3, D=64)],
         AttentionShape("rollout step", N=512, S=4, H=9, G=3, D=64, K=2),
+        deep_decode=DEEP_DECODE if device.type == "cuda" else None,
         quiet_star=dict(N=128, L=4, A=2, K=2),
         rlp=dict(P=256, G=4, T=16),
         public=dict(N=128, L=4, A=2, K=2, at_once=32),
@@ -150,6 +158,8 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
             AttentionShape("dense, 2 rows", 16, 3, 4, 2, 16, B=2, K=2),
         ],
         AttentionShape("rollout step", N=24, S=3, H=3, G=1, D=16, K=2),
+        deep_decode=AttentionShape("deep decode", N=24, S=3, H=4, G=2, D=16, B=2, K=2),
+        copy_bytes=2**20,
         model=TINY,
         quiet_star=dict(N=16, L=2, A=2, K=2),
         rlp=dict(P=24, G=2, T=3),

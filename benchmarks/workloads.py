@@ -129,7 +129,7 @@ def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dic
     """Loss and gradients of one step, without the optimizer's own update; the FLOPs of the project's ledger.
 
     Gradients are allocated and freed within it, so that they count as memory of the step. Low-precision copies of
-    weights are there from the warm-up, while in training each step makes them again: that is the same for all
+    weights are made by the first one and kept, while in training each step makes them again: that is the same for all
     objectives, and weighs most on the cheapest.
     """
     flops = 0
