@@ -32,6 +32,7 @@ from models.attention import reference
 from models.decoder import DecoderConfig, ThoughtCache
 from models.logprobs import token_logprobs
 from models.philox import Rng
+from models.recorded import RecordedStep
 from models.rollout import rollout
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
@@ -83,6 +84,8 @@ def checks(few: bool = False, backends: Sequence[str] = CHECKED) -> dict[str, Ch
             found[f"text: {kind}"] = partial(text_alone, backend, dtype)
             found[f"model, one pass and step by step: {kind}"] = partial(model_passes, backend, dtype)
             found[f"finite steps of all objectives: {kind}"] = partial(objective_steps, backend, dtype)
+            if backend in ("aten", "triton"):
+                found[f"recorded steps: {kind}"] = partial(recorded_steps, backend, dtype)
     return found
 
 
@@ -278,6 +281,32 @@ def _passes(model: ThinkingModel, thoughts: Thoughts, real_BM: Tensor) -> dict[s
         newest = [model.continue_thoughts(tokens_BKSM[:, :, s : s + 1], anchors, state, cache) for s in range(S)]
     gradient = torch.cat([p.grad.flatten() for p in model.decoder.parameters() if p.grad is not None])
     return {"one pass": hidden.detach(), "gradients": gradient, "step by step": torch.cat(newest, dim=2) * counts}
+
+
+def recorded_steps(backend: str, dtype: torch.dtype, device: torch.device) -> list[Finding]:
+    """Hidden states of thoughts at a few anchors whose steps after the first are replayed; against fp32 with the
+    definition."""
+    anchors = ANCHORS["at a few anchors"](device)
+    B, M, K, T = *anchors.index_BM.shape, 2, 40
+    tokens = torch.randint(3, MODEL.vocab_size, (B, K, T, M), generator=torch.Generator().manual_seed(2)).to(device)
+
+    @torch.no_grad()
+    def step_by_step(dtype: torch.dtype, backend: str, recorded: bool) -> Tensor:
+        model = _model(dtype, device, backend)
+        state = model.read(anchors.text)
+        cache = ThoughtCache(MODEL, B, K, T, M, like=state.hidden_BNW)
+        hidden = [model.continue_thoughts(tokens[:, :, :1], anchors, state, cache)]
+        step = RecordedStep(model, anchors, state, cache) if recorded else None
+        for t in range(1, T):
+            newest = tokens[:, :, t : t + 1]
+            hidden.append(step(newest).clone() if step else model.continue_thoughts(newest, anchors, state, cache))
+        return torch.cat(hidden, dim=2)
+
+    with unserved():
+        got = step_by_step(dtype, backend, True)
+    truth, plain = step_by_step(torch.float32, "reference", False), step_by_step(dtype, "reference", False)
+    allowed = MODEL_ERROR if dtype == torch.float32 else 2 * relative_error(plain, truth)
+    return [Finding("hidden states", relative_error(got, truth), allowed)]
 
 
 def objective_steps(backend: str, dtype: torch.dtype, device: torch.device) -> list[Finding]:

@@ -300,6 +300,19 @@ def _forced(model: ThinkingModel, backend: str, run: Contestant) -> Contestant:
     return with_backend
 
 
+def _recorded(model: ThinkingModel, run: Contestant) -> Contestant:
+    """The same with rollouts at a few anchors that replay a recorded step."""
+
+    def with_recorded_steps() -> Mapping[str, float] | None:
+        model.records_steps = True
+        try:
+            return run()
+        finally:
+            model.records_steps = False
+
+    return with_recorded_steps
+
+
 def _compiled(run: Contestant) -> Contestant:
     """The same with its chains of pointwise operations compiled."""
 
@@ -469,7 +482,11 @@ def deep_rollout(settings: Settings) -> Row:
     # Every token is a step of its own, so that a whole rollout takes seconds: just the one made for it.
     contestants |= {f"rollout, {b}": _forced(model, b, ours) for b in _others(settings) if b == "triton"}
     if device.type == "cuda":
+        contestants["rollout, recorded"] = _recorded(model, ours)
+        contestants["rollout, recorded, triton"] = _forced(model, "triton", contestants["rollout, recorded"])
         contestants["copy"] = partial(_copy, settings)
+    elif settings.name == "tiny":
+        contestants["rollout, recorded"] = _recorded(model, ours)
     try:
         theirs = transformers_model(model, settings.dtype)
     except BREAKS as error:  # of whatever release is installed; the rest of the row does without
@@ -481,9 +498,12 @@ def deep_rollout(settings: Settings) -> Row:
             contestants[f"generate, {cache} cache"] = partial(_generate, theirs, prompt, T, cache, device)
     _race(row, settings, contestants)
 
+    tokens = "decode_tokens_per_second"
+    for kind in ("recorded", "triton", "recorded, triton"):
+        other = row.seconds(f"rollout, {kind}", tokens)
+        row.compare(f"{kind} / default, decode tokens/s", other, row.seconds("rollout", tokens))
     generated = [name for name in contestants if name.startswith("generate") and row.seconds(name)]
     if generated:
-        tokens = "decode_tokens_per_second"
         fastest = max(generated, key=lambda name: Spread.of(row.seconds(name, tokens)).median)
         quickest = min(generated, key=lambda name: Spread.of(row.seconds(name)).median)
         smallest = min(generated, key=lambda name: min(row.seconds(name, "kv_bytes")))

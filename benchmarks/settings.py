@@ -167,7 +167,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         public=dict(N=16, L=3, A=2, K=2, at_once=5),
         large_model=TINY,
         large=dict(N=16, L=2, A=2, K=2, next_token_rows=2),
-        deep=dict(P=32, G=2, T=4),
+        deep=dict(P=32, G=2, T=18),
         memory=dict(N=16, L=3, A=2, K=2, at_once=5),
         curve_model=TINY,
         curves=_curves(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.correctness import ANCHORS, _model, checks, run_check, waiting_raises
+from benchmarks.correctness import ANCHORS, _model, checks, recorded_steps, run_check, waiting_raises
 from models.attention import aten, reference
 from models.philox import Rng
 from models.rollout import rollout
@@ -13,7 +13,7 @@ from models.rollout import rollout
 CPU = torch.device("cpu")
 
 
-ON_CUDA_ALONE = (": flex", ": flash", "without waiting")
+ON_CUDA_ALONE = (": flex", ": flash", "without waiting", "recorded steps")
 CHECKS = [name for name in checks(few=True) if "triton" not in name]
 
 
@@ -27,6 +27,12 @@ def test_on_cpu(name):
     outcome, said, findings = run_check(checks(few=True)[name], CPU)
     assert outcome == "passed", said
     assert findings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_on_cpu(dtype):
+    (finding,) = recorded_steps("reference", dtype, CPU)
+    assert 0 < finding.error <= finding.allowed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
