@@ -154,11 +154,12 @@ class ThoughtCache:
     def extend(self, layer: int, k_BKSMGD: Tensor, v_BKSMGD: Tensor) -> tuple[Tensor, Tensor]:
         """Writes behind what is there and returns all keys and values so far; the last layer moves `length` on."""
         end = self.length + k_BKSMGD.shape[2]
-        self.keys[layer][:, :, self.length : end] = k_BKSMGD
-        self.values[layer][:, :, self.length : end] = v_BKSMGD
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.length : end] = k_BKSMGD
+        values[:, :, self.length : end] = v_BKSMGD
         if layer == len(self.keys) - 1:
             self.length = end
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class RecordableCache(ThoughtCache):

@@ -31,8 +31,6 @@ def compile_chains(on: bool = True) -> None:
 
 
 def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
-    if not _compile:
-        return chain(*arguments)
     if chain not in _compiled:
         _compiled[chain] = torch.compile(chain, dynamic=True)
     return _compiled[chain](*arguments)
@@ -40,17 +38,19 @@ def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
 
 def rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
     """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of x [_, W]."""
+    if not _compile:
+        return _rms_norm(x_W, weight_W, eps)
     return _run(_rms_norm, x_W.flatten(0, -2), weight_W, eps).view(x_W.shape)
 
 
-def _rms_norm(x_RW: Tensor, weight_W: Tensor, eps: float) -> Tensor:
-    dtype = accumulation_dtype(x_RW.dtype)
-    return F.rms_norm(x_RW.to(dtype), weight_W.shape, weight_W.to(dtype), eps).to(x_RW.dtype)
+def _rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
+    dtype = accumulation_dtype(x_W.dtype)
+    return F.rms_norm(x_W.to(dtype), weight_W.shape, weight_W.to(dtype), eps).to(x_W.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D / 2]; halves are the pairs."""
-    return _run(_rotate, x, cos, sin)
+    return _run(_rotate, x, cos, sin) if _compile else _rotate(x, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,11 +60,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
     """silu(gate) · up, of [_, W] each."""
+    if not _compile:
+        return _gated(gate_W, up_W)
     return _run(_gated, gate_W.flatten(0, -2), up_W.flatten(0, -2)).view(gate_W.shape)
 
 
-def _gated(gate_RW: Tensor, up_RW: Tensor) -> Tensor:
-    return F.silu(gate_RW) * up_RW
+def _gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
+    return F.silu(gate_W) * up_W
 
 
 def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
@@ -72,11 +74,12 @@ def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor
 
     O = exp(L_a − L) O_a + exp(L_b − L) O_b with L = log(exp L_a + exp L_b); L_a must be finite.
     """
-    return _run(_merged, *(x.flatten(0, -2) for x in (out_a, lse_a[..., None], out_b, lse_b[..., None]))).view(
-        out_a.shape
-    )
+    arguments = out_a, lse_a[..., None], out_b, lse_b[..., None]
+    if not _compile:
+        return _merged(*arguments)
+    return _run(_merged, *(x.flatten(0, -2) for x in arguments)).view(out_a.shape)
 
 
-def _merged(out_a_RD: Tensor, lse_a_R1: Tensor, out_b_RD: Tensor, lse_b_R1: Tensor) -> Tensor:
-    share_b_R1 = (lse_b_R1 - lse_a_R1).sigmoid()
-    return ((1 - share_b_R1) * out_a_RD + share_b_R1 * out_b_RD).to(out_a_RD.dtype)
+def _merged(out_a_D: Tensor, lse_a_1: Tensor, out_b_D: Tensor, lse_b_1: Tensor) -> Tensor:
+    share_b_1 = (lse_b_1 - lse_a_1).sigmoid()
+    return ((1 - share_b_1) * out_a_D + share_b_1 * out_b_D).to(out_a_D.dtype)

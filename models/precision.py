@@ -8,6 +8,7 @@ to the fp32 master.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -55,10 +56,15 @@ FEW_ROWS = 256
 
 
 def _packs(x: Tensor) -> bool:
-    few = x.device.type == "cpu" and x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
-    if not few or not torch.backends.mkldnn.is_available():
+    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+    return few and _onednn_takes(x.dtype)
+
+
+@functools.cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
