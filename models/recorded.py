@@ -24,8 +24,9 @@ WORTH_RECORDING = 16
 class RecordedStep:
     """Called as `continue_thoughts` with the newest token of each thought, [B, K, 1, M] → [B, K, 1, M, W].
 
-    It goes on behind what `cache` holds. Each call overwrites the result of the one before. On a device without graphs
-    the same step simply runs; attention is left to backends that take the number of tokens from the device.
+    It goes on behind what `cache` holds. Each call overwrites the result of the one before, and of several recorded
+    steps only the newest may be called: they share memory. On a device without graphs the same step simply runs;
+    attention is left to backends that take the number of tokens from the device.
     """
 
     def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, cache: ThoughtCache):
@@ -60,23 +61,22 @@ class RecordedStep:
             self._cache.restart(length)
             graph = torch.cuda.CUDAGraph()
             # Not `torch.cuda.graph`, which empties the allocator's cache. Other threads may copy batches meanwhile.
-            graph.capture_begin(pool=_pool(device), capture_error_mode="thread_local")
+            newest = _newest_graph.get(device)
+            pool = None if newest is None else newest.pool()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._hidden_BK1MW = self._run()
             finally:
                 graph.capture_end()
         here.wait_stream(stream)
-        self._graph = graph
+        self._graph = _newest_graph[device] = graph
 
 
-# Graphs that follow each other share memory if they share pool and stream.
+# Graphs that follow each other use the same memory if they share a stream and a pool, which lives as long as one of its
+# graphs.
+_newest_graph: dict[torch.device, torch.cuda.CUDAGraph] = {}
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-@functools.cache
-def _pool(device: torch.device):
-    return torch.cuda.graph_pool_handle()

@@ -51,6 +51,7 @@ def anchor_cases() -> dict[str, Anchors]:
         "window up to the end": window(packed, 6, 11),
         "window at the beginning": window(whole, 0, 4),
         "window at a document's beginning": window(packed, 4, 9),
+        "one in all": Anchors(packed_text([[4, 6]], 11), torch.tensor([[8]])),
         "at the first token": Anchors(whole, torch.tensor([[0], [0]])),
     }
 
