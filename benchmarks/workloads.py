@@ -178,4 +178,6 @@ def transformers_model(model: ThinkingModel, dtype: torch.dtype) -> Any:
     # Buffers are no weights: they were made without values and are made again.
     rotary = type(theirs.model.rotary_emb)(config).to(model.head_weight_VW.device)
     theirs.model.rotary_emb = rotary
+    # `generate` takes what it is not given from here, and random weights draw the end, too.
+    theirs.generation_config.eos_token_id = None
     return theirs.eval()

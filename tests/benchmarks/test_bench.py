@@ -28,7 +28,7 @@ from benchmarks.measure import (
     memory_limit,
     race,
 )
-from benchmarks.rows import PARTS, Row
+from benchmarks.rows import PARTS, Row, _generate
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
 from benchmarks.workloads import TINY, make_model, make_text, next_token, training_step, transformers_model
@@ -360,6 +360,17 @@ def test_transformers_gets_the_same_model():
     with torch.no_grad():
         ours = model.read(text).hidden_BNW @ model.head_weight_VW.t()
         assert relative_error(ours, theirs(text.tokens_BN).logits) <= 1e-5
+
+
+def test_transformers_generates_to_the_end_whatever_it_draws():
+    pytest.importorskip("transformers")
+    theirs = transformers_model(make_model(TINY, torch.float32, CPU), torch.float32)
+    prompt = torch.randint(3, TINY.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    # One draw in a hundred is the id by which models of this family end.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(8):
+            _generate(theirs, prompt, 60, "dynamic", CPU)
 
 
 def test_numbers_read_well():
