@@ -1,7 +1,7 @@
 """One token more for every thought, recorded once as a CUDA graph and replayed for each token.
 
-A step of a few thoughts is some forty short kernels a layer, which a host launches more slowly than a GPU runs them;
-a graph launches them all at once. Recording costs about as much as two steps.
+A step of a few thoughts is dozens of short kernels a layer, which a host may launch more slowly than a GPU runs them; a
+graph launches them all at once. Recording runs the step twice. Nothing of this was timed yet.
 
 Shapes: B rows, M anchors, K thoughts, W width.
 """
@@ -17,7 +17,7 @@ from models.decoder import RecordableCache, TextState, ThoughtCache
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Anchors
 
-# Steps from which on recording pays for itself.
+# Steps from which on recording is taken to pay for itself: a guess.
 WORTH_RECORDING = 16
 
 

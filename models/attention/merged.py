@@ -369,6 +369,7 @@ def _prefix_part(q: Tensor, k: Tensor, v: Tensor, anchors: Anchors, kernels: Ker
     G = k.shape[2]
     q_rows = _to_sequences(q, G)
     if B * M == len(anchors.prefixes) == 1:
+        # The one call gives all there is, and nothing has to be filled in for anchors without text.
         ((_, _, start, end),) = anchors.prefixes
         out, lse = kernels.forward(q_rows[0], k[:, start:end], v[:, start:end], False)
         return _from_sequences(out, q), lse.view(G, K, S, 1, H // G).permute(1, 2, 3, 0, 4).reshape(B, K, S, M, H)
