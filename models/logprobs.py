@@ -16,12 +16,23 @@ from models.precision import accumulation_dtype, linear, working_copy
 # Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB. Each chunk adds to the whole gradient of the head, on
 # which a GPU would spend most of its time if chunks were small: 2²⁸ are 1 GiB.
 CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 2**25, 2**28
+# What is done to logits is half a dozen passes over them, on CPU of so many at a time that they stay in a cache.
+CACHED_ELEMENTS = 2**20
+
+
+def _slices(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size))]
 
 
 def _chunks(hidden_RW: Tensor, weight_VW: Tensor) -> list[slice]:
     elements = CUDA_CHUNK_ELEMENTS if hidden_RW.is_cuda else CHUNK_ELEMENTS
-    rows, size = len(hidden_RW), max(1, elements // len(weight_VW))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return _slices(len(hidden_RW), max(1, elements // len(weight_VW)))
+
+
+def _in_cache(product_CV: Tensor) -> list[slice]:
+    """Rows of a chunk to go through one after the other."""
+    C, V = product_CV.shape
+    return _slices(C, C if product_CV.is_cuda else max(1, CACHED_ELEMENTS // V))
 
 
 def _logits(product_CV: Tensor, temperature: float, banned_V: Tensor | None) -> Tensor:
@@ -42,9 +53,13 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs_R = hidden_RW.new_empty(len(targets_R), dtype=accumulation_dtype(hidden_RW.dtype))
         lse_R = torch.empty_like(logprobs_R)
         for c in _chunks(hidden_RW, weight_VW):
-            logits_CV = _logits(F.linear(hidden_RW[c], copy), temperature, banned_V)
-            lse_R[c] = logits_CV.logsumexp(-1)
-            logprobs_R[c] = logits_CV.gather(-1, targets_R[c, None])[:, 0] - lse_R[c]
+            product_CV, targets_C1 = F.linear(hidden_RW[c], copy), targets_R[c, None]
+            for r in _in_cache(product_CV):
+                logits_rV = _logits(product_CV[r], temperature, banned_V)
+                target_r, highest_r1 = logits_rV.gather(-1, targets_C1[r])[:, 0], logits_rV.amax(-1, keepdim=True)
+                # In place, where logsumexp would hold the logits a second time.
+                lse_r = logits_rV.sub_(highest_r1).exp_().sum(-1).log_() + highest_r1[:, 0]
+                lse_R[c][r], logprobs_R[c][r] = lse_r, target_r - lse_r
         ctx.save_for_backward(hidden_RW, copy, targets_R, lse_R, banned_V)
         ctx.temperature, ctx.master_dtype = temperature, weight_VW.dtype
         return logprobs_R
@@ -52,18 +67,23 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_R):
         hidden_RW, copy, targets_R, lse_R, banned_V = ctx.saved_tensors
+        scale_R1, temperature = grad_R[:, None] / ctx.temperature, ctx.temperature
         grad_hidden = torch.empty_like(hidden_RW) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(copy, dtype=ctx.master_dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = None
         for c in _chunks(hidden_RW, copy):
-            logits_CV = _logits(F.linear(hidden_RW[c], copy), ctx.temperature, banned_V)
-            # d logprob / d logits = (onehot − softmax) / temperature
-            grad_CV = logits_CV.sub_(lse_R[c, None]).exp_().mul_(-grad_R[c, None] / ctx.temperature)
-            grad_CV.scatter_add_(-1, targets_R[c, None], grad_R[c, None] / ctx.temperature)
-            grad_CV = grad_CV.to(copy.dtype)
+            product_CV = F.linear(hidden_RW[c], copy)
+            targets_C1, lse_C1, scale_C1 = targets_R[c, None], lse_R[c, None], scale_R1[c]
+            for r in _in_cache(product_CV):
+                # d logprob / d logits = (onehot − softmax) / temperature, which takes the place of the product.
+                grad_rV = _logits(product_CV[r], temperature, banned_V).sub_(lse_C1[r]).exp_().mul_(-scale_C1[r])
+                product_CV[r] = grad_rV.scatter_add_(-1, targets_C1[r], scale_C1[r])
             if grad_hidden is not None:
-                grad_hidden[c] = grad_CV @ copy
-            if grad_weight is not None:
-                grad_weight += grad_CV.t() @ hidden_RW[c]
+                grad_hidden[c] = product_CV @ copy
+            if ctx.needs_input_grad[1]:
+                part_VW = product_CV.t() @ hidden_RW[c]
+                grad_weight = part_VW.to(ctx.master_dtype) if grad_weight is None else grad_weight.add_(part_VW)
+        if ctx.needs_input_grad[1] and grad_weight is None:
+            grad_weight = torch.zeros_like(copy, dtype=ctx.master_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -92,18 +112,49 @@ def sample_tokens(
     tokens_R = torch.empty(len(uniforms_R), dtype=torch.int64, device=hidden.device)
     logprobs_R = torch.empty(len(uniforms_R), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     for c in _chunks(hidden_RW, weight_VW):
-        logits_CV = _logits(linear(hidden_RW[c], weight_VW), temperature or 1.0, banned_V)
-        masses_CV = logits_CV.sub_(logits_CV.amax(-1, keepdim=True)).exp_()
-        if temperature == 0:
-            tokens_R[c] = masses_CV.argmax(-1)
-        else:
-            # A GPU sums in a tree, and in fp32 the sum can fall, or rise where a mass is zero.
-            cumulative_CV = masses_CV.cumsum(-1, dtype=torch.float64 if masses_CV.is_cuda else None)
-            threshold_C1 = uniforms_R[c, None].to(cumulative_CV.dtype) * cumulative_CV[:, -1:]
-            # The first token whose cumulated mass exceeds the threshold, hence never one of mass zero.
-            tokens_R[c] = torch.searchsorted(cumulative_CV, threshold_C1, right=True)[:, 0]
-        logprobs_R[c] = masses_CV.gather(-1, tokens_R[c, None])[:, 0].log() - masses_CV.sum(-1).log()
+        product_CV = linear(hidden_RW[c], weight_VW)
+        for r in _in_cache(product_CV):
+            logits_rV = _logits(product_CV[r], temperature or 1.0, banned_V)
+            masses_rV = logits_rV.sub_(logits_rV.amax(-1, keepdim=True)).exp_()
+            tokens_r = masses_rV.argmax(-1) if temperature == 0 else _drawn(masses_rV, uniforms_R[c][r])
+            tokens_R[c][r] = tokens_r
+            logprobs_R[c][r] = masses_rV.gather(-1, tokens_r[:, None])[:, 0].log() - masses_rV.sum(-1).log()
     return tokens_R.view(uniforms.shape), logprobs_R.view(uniforms.shape)
+
+
+# Tokens whose masses are summed before they are cumulated.
+BLOCK = 256
+
+
+def _drawn(masses_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+    """int64 [R], the first token up to which there is more than so much of a row's mass; never one of mass zero.
+
+    In a large vocabulary first the block of tokens, then the token in it: to cumulate all masses takes a third of a
+    draw, and on a GPU memory of twice the logits.
+    """
+    V = masses_RV.shape[1]
+    # A GPU sums in a tree, and in fp32 a cumulated sum can fall, or rise where a mass is zero.
+    dtype = torch.float64 if masses_RV.is_cuda else masses_RV.dtype
+    if V <= 16 * BLOCK:
+        cumulative_RV = masses_RV.cumsum(-1, dtype=dtype)
+        return _first_above(cumulative_RV, uniforms_R[:, None].to(dtype) * cumulative_RV[:, -1:])[:, 0]
+    whole = V // BLOCK * BLOCK
+    blocks_RX = masses_RV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1, dtype=dtype)
+    if whole < V:
+        blocks_RX = torch.cat([blocks_RX, masses_RV[:, whole:].sum(-1, keepdim=True, dtype=dtype)], dim=1)
+    cumulative_RX = blocks_RX.cumsum(-1)
+    threshold_R1 = uniforms_R[:, None].to(dtype) * cumulative_RX[:, -1:]
+    block_R1 = _first_above(cumulative_RX, threshold_R1)
+    before_R1 = F.pad(cumulative_RX, (1, 0)).gather(1, block_R1)
+    token_RT = block_R1 * BLOCK + torch.arange(BLOCK, device=block_R1.device)
+    inside_RT = masses_RV.gather(1, token_RT.clamp(max=V - 1)) * (token_RT < V)
+    return (block_R1 * BLOCK + _first_above(inside_RT.cumsum(-1, dtype=dtype), threshold_R1 - before_R1))[:, 0]
+
+
+def _first_above(cumulative_RX: Tensor, threshold_R1: Tensor) -> Tensor:
+    """int64 [R, 1], where the sums first exceed the threshold, which rounding may have brought up to the last one."""
+    below_R1 = cumulative_RX[:, -1:] * (1 - torch.finfo(cumulative_RX.dtype).eps)
+    return torch.searchsorted(cumulative_RX, torch.minimum(threshold_R1, below_R1), right=True)
 
 
 @torch.no_grad()

@@ -126,6 +126,8 @@ def rollout(
     banned_V[[*close, *_end(answer), *allowed]] = False
 
     may_end_early = bool(close) or answer is not None
+    if device.type == "cpu" and anchors.window is None:
+        state = state.by_head()
     cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
 
     def each_layer_launched(tokens_BKSM: Tensor) -> Tensor:

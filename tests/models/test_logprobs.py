@@ -108,6 +108,29 @@ def test_extreme_uniforms_never_draw_a_banned_token():
     assert sample_tokens(hidden, weight, uniforms, 1.0, banned)[0].tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("vocabulary", [5, 4096, 4097, 4100, 4609, 5120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_invert_the_distribution_function(vocabulary, dtype):
+    """Against a search through the whole of it in fp64, where half the tokens, and one run of 256, have no mass."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1000, 6, generator=generator, dtype=dtype)
+    weight = torch.randn(vocabulary, 6, generator=generator, dtype=dtype)
+    banned = torch.rand(vocabulary, generator=generator) < 0.5
+    banned[256:512] |= vocabulary > 512
+    banned[-1] = True
+    banned[0] = False
+    uniforms = torch.rand(1000, generator=generator).clamp(2.0**-24, 1 - 2.0**-24)
+    uniforms[:2] = torch.tensor([2.0**-24, 1 - 2.0**-24])
+    tokens, _ = sample_tokens(hidden, weight, uniforms, 1.0, banned)
+    assert not banned[tokens].any()
+    logits = (hidden.double() @ weight.double().T).masked_fill(banned, -torch.inf)
+    upto = logits.softmax(-1).cumsum(-1)
+    before = torch.nn.functional.pad(upto, (1, 0)).gather(1, tokens[:, None])[:, 0]
+    rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-48
+    assert (before <= uniforms + rounding).all()
+    assert (uniforms <= upto.gather(1, tokens[:, None])[:, 0] + rounding).all()
+
+
 def test_greedy_is_the_most_probable():
     hidden, weight, _ = case()
     tokens, _ = sample_tokens(hidden, weight, torch.full((23,), 0.999), 0.0)
