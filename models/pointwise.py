@@ -38,9 +38,34 @@ def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
 
 def rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
     """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of x [_, W]."""
-    if not _compile:
-        return _rms_norm(x_W, weight_W, eps)
-    return _run(_rms_norm, x_W.flatten(0, -2), weight_W, eps).view(x_W.shape)
+    if _compile:
+        return _run(_rms_norm, x_W.flatten(0, -2), weight_W, eps).view(x_W.shape)
+    if torch.is_grad_enabled() and x_W.device.type == "cpu":
+        return _RMSNorm.apply(x_W, weight_W, eps)
+    return _rms_norm(x_W, weight_W, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On CPU torch puts the norm together from ten operations, which take twice as long and keep x a second time."""
+
+    @staticmethod
+    def forward(ctx, x_W, weight_W, eps):
+        dtype = accumulation_dtype(x_W.dtype)
+        mean_square_1 = torch.linalg.vector_norm(x_W, dim=-1, keepdim=True, dtype=dtype).square_().div_(x_W.shape[-1])
+        inverse_1 = mean_square_1.add_(eps).rsqrt_()
+        ctx.save_for_backward(x_W, weight_W, inverse_1)
+        # Products of two dtypes are ten times slower than a conversion.
+        return (x_W.to(dtype) * inverse_1).mul_(weight_W).to(x_W.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_W):
+        x_W, weight_W, inverse_1 = ctx.saved_tensors
+        unit_W, grad = x_W.to(inverse_1.dtype) * inverse_1, grad_W.to(inverse_1.dtype)
+        both_W, weight = grad * unit_W, weight_W.to(inverse_1.dtype)
+        grad_weight = both_W.flatten(0, -2).sum(0).to(weight_W.dtype)
+        along_1 = (both_W @ weight)[..., None] / x_W.shape[-1]
+        grad_x = (grad * weight).sub_(unit_W.mul_(along_1)).mul_(inverse_1)
+        return grad_x.to(x_W.dtype), grad_weight, None
 
 
 def _rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
@@ -49,20 +74,33 @@ def _rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D / 2]; halves are the pairs."""
+    """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D], as rope.rotation gives them."""
     return _run(_rotate, x, cos, sin) if _compile else _rotate(x, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
     """silu(gate) · up, of [_, W] each."""
-    if not _compile:
-        return _gated(gate_W, up_W)
-    return _run(_gated, gate_W.flatten(0, -2), up_W.flatten(0, -2)).view(gate_W.shape)
+    if _compile:
+        return _run(_gated, gate_W.flatten(0, -2), up_W.flatten(0, -2)).view(gate_W.shape)
+    return _Gated.apply(gate_W, up_W) if torch.is_grad_enabled() else _gated(gate_W, up_W)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps two tensors where autograd by itself would keep three."""
+
+    @staticmethod
+    def forward(ctx, gate_W, up_W):
+        ctx.save_for_backward(gate_W, up_W)
+        return F.silu(gate_W).mul_(up_W)
+
+    @staticmethod
+    def backward(ctx, grad_W):
+        gate_W, up_W = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad_W * up_W, gate_W), F.silu(gate_W).mul_(grad_W)
 
 
 def _gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
@@ -81,4 +119,5 @@ def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor
 
 def _merged(out_a_D: Tensor, lse_a_1: Tensor, out_b_D: Tensor, lse_b_1: Tensor) -> Tensor:
     share_b_1 = (lse_b_1 - lse_a_1).sigmoid()
-    return ((1 - share_b_1) * out_a_D + share_b_1 * out_b_D).to(out_a_D.dtype)
+    # On CPU products of two dtypes are ten times slower than conversions.
+    return torch.lerp(out_a_D.to(share_b_1.dtype), out_b_D.to(share_b_1.dtype), share_b_1).to(out_a_D.dtype)

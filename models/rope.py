@@ -77,6 +77,11 @@ def _yarn(
 
 
 def rotation(position: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., head_dim / 2] in `dtype` for int64 positions [...]; angles in at least fp32."""
+    """cos and sin [..., head_dim] in `dtype` for int64 positions [...]; angles in at least fp32.
+
+    x · cos + (halves of x exchanged) · sin turns x: the pairs are the halves, so both are there twice, and sin is
+    negative for the first half.
+    """
     angle = position[..., None].to(inverse.dtype) * inverse
-    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    cos, sin = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -35,6 +35,10 @@ def rms_norm_by_hand(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
+def rotate(x, cos, sin):
+    return pointwise.rotate(x, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+
+
 def rotate_by_hand(x, cos, sin):
     """Each pair of halves is a complex number that is turned."""
     turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos, sin)
@@ -52,7 +56,7 @@ def merged_by_hand(out_a, lse_a, out_b, lse_b):
 
 CHAINS = {
     "rms_norm": (rms_norm, rms_norm_by_hand, [draw(2, R, D), draw(D)]),
-    "rotate": (pointwise.rotate, rotate_by_hand, [draw(2, R, H, D), *(draw(2, R, 1, D // 2, seed=i) for i in (1, 2))]),
+    "rotate": (rotate, rotate_by_hand, [draw(2, R, H, D), *(draw(2, R, 1, D // 2, seed=i) for i in (1, 2))]),
     "gated": (pointwise.gated, gated_by_hand, [draw(2, R, D), draw(2, R, D, seed=1)]),
     "merged": (
         pointwise.merged,
