@@ -104,6 +104,8 @@ def _race(row: Row, settings: Settings, contestants: Mapping[str, Contestant], r
 def attention_rows(settings: Settings) -> Iterator[tuple[str, Callable[[], Row]]]:
     for shape in settings.attention:
         yield shape.name, partial(dense_attention, settings, shape)
+    if settings.masked is not None:
+        yield settings.masked.name, partial(masked_attention, settings, settings.masked)
     yield settings.rollout_step.name, partial(rollout_step, settings, settings.rollout_step)
     yield "deep step", partial(deep_attention, settings)
     if settings.deep_decode is not None:
@@ -188,6 +190,50 @@ def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
             row.compare(f"{backend} / reference, memory", row.added(backend), row.added("reference"))
             row.compare(f"{backend} / S causal calls, time", row.seconds(backend), row.seconds("S causal calls"))
             row.compare(f"{backend} / one causal call, FLOP/s", row.rate(backend), row.rate("one causal call"))
+    return row
+
+
+def masked_attention(settings: Settings, shape: AttentionShape) -> Row:
+    """The same against what the public Quiet-STaR code computes: at each of a thought's steps every position's query
+    over the keys that all positions have so far, under a mask. Those are N² · S(S + 3) / 2 pairs; `reference` holds
+    N² · S, and beside them a thought's own."""
+    row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
+    B, N, K, S, H, G, D = (getattr(shape, name) for name in "BNKSHGD")
+    text = Text.from_rows(torch.zeros(B, N, dtype=torch.int64, device=settings.device))
+    anchors = Anchors.everywhere(text)
+    inputs = _attention_inputs(settings, B, N, N, K, S, S, (H, G, D))
+    grad = torch.randn(B, K, S, N, H, D, device=settings.device).to(settings.dtype)
+    causal_NN = torch.ones(N, N, dtype=torch.bool, device=settings.device).tril()
+    own_NN = torch.eye(N, dtype=torch.bool, device=settings.device)
+
+    def with_backward(attend: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(attend(), inputs, grad)
+
+    def every_key() -> Tensor:
+        q, k, v, k_text, v_text = (x.unflatten(-2, (G, -1)) for x in inputs)
+        keys, values = ([x[:, None, :, :, :1].expand(B, K, -1, -1, -1, -1)] for x in (k_text, v_text))
+        mask_NT, out = causal_NN, []
+        for s in range(S):
+            keys.append(k[:, :, s])
+            values.append(v[:, :, s])
+            mask_NT = torch.cat([mask_NT, own_NN], dim=1)
+            scores = torch.einsum("bkngrd,bktgud->bkgrnt", q[:, :, s], torch.cat(keys, dim=2)) * D**-0.5
+            weights = scores.masked_fill(~mask_NT, float("-inf")).softmax(-1, dtype=torch.float32).to(scores.dtype)
+            out.append(torch.einsum("bkgrnt,bktgud->bkngrd", weights, torch.cat(values, dim=2)).flatten(-3, -2))
+        return torch.stack(out, dim=2)
+
+    ours = partial(_attend, inputs, anchors, None)
+    with torch.no_grad():  # the same function, or there is nothing to compare
+        torch.testing.assert_close(every_key(), ours(), rtol=0.02, atol=0.02)
+    contestants: dict[str, Contestant] = {
+        "default": partial(with_backward, ours),
+        "reference": partial(with_backward, partial(_attend, inputs, anchors, "reference")),
+        "every key, masked": partial(with_backward, every_key),
+    }
+    _race(row, settings, contestants)
+    for slow in ("every key, masked", "reference"):
+        row.compare(f"{slow} / default, time", row.seconds(slow), row.seconds("default"))
+        row.compare(f"default / {slow}, memory", row.added("default"), row.added(slow))
     return row
 
 
@@ -332,7 +378,7 @@ def quiet_star_step(settings: Settings) -> Row:
     row = Row("steps", "quiet_star", dict(c) | {"dtype": _name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
     text = make_text(settings.model, 1, c["N"], settings.device)
-    step = partial(training_step, quiet_star(c["L"], c["A"], c["K"]), model, text)
+    step = partial(training_step, quiet_star(c["L"], c["A"], c["K"], c.get("at_once")), model, text)
     contestants: dict[str, Contestant] = {
         "quiet_star": step,
         "next_token": partial(training_step, next_token(), model, text),
@@ -467,13 +513,14 @@ def deep_rollout(settings: Settings) -> Row:
         decode = time.perf_counter() - read
         assert bool(drawn.sampled_BKSM[:, :, 1:].all())
         text_bytes = sum(x.numel() * x.element_size() for x in (*state.keys, *state.values))
+        copied_bytes = 0 if state.by_head() is state else text_bytes
         config, like = settings.model, torch.empty(0, dtype=state.keys[0].dtype, device="meta")
         cache = ThoughtCache(config, 1, G, 1 + T, 1, like)
         own_bytes = sum(x.numel() * x.element_size() for x in (cache.keys, cache.values))
         return {
             "prefill_seconds": read - started,
             "decode_tokens_per_second": G * T / decode,
-            "kv_bytes": text_bytes + own_bytes,
+            "kv_bytes": text_bytes + copied_bytes + own_bytes,
             # A step reads the weights, the text's keys and values once, and on average half of the thoughts' own.
             "decode_bytes_per_second": T * (_read_bytes(model, settings.dtype) + text_bytes + own_bytes / 2) / decode,
         }

@@ -60,13 +60,14 @@ class Settings:
     budget: float
     attention: Sequence[AttentionShape]
     rollout_step: AttentionShape  # S is the number of own tokens so far, in deep_decode too
+    masked: AttentionShape | None = None
     deep_decode: AttentionShape | None = None
     copy_bytes: int = 2**31  # more than a GPU's caches hold
     model: DecoderConfig = SMOLLM2_135M
     quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
     rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
     public_model: DecoderConfig = PUBLIC_57M
-    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2, at_once=24))
+    public: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=9, A=4, K=2, at_once=64))
     large_model: DecoderConfig | None = None
     large: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=8, A=4, K=2, next_token_rows=8))
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
@@ -98,7 +99,18 @@ def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
             dict(N=[64, 128, 256, 512], L=[2, 4, 8, 16], K=[1, 2, 4, 8], P=[128, 256, 512, 1024])
             | dict(G=[2, 4, 8, 16], T=[8, 16, 32, 64], anchors=[1, 2, 4, 8]),
         )
-        return Settings("full", device, dtype, repeats or 5, 600.0, [dense], step, curves=curves)
+        return Settings(
+            "full",
+            device,
+            dtype,
+            repeats or 5,
+            600.0,
+            [dense],
+            step,
+            masked=AttentionShape("dense, masked", N=512, S=16, H=9, G=3, D=64),
+            quiet_star=dict(N=256, L=8, A=4, K=2, at_once=64),
+            curves=curves,
+        )
     many = AttentionShape("dense, 8 rows", N=1024, S=16, H=9, G=3, D=64, B=8)
     wide = AttentionShape("dense, heads of 128", N=2048, S=13, H=16, G=8, D=128, B=2)
     curves = _curves(
@@ -158,6 +170,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
             AttentionShape("dense, 2 rows", 16, 3, 4, 2, 16, B=2, K=2),
         ],
         AttentionShape("rollout step", N=24, S=3, H=3, G=1, D=16, K=2),
+        masked=AttentionShape("dense, masked", N=16, S=3, H=4, G=2, D=16, B=2, K=2),
         deep_decode=AttentionShape("deep decode", N=24, S=3, H=4, G=2, D=16, B=2, K=2),
         copy_bytes=2**20,
         model=TINY,

@@ -126,7 +126,7 @@ def rollout(
     banned_V[[*close, *_end(answer), *allowed]] = False
 
     may_end_early = bool(close) or answer is not None
-    if device.type == "cpu" and anchors.window is None:
+    if anchors.window is None:
         state = state.by_head()
     cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
 

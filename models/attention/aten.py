@@ -1,5 +1,4 @@
-"""Attention of text and thoughts from the flash kernels inside torch, for CPU and CUDA: merged.py says how. One step in
-bf16 on CPU is the exception, see products.py.
+"""Attention of text and thoughts from the flash kernels inside torch, for CPU and CUDA: merged.py says how.
 
 Shapes as in merged.Kernels.
 """
@@ -9,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.attention import products
 from models.attention.merged import Kernels, MergedAttention, Sequences
 from models.precision import accumulation_dtype
 from models.thoughts import Anchors
@@ -101,22 +99,6 @@ def _cuda_backward(
 CUDA = Kernels(_cuda, _cuda_backward, varlen=True)
 _attention = MergedAttention({"cpu": Kernels(_cpu, _cpu_backward), "cuda": CUDA})
 text_attention = _attention.text_attention
+thought_attention = _attention.thought_attention
 dense_part = _attention.dense_part
 thought_gradients = _attention.thought_gradients
-
-
-def thought_attention(
-    q_BKSMHD: Tensor,
-    k_BKTMGD: Tensor,
-    v_BKTMGD: Tensor,
-    k_text_BNGD: Tensor,
-    v_text_BNGD: Tensor,
-    anchors: Anchors,
-    filled_1: Tensor | None = None,
-) -> Tensor:
-    """As reference.thought_attention, for S = T (a whole thought) or S = 1 (its newest token)."""
-    arguments = q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD, anchors
-    newest = q_BKSMHD.shape[2] == 1 and anchors.window is None and not torch.is_grad_enabled()
-    if newest and q_BKSMHD.device.type == "cpu" and q_BKSMHD.dtype == torch.bfloat16:
-        return products.newest_token(*arguments)
-    return _attention.thought_attention(*arguments, filled_1)

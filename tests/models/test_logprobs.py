@@ -18,12 +18,13 @@ def case(rows=23, width=8, vocabulary=17, dtype=torch.float64):
     return hidden, weight, targets
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 5, 23, 1000])
+@pytest.mark.parametrize(("chunk_rows", "cached_rows"), [(1, 1), (5, 2), (23, 4), (1000, 1000)])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("banned", [False, True])
-def test_values_and_gradients(monkeypatch, chunk_rows, temperature, banned):
+def test_values_and_gradients(monkeypatch, chunk_rows, cached_rows, temperature, banned):
     hidden, weight, targets = case()
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_rows * 17)
+    monkeypatch.setattr(logprobs, "CACHED_ELEMENTS", cached_rows * 17)
     banned_V = torch.arange(17) >= 14 if banned else None
     logits = hidden @ weight.T / temperature
     if banned:

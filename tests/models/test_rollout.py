@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models import logprobs
+from models.decoder import TextState
 from models.logprobs import token_logprobs
 from models.philox import Rng
 from models.rollout import Answer, rollout
@@ -51,7 +52,26 @@ def test_a_thought_is_the_same_in_any_chunk(monkeypatch):
     some = torch.tensor([[1, 6]] * 4)
     assert torch.equal(sample(model, text, anchors=Anchors(text, some)).tokens_BKSM, together[..., [1, 6]])
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 61 * 7)
+    monkeypatch.setattr(logprobs, "CACHED_ELEMENTS", 61 * 2)
     assert torch.equal(sample(model, text).tokens_BKSM, together)
+
+
+def test_a_text_by_head_is_the_same_text(monkeypatch):
+    """In bf16 each head's keys and values move together; a rollout then draws what it would have drawn."""
+    model, text = tiny_model(torch.float32, heads=4, kv_heads=2), texts()
+    with torch.no_grad():
+        state = model.read(text)
+        assert state.by_head() is state
+        model.decoder.compute_dtype = torch.bfloat16
+        state = model.read(text)
+    moved = state.by_head()
+    for before, after in zip((*state.keys, *state.values), (*moved.keys, *moved.values), strict=True):
+        assert torch.equal(before, after)
+        assert after.transpose(1, 2).is_contiguous() and not before.transpose(1, 2).is_contiguous()
+    few = Anchors(text, torch.tensor([[1, 6]] * 4))
+    monkeypatch.setattr(TextState, "by_head", lambda self: self)
+    drawn = [rollout(model, s, few, 3, 5, Rng(11, 3)) for s in (state, moved)]
+    assert torch.equal(*(d.thoughts.tokens_BKSM for d in drawn))
 
 
 def test_bf16_thoughts_are_the_same_in_any_batch():
