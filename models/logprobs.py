@@ -76,7 +76,9 @@ class _TokenLogprobs(torch.autograd.Function):
             for r in _in_cache(product_CV):
                 # d logprob / d logits = (onehot − softmax) / temperature, which takes the place of the product.
                 grad_rV = _logits(product_CV[r], temperature, banned_V).sub_(lse_C1[r]).exp_().mul_(-scale_C1[r])
-                product_CV[r] = grad_rV.scatter_add_(-1, targets_C1[r], scale_C1[r])
+                grad_rV.scatter_add_(-1, targets_C1[r], scale_C1[r])
+                if grad_rV.dtype != product_CV.dtype:
+                    product_CV[r] = grad_rV
             if grad_hidden is not None:
                 grad_hidden[c] = product_CV @ copy
             if ctx.needs_input_grad[1]:

@@ -279,7 +279,7 @@ def test_parts_run_apart_join_in_one_file(tmp_path, monkeypatch, capsys):
     for part in ("memory", "attention"):
         assert cli.main(["bench", "--tiny", "--only", part, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "cpu.json").read_text())
-    assert [row["part"] for row in results["rows"]] == ["attention"] * 5 + ["memory"]
+    assert [row["part"] for row in results["rows"]] == ["attention"] * 6 + ["memory"]
     assert {"commit", "torch", "device", "threads"} <= results["environment"].keys()
     assert "wanted" in capsys.readouterr().out
     # Of another commit nothing is kept.
