@@ -71,7 +71,7 @@ class Settings:
     large_model: DecoderConfig | None = None
     large: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=8, A=4, K=2, next_token_rows=8))
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
-    memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=4))
+    memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=2))
     curve_model: DecoderConfig = CURVE_26M
     curves: Sequence[Curve] = ()
 
