@@ -1,8 +1,7 @@
 """The chains of pointwise operations between matrix products and attention.
 
-As they stand each operation is a pass over memory, which on CPU costs a third of a Quiet-STaR step. `compile_chains`
-makes one pass of each chain with torch.compile, forward and backward. The products and attention between them are
-kernels already and are left as they are.
+As they stand each operation is a pass over memory. `compile_chains` makes one pass of each chain with torch.compile,
+forward and backward. The products and attention between them are kernels already and are left as they are.
 
 Shapes: R rows (tokens), W any width, H heads, D head size; `_` leading axes of any number.
 """
