@@ -306,9 +306,9 @@ class Decoder(nn.Module):
 
     def read(self, text: Text) -> TextState:
         """One causal pass over packed text, documents apart. Raises ValueError for rows the model cannot hold."""
-        self._check_positions(text.shape[1])
+        self.check_positions(text.shape[1])
         x = self.embed(text.tokens_BN)
-        cos, sin = self._rotation(text.position_BN, x.dtype)
+        cos, sin = self.rotation_at(text.position_BN, x.dtype)
         keys, values = [], []
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -327,10 +327,10 @@ class Decoder(nn.Module):
         included. With a cache they continue the thoughts in it.
         """
         written, S = (0 if cache is None else cache.length), x_BKSMW.shape[2]
-        self._check_positions(state.text.shape[1] + written + S)
+        self.check_positions(state.text.shape[1] + written + S)
         steps_S = torch.arange(1, S + 1, device=x_BKSMW.device) if cache is None else cache.next_tokens(S)
         position_BKSM = anchors.position_BM[:, None, None, :] + steps_S[:, None]
-        cos, sin = self._rotation(position_BKSM, x_BKSMW.dtype)
+        cos, sin = self.rotation_at(position_BKSM, x_BKSMW.dtype)
 
         x = x_BKSMW
         for layer, block in enumerate(self.layers):
@@ -354,11 +354,11 @@ class Decoder(nn.Module):
             return checkpoint(block, x_W, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
         return block(x_W, cos, sin, attend)
 
-    def _rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation_at(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         cos, sin = rotation(position, self.inverse_frequencies, self.rope_factor, dtype)
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
-    def _check_positions(self, length: int) -> None:
+    def check_positions(self, length: int) -> None:
         window = self.config.sliding_window
         if window is not None and length > window:
             raise ValueError(f"{length} positions exceed the model's sliding window of {window}; use shorter rows")

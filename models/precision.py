@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-COPIES = ("_working_copy", "_packed_copy")  # attributes of a weight that hold (state, copy)
+COPIES = ("_working_copy", "_packed_copy", "_native_copy")  # attributes of a weight that hold (state, copy)
 _optimizer_steps = 0
 
 
@@ -29,25 +29,25 @@ def _count_optimizer_step(*_) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-def _kept(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
+def kept(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
     """What `make` makes of the weights, kept at the first; made again only after an optimizer step or another in-place
     change.
 
     Hazard: writing to `weight.data` by hand is neither.
     """
     state = ([weight._version for weight in weights], _optimizer_steps, dtype, weights[0].device)
-    kept = getattr(weights[0], name, None)
-    if kept is None or kept[0] != state:
-        kept = (state, make(*(weight.detach() for weight in weights)))
-        setattr(weights[0], name, kept)
-    return kept[1]
+    held = getattr(weights[0], name, None)
+    if held is None or held[0] != state:
+        held = (state, make(*(weight.detach() for weight in weights)))
+        setattr(weights[0], name, held)
+    return held[1]
 
 
 def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in `dtype`, without gradient; itself where it is of that dtype."""
     if weight.dtype == dtype:
         return weight.detach()
-    return _kept([weight], "_working_copy", dtype, lambda master: master.to(dtype))
+    return kept([weight], "_working_copy", dtype, lambda master: master.to(dtype))
 
 
 # Products with fewer rows than this are faster with a weight that lies in the order in which oneDNN reads it: on two
@@ -73,7 +73,7 @@ def _packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) ->
     def pack(*masters: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(torch.cat(masters).to(x.dtype))
 
-    packed = _kept(weights, "_packed_copy", x.dtype, pack)
+    packed = kept(weights, "_packed_copy", x.dtype, pack)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 

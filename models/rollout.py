@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.decoder import TextState, ThoughtCache
 from models.logprobs import sample_tokens
+from models.native import NativeStep, takes_native_steps
 from models.philox import Rng
 from models.recorded import WORTH_RECORDING, RecordedStep
 from models.thinking import ThinkingModel
@@ -126,18 +128,19 @@ def rollout(
     banned_V[[*close, *_end(answer), *allowed]] = False
 
     may_end_early = bool(close) or answer is not None
-    if anchors.window is None:
-        state = state.by_head()
-    cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
-
-    def each_layer_launched(tokens_BKSM: Tensor) -> Tensor:
-        return model.continue_thoughts(tokens_BKSM, anchors, state, cache)
-
-    step: Callable[[Tensor], Tensor] = each_layer_launched
+    step: Callable[[Tensor], Tensor]
+    if takes_native_steps(model, anchors, state):
+        step, may_record = NativeStep(model, anchors, state, K, S), False
+    else:
+        if anchors.window is None:
+            state = state.by_head()
+        cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
+        step = partial(model.continue_thoughts, anchors=anchors, state=state, cache=cache)
+        may_record = model.records_steps and anchors.window is None
     thought_K11, draw_T1 = torch.arange(K, device=device)[:, None, None], torch.arange(S - P, device=device)[:, None]
     for s in range(P, S):
         newest = slice(0, P) if s == P else slice(s - 1, s)
-        if s == P + 1 and model.records_steps and anchors.window is None and S - s >= WORTH_RECORDING:
+        if may_record and s == P + 1 and S - s >= WORTH_RECORDING:
             step = RecordedStep(model, anchors, state, cache)
         hidden_BKSMW = step(tokens_BKSM[:, :, newest])
         look, since = divmod(s - P, LOOK_EVERY)

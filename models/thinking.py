@@ -74,6 +74,8 @@ class ThinkingModel(nn.Module):
     banned_V: Tensor
     # Whether long rollouts at a few anchors replay a recorded step; not for a sharded model, which gathers its weights.
     records_steps = False
+    # Whether rollouts at a few anchors on a CPU run native.py's kernel where it serves; likewise.
+    native_steps = False
     # Whether all ranks say so: a sharded model's passes are collective, so its ranks must stop sampling together.
     all_agree: Callable[[Tensor], bool] = staticmethod(bool)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from checkpoints.references import CheckpointError, resolve
 from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint
 from data_pipelines import PackedText, Tokenizer, open_data
 from data_pipelines.data_module import TextDataModule
+from models import native
 from models.philox import Rng
 from models.pointwise import compile_chains
 from models.thinking import ThinkingModel
@@ -101,13 +101,13 @@ class Prepared:
 
 def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     """Reads tokenizer, data and model, the latter from the run's newest checkpoint if `directory` has one."""
-    if recipe.compile and not torch.cuda.is_available() and not _cpp_compiler():
+    if recipe.compile and not torch.cuda.is_available() and native.compiler() is None:
         raise RecipeError("compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out")
     if recipe.cuda_graphs and not torch.cuda.is_available():
         raise RecipeError("cuda_graphs takes a CUDA device and there is none; leave the key out")
     if recipe.cuda_graphs and recipe.ranks > 1:
         raise RecipeError("cuda_graphs cannot record a model that is sharded; leave the key out or train on one device")
-    compile_chains(recipe.compile)
+    compile_chains(recipe.compile and torch.cuda.is_available())
     tokenizer_directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     data = open_data(recipe.data, tokenizer, recipe.seed)
@@ -137,6 +137,7 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
     model.records_steps = recipe.cuda_graphs
+    model.native_steps = recipe.compile and recipe.ranks == 1
     _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
     return Prepared(
         recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, held_out, model, checkpoint
@@ -152,10 +153,6 @@ def causal_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> Causa
     if not filler:
         raise RecipeError("evaluation.filler is empty; name a text whose first token fills a thought, like .")
     return CausalTest(filler[0], data.solutions(config.rows))
-
-
-def _cpp_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))
 
 
 def _load_proxy(objective: Objective, recipe: Recipe, tokenizer: Tokenizer) -> None:

@@ -56,6 +56,14 @@ def thought_attention(
     return chosen.thought_attention(*arguments, anchors, filled_1)
 
 
+def asked_backend(backend: str | None = None) -> str | None:
+    """The backend that the argument or the environment asks for. Raises ValueError for one that does not exist."""
+    asked = backend or os.environ.get("FORETHOUGHT_ATTENTION") or None
+    if asked is not None and asked not in BACKENDS:
+        raise ValueError(f"attention backend {asked!r} is not one of {', '.join(BACKENDS)}")
+    return asked
+
+
 def _choose(
     q: Tensor,
     k: Tensor,
@@ -65,9 +73,7 @@ def _choose(
     filled: bool = False,
 ):
     """The backend for text, or for thoughts where there are anchors."""
-    asked = backend or os.environ.get("FORETHOUGHT_ATTENTION") or None
-    if asked is not None and asked not in BACKENDS:
-        raise ValueError(f"attention backend {asked!r} is not one of {', '.join(BACKENDS)}")
+    asked = asked_backend(backend)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
     chosen = asked or "aten"
     served, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)

@@ -1,0 +1,368 @@
+// One token more for every thought, on a CPU: the whole stack of layers in one call. native.py says when and with what.
+//
+// At a few rows a step is bound by reading the weights once. Every product here is therefore the same one: a few rows
+// against panels, which hold 16 columns side by side in the order in which they are read. Weights are packed so, and so
+// are keys (a column is a key) and values (a column is a dimension, summed over keys). bf16 is multiplied in pairs and
+// summed in fp32; what a tensor of the model would hold is rounded to bf16, so that the numbers are those of the layers
+// run one by one.
+//
+// Letters: A anchors, K thoughts of an anchor, R = A K rows, W width, H query heads, G key-value heads, J = H / G, D
+// head size. Row a K + k is thought k of anchor a.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr long LANES = 16;   // columns of a panel
+constexpr long TILE = 16;    // rows whose sums are held in registers
+constexpr long SPLIT = 256;  // keys of a text that one thread attends to at a time
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+template <class T>
+inline T load(const void* from) {
+  T to;
+  memcpy(&to, from, sizeof to);
+  return to;
+}
+
+struct bf16 {
+  uint16_t raw;
+};
+
+inline float get(float x) { return x; }
+inline float get(bf16 x) { return std::bit_cast<float>(uint32_t(x.raw) << 16); }
+inline void set(float& to, float x) { to = x; }
+inline void set(bf16& to, float x) {
+  const uint32_t word = std::bit_cast<uint32_t>(x);
+  to.raw = uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);  // to the nearest, ties to even
+}
+template <class T>
+inline T rounded(float x) {
+  T to;
+  set(to, x);
+  return to;
+}
+
+inline Floats get16(const float* from) { return load<Floats>(from); }
+inline Floats get16(const bf16* from) {
+  return std::bit_cast<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+inline void set16(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+inline void set16(bf16* to, Floats x) {
+  const Words words = std::bit_cast<Words>(x);
+  const Halves halves = __builtin_convertvector((words + 0x7fff + ((words >> 16) & 1)) >> 16, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
+// e^x to 2e-7 of it; 0 below the smallest normal number.
+inline Floats exponential(Floats x) {
+  const Floats lowest = Floats{} - 87.3f;
+  const Floats clamped = x > lowest ? (x < -lowest ? x : -lowest) : lowest;
+  const Floats shift = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const Floats whole = (clamped * 1.44269504f + shift) - shift;
+  const Floats rest = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats sum = Floats{} + 1.98412698e-4f;
+  for (float coefficient : {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f})
+    sum = sum * rest + coefficient;
+  typedef int32_t Integers __attribute__((vector_size(64)));
+  const Integers power = (__builtin_convertvector(whole, Integers) + 127) << 23;
+  return x > lowest ? sum * std::bit_cast<Floats>(power) : Floats{};
+}
+
+// How many neighbours along the summed axis lie together in a panel, and the sum of their products.
+template <class T>
+constexpr long STEP = sizeof(float) / sizeof(T);
+
+inline Floats plus_products(Floats sum, const float* x, Floats column) { return sum + column * *x; }
+inline Floats plus_products(Floats sum, const bf16* x, Floats columns) {
+#ifdef __AVX512BF16__
+  const __m512bh pairs = std::bit_cast<__m512bh>(columns), x_pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(x));
+  return std::bit_cast<Floats>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sum), pairs, x_pair));
+#else
+  const Words pairs = std::bit_cast<Words>(columns);
+  return sum + std::bit_cast<Floats>(pairs << 16) * get(x[0]) + std::bit_cast<Floats>(pairs & 0xffff0000u) * get(x[1]);
+#endif
+}
+
+// sums[r][16] = x[r][:] · panel[:][16] for ROWS rows. `stride`: elements from one step along the summed axis to the next.
+template <class T, int ROWS>
+inline void multiply(const T* x, long row, const T* panel, long stride, long length, Floats* sums) {
+  Floats held[ROWS] = {};
+  for (long i = 0; i < length; i += STEP<T>, panel += stride) {
+    __builtin_prefetch(panel + 32 * stride);
+    const Floats columns = load<Floats>(panel);
+    for (int r = 0; r < ROWS; r++) held[r] = plus_products(held[r], x + r * row + i, columns);
+  }
+  for (int r = 0; r < ROWS; r++) sums[r] = held[r];
+}
+
+template <class T, int ROWS = TILE>
+[[gnu::noinline]] void multiply(long rows, const T* x, long row, const T* panel, long stride, long length, Floats* sums) {
+  if (rows == ROWS) return multiply<T, ROWS>(x, row, panel, stride, length, sums);
+  if constexpr (ROWS > 1) multiply<T, ROWS - 1>(rows, x, row, panel, stride, length, sums);
+}
+
+}  // namespace
+
+// What native.py fills in, in the same order.
+
+struct Shape {
+  int64_t layers, width, ffn_width, heads, kv_heads, head_dim;
+  int64_t anchors, thoughts;  // A, K
+  int64_t text_room, own_room;  // tokens that the packed keys of a text and of a thought have room for; 16 divides both
+  int64_t low_precision;  // activations, weights, keys and values in bf16, not fp32
+  float epsilon;
+};
+
+// Weights are packed, [N / 16][in / STEP][16][STEP] for N outputs; norms and biases are fp32, null where there is none.
+// Keys are packed [sequence][G][tokens / 16][D / STEP][16][STEP], values [sequence][G][tokens / STEP][D][STEP], where a
+// sequence is a row of text or a thought.
+struct Layer {
+  const float *norm, *norm_after, *query_norm, *key_norm;
+  const void *query_key_value, *out, *gate_up, *down;  // panels of gate and up alternate
+  const float *query_key_value_bias, *out_bias, *gate_up_bias, *down_bias;
+  const void *text_keys, *text_values;
+  void *own_keys, *own_values;
+};
+
+// Keys first to last (exclusive) of a row of text, which an anchor sees.
+struct Span {
+  int32_t anchor, row, first, last;
+};
+
+namespace {
+
+template <class T>
+void normed(const T* x, const float* weight, long size, float epsilon, T* out) {
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (long i = 0; i < size; i++) squares += get(x[i]) * get(x[i]);
+  const float inverse = 1 / std::sqrt(squares / size + epsilon);
+  for (long i = 0; i < size; i++) set(out[i], get(x[i]) * inverse * weight[i]);
+}
+
+// The halves of x are pairs to turn, in place if need be; see rope.rotation.
+template <class T>
+void rotated(const T* x, const T* cos, const T* sin, long size, T* out) {
+  const long half = size / 2;
+  for (long i = 0; i < half; i++) {
+    const float a = get(x[i]), b = get(x[half + i]);
+    const float a_cos = get(rounded<T>(a * get(cos[i]))), b_cos = get(rounded<T>(b * get(cos[half + i])));
+    set(out[i], a_cos + b * get(sin[i]));
+    set(out[half + i], b_cos + a * get(sin[half + i]));
+  }
+}
+
+// Attention of at most TILE query rows q [rows][D] over keys first to last of a packed sequence: out [rows][D], not yet
+// divided by `sum`, the sum of the exponentials of the scores less `highest`.
+template <class T>
+void attend(long rows, const T* q, long D, const T* keys, const T* values, long first, long last, std::vector<float>& scores,
+            std::vector<T>& shares, float* out, float* highest, float* sum) {
+  const long from = first / LANES * LANES, width = (last + LANES - 1) / LANES * LANES - from;
+  const float scale = 1 / std::sqrt(float(D));
+  scores.resize(std::max(long(scores.size()), TILE * width));
+  shares.resize(std::max(long(shares.size()), TILE * width));
+  Floats sums[TILE];
+  for (long n = 0; n < width; n += LANES) {
+    multiply<T>(rows, q, D, keys + (from + n) * D, LANES * STEP<T>, D, sums);
+    for (long r = 0; r < rows; r++) set16(&scores[r * width + n], sums[r] * scale);
+  }
+  for (long r = 0; r < rows; r++) {
+    float* score = &scores[r * width];
+    std::fill(score, score + (first - from), LOWEST);
+    std::fill(score + (last - from), score + width, LOWEST);
+    float top = LOWEST;
+#pragma omp simd reduction(max : top)
+    for (long n = 0; n < width; n++) top = std::max(top, score[n]);
+    Floats total = {};
+    for (long n = 0; n < width; n += LANES) {
+      const Floats share = exponential(load<Floats>(score + n) - top);
+      total += share;
+      set16(&shares[r * width + n], share);
+    }
+    highest[r] = top;
+    sum[r] = 0;
+    for (long i = 0; i < LANES; i++) sum[r] += total[i];
+  }
+  for (long d = 0; d < D; d += LANES) {
+    multiply<T>(rows, shares.data(), width, values + from * D + d * STEP<T>, D * STEP<T>, width, sums);
+    for (long r = 0; r < rows; r++) set16(out + r * D + d, sums[r]);
+  }
+}
+
+// x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D]; `length` tokens
+// are in each thought's keys and values before, one more after. spans_of: [A + 1], the first of each anchor's spans.
+template <class T>
+void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, T* x, const T* cos, const T* sin,
+          long length, int threads) {
+  const long W = s.width, F = s.ffn_width, H = s.heads, G = s.kv_heads, D = s.head_dim, J = H / G;
+  const long K = s.thoughts, R = s.anchors * K, all_heads = H + 2 * G, span_count = spans_of[s.anchors];
+  std::vector<T> norm(R * W), projected(R * all_heads * D), query(R * H * D), attended(R * H * D), gated(R * F);
+  std::vector<float> part(span_count * H * K * D), part_highest(span_count * H * K), part_sum(span_count * H * K);
+
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> scores;
+    std::vector<T> shares;
+    Floats sums[TILE], more[TILE];
+    const Floats none = {};
+
+    // The rows of x + rows · weight, in place.
+    auto add_product = [&](const T* rows, long inner, const void* weight, const float* bias) {
+#pragma omp for schedule(static)
+      for (long n = 0; n < W; n += LANES)
+        for (long r = 0; r < R; r += TILE) {
+          const long few = std::min(TILE, R - r);
+          multiply<T>(few, rows + r * inner, inner, static_cast<const T*>(weight) + n * inner, LANES * STEP<T>, inner, sums);
+          for (long i = 0; i < few; i++) {
+            T* here = x + (r + i) * W + n;
+            T product[LANES];
+            set16(product, sums[i] + (bias ? load<Floats>(bias + n) : none));
+            set16(here, get16(here) + get16(product));
+          }
+        }
+    };
+
+    for (long l = 0; l < s.layers; l++) {
+      const Layer& layer = layers[l];
+#pragma omp for schedule(static)
+      for (long r = 0; r < R; r++) normed(x + r * W, layer.norm, W, s.epsilon, &norm[r * W]);
+
+#pragma omp for schedule(static)
+      for (long n = 0; n < all_heads * D; n += LANES)
+        for (long r = 0; r < R; r += TILE) {
+          const long few = std::min(TILE, R - r);
+          const T* panel = static_cast<const T*>(layer.query_key_value) + n * W;
+          multiply<T>(few, &norm[r * W], W, panel, LANES * STEP<T>, W, sums);
+          const Floats bias = layer.query_key_value_bias ? load<Floats>(layer.query_key_value_bias + n) : none;
+          for (long i = 0; i < few; i++) set16(&projected[(r + i) * all_heads * D + n], sums[i] + bias);
+        }
+
+      // Queries are laid out [A][G][K][J][D], so that all that see the same keys of a text are neighbours.
+#pragma omp for schedule(static) collapse(2)
+      for (long r = 0; r < R; r++)
+        for (long h = 0; h < all_heads; h++) {
+          T *from = &projected[(r * all_heads + h) * D], *turned = &query[0];
+          const long g = h < H ? h / J : (h - H) % G;
+          const float* weight = h < H ? layer.query_norm : layer.key_norm;
+          if (h < H + G && weight) normed(from, weight, D, s.epsilon, from);
+          if (h < H) {
+            turned += (((r / K * G + g) * K + r % K) * J + h % J) * D;
+            rotated(from, cos + r * D, sin + r * D, D, turned);
+          } else if (h < H + G) {
+            rotated(from, cos + r * D, sin + r * D, D, from);
+            T* to = static_cast<T*>(layer.own_keys) + (r * G + g) * s.own_room * D + length / LANES * LANES * D;
+            for (long d = 0; d < D; d++)
+              to[d / STEP<T> * LANES * STEP<T> + length % LANES * STEP<T> + d % STEP<T>] = from[d];
+          } else {
+            T* to = static_cast<T*>(layer.own_values) + (r * G + g) * s.own_room * D + length / STEP<T> * STEP<T> * D;
+            for (long d = 0; d < D; d++) to[d * STEP<T> + length % STEP<T>] = from[d];
+          }
+        }
+
+#pragma omp for schedule(dynamic) collapse(2)
+      for (long i = 0; i < span_count; i++)
+        for (long g = 0; g < G; g++) {
+          const Span& span = spans[i];
+          const long place = (span.row * G + g) * s.text_room * D, queries = K * J;
+          for (long r = 0; r < queries; r += TILE) {
+            const long to = (i * G + g) * queries + r;
+            attend<T>(std::min(TILE, queries - r), &query[((span.anchor * G + g) * queries + r) * D], D,
+                      static_cast<const T*>(layer.text_keys) + place, static_cast<const T*>(layer.text_values) + place,
+                      span.first, span.last, scores, shares, &part[to * D], &part_highest[to], &part_sum[to]);
+          }
+        }
+
+      // A thought's own tokens, and what was found in the text, merged.
+#pragma omp for schedule(dynamic) collapse(2)
+      for (long r = 0; r < R; r++)
+        for (long g = 0; g < G; g++) {
+          const long a = r / K, place = (r * G + g) * s.own_room * D;
+          std::vector<float> out(TILE * D);
+          for (long j = 0; j < J; j += TILE) {
+            float highest[TILE], sum[TILE];
+            const long few = std::min(TILE, J - j);
+            attend<T>(few, &query[(((a * G + g) * K + r % K) * J + j) * D], D,
+                      static_cast<const T*>(layer.own_keys) + place, static_cast<const T*>(layer.own_values) + place, 0,
+                      length + 1, scores, shares, out.data(), highest, sum);
+            for (long i = 0; i < few; i++) {
+              const long first = (g * K + r % K) * J + j + i;
+              float top = highest[i];
+              for (long p = spans_of[a]; p < spans_of[a + 1]; p++) top = std::max(top, part_highest[p * H * K + first]);
+              float weight = std::exp(highest[i] - top), total = sum[i] * weight;
+              for (long d = 0; d < D; d++) out[i * D + d] *= weight;
+              for (long p = spans_of[a]; p < spans_of[a + 1]; p++) {
+                const long from = p * H * K + first;
+                weight = std::exp(part_highest[from] - top);
+                total += part_sum[from] * weight;
+                for (long d = 0; d < D; d++) out[i * D + d] += weight * part[from * D + d];
+              }
+              T* to = &attended[(r * H + g * J + j + i) * D];
+              for (long d = 0; d < D; d++) set(to[d], out[i * D + d] / total);
+            }
+          }
+        }
+
+      add_product(attended.data(), H * D, layer.out, layer.out_bias);
+
+#pragma omp for schedule(static)
+      for (long r = 0; r < R; r++) normed(x + r * W, layer.norm_after, W, s.epsilon, &norm[r * W]);
+
+#pragma omp for schedule(static)
+      for (long n = 0; n < F; n += LANES)
+        for (long r = 0; r < R; r += TILE) {
+          const long few = std::min(TILE, R - r);
+          const T* panel = static_cast<const T*>(layer.gate_up) + 2 * n * W;
+          multiply<T>(few, &norm[r * W], W, panel, LANES * STEP<T>, W, sums);
+          multiply<T>(few, &norm[r * W], W, panel + LANES * W, LANES * STEP<T>, W, more);
+          const float* bias = layer.gate_up_bias ? layer.gate_up_bias + 2 * n : nullptr;
+          for (long i = 0; i < few; i++) {
+            T gate[LANES], up[LANES];
+            set16(gate, sums[i] + (bias ? load<Floats>(bias) : none));
+            set16(up, more[i] + (bias ? load<Floats>(bias + LANES) : none));
+            set16(gate, get16(gate) / (exponential(-get16(gate)) + 1));
+            set16(&gated[(r + i) * F + n], get16(gate) * get16(up));
+          }
+        }
+
+      add_product(gated.data(), F, layer.down, layer.down_bias);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void forethought_step(const Shape* shape, const Layer* layers, const Span* spans, const int64_t* spans_of, void* x,
+                                 const void* cos, const void* sin, int64_t length, int32_t threads) {
+  auto run = [&](auto kind) {
+    using T = decltype(kind);
+    step<T>(*shape, layers, spans, spans_of, static_cast<T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin),
+            length, threads);
+  };
+  shape->low_precision ? run(bf16{}) : run(float{});
+}
+
+// `columns` rows of so many 4-byte words each, one fp32 or two bf16, as panels [columns / 16][words][16], from the
+// beginning of one to that of the next `distance` words.
+extern "C" void forethought_pack(const uint32_t* x, int64_t columns, int64_t words, uint32_t* panels, int64_t distance,
+                                 int32_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < columns; n += LANES)
+    for (int64_t w = 0; w < words; w++)
+      for (int64_t lane = 0; lane < LANES; lane++)
+        panels[n / LANES * distance + w * LANES + lane] = x[(n + lane) * words + w];
+}
