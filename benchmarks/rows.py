@@ -32,9 +32,9 @@ from benchmarks.workloads import (
     transformers_model,
     unserved,
 )
-from models import attention
-from models.decoder import ThoughtCache
+from models import attention, native
 from models.logprobs import token_logprobs
+from models.native import filled_up, takes_native_steps
 from models.philox import Rng
 from models.pointwise import compile_chains
 from models.rollout import rollout
@@ -346,17 +346,17 @@ def _forced(model: ThinkingModel, backend: str, run: Contestant) -> Contestant:
     return with_backend
 
 
-def _recorded(model: ThinkingModel, run: Contestant) -> Contestant:
-    """The same with rollouts at a few anchors that replay a recorded step."""
+def _setting(model: ThinkingModel, switch: str, run: Contestant) -> Contestant:
+    """The same with that switch of the model on."""
 
-    def with_recorded_steps() -> Mapping[str, float] | None:
-        model.records_steps = True
+    def with_switch_on() -> Mapping[str, float] | None:
+        setattr(model, switch, True)
         try:
             return run()
         finally:
-            model.records_steps = False
+            setattr(model, switch, False)
 
-    return with_recorded_steps
+    return with_switch_on
 
 
 def _compiled(run: Contestant) -> Contestant:
@@ -500,6 +500,7 @@ def deep_rollout(settings: Settings) -> Row:
     row = Row("rollouts", "deep", dict(c) | {"dtype": _name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, device)
     text = make_text(settings.model, 1, P, device)
+    anchors = _last_position(text)
 
     def ours() -> dict[str, float]:
         synchronise(device)
@@ -508,15 +509,16 @@ def deep_rollout(settings: Settings) -> Row:
             state = model.read(text)
         synchronise(device)
         read = time.perf_counter()
-        drawn = rollout(model, state, _last_position(text), G, T, Rng(0, 0), given=(GIVEN,))
+        drawn = rollout(model, state, anchors, G, T, Rng(0, 0), given=(GIVEN,))
         synchronise(device)
         decode = time.perf_counter() - read
         assert bool(drawn.sampled_BKSM[:, :, 1:].all())
         text_bytes = sum(x.numel() * x.element_size() for x in (*state.keys, *state.values))
-        copied_bytes = 0 if state.by_head() is state else text_bytes
-        config, like = settings.model, torch.empty(0, dtype=state.keys[0].dtype, device="meta")
-        cache = ThoughtCache(config, 1, G, 1 + T, 1, like)
-        own_bytes = sum(x.numel() * x.element_size() for x in (cache.keys, cache.values))
+        token_bytes = text_bytes // P
+        if takes_native_steps(model, anchors, state):
+            copied_bytes, own_bytes = token_bytes * filled_up(P), token_bytes * G * filled_up(1 + T)
+        else:
+            copied_bytes, own_bytes = 0 if state.by_head() is state else text_bytes, token_bytes * G * (1 + T)
         return {
             "prefill_seconds": read - started,
             "decode_tokens_per_second": G * T / decode,
@@ -529,11 +531,13 @@ def deep_rollout(settings: Settings) -> Row:
     # Every token is a step of its own, so that a whole rollout takes seconds: just the one made for it.
     contestants |= {f"rollout, {b}": _forced(model, b, ours) for b in _others(settings) if b == "triton"}
     if device.type == "cuda":
-        contestants["rollout, recorded"] = _recorded(model, ours)
+        contestants["rollout, recorded"] = _setting(model, "records_steps", ours)
         contestants["rollout, recorded, triton"] = _forced(model, "triton", contestants["rollout, recorded"])
         contestants["copy"] = partial(_copy, settings)
-    elif settings.name == "tiny":
-        contestants["rollout, recorded"] = _recorded(model, ours)
+    elif native.compiler() is not None:
+        contestants["rollout, compiled"] = _setting(model, "native_steps", ours)
+    if settings.name == "tiny":
+        contestants["rollout, recorded"] = _setting(model, "records_steps", ours)
     try:
         theirs = transformers_model(model, settings.dtype)
     except BREAKS as error:  # of whatever release is installed; the rest of the row does without
@@ -546,7 +550,7 @@ def deep_rollout(settings: Settings) -> Row:
     _race(row, settings, contestants)
 
     tokens = "decode_tokens_per_second"
-    for kind in ("recorded", "triton", "recorded, triton"):
+    for kind in ("compiled", "recorded", "triton", "recorded, triton"):
         other = row.seconds(f"rollout, {kind}", tokens)
         row.compare(f"{kind} / default, decode tokens/s", other, row.seconds("rollout", tokens))
     generated = [name for name in contestants if name.startswith("generate") and row.seconds(name)]
@@ -555,10 +559,11 @@ def deep_rollout(settings: Settings) -> Row:
         quickest = min(generated, key=lambda name: Spread.of(row.seconds(name)).median)
         smallest = min(generated, key=lambda name: min(row.seconds(name, "kv_bytes")))
         row.setting["best_decode"], row.setting["best_end_to_end"] = fastest, quickest
-        row.compare("rollout / generate, decode tokens/s", row.seconds("rollout", tokens), row.seconds(fastest, tokens))
-        row.compare("generate / rollout, end to end", row.seconds(quickest), row.seconds("rollout"))
-        row.compare("rollout / generate, KV", row.seconds("rollout", "kv_bytes"), row.seconds(smallest, "kv_bytes"))
-        row.compare("rollout / generate, peak memory", row.added("rollout"), row.added(smallest))
+        for name in ("rollout", "rollout, compiled"):
+            row.compare(f"{name} / generate, decode tokens/s", row.seconds(name, tokens), row.seconds(fastest, tokens))
+            row.compare(f"generate / {name}, end to end", row.seconds(quickest), row.seconds(name))
+            row.compare(f"{name} / generate, KV", row.seconds(name, "kv_bytes"), row.seconds(smallest, "kv_bytes"))
+            row.compare(f"{name} / generate, peak memory", row.added(name), row.added(smallest))
     if "copy" in row.measured:
         bandwidth = row.seconds("rollout", "decode_bytes_per_second")
         row.compare("decode / copy, bytes/s", bandwidth, row.rate("copy", "bytes"))

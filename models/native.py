@@ -110,7 +110,7 @@ class NativeStep:
         self._model, self._anchors, self._thoughts, self._length = model, anchors, thoughts, 0
         self._dtype = dtype = state.hidden_BNW.dtype
         N = state.text.shape[1]
-        text_room, own_room = (-(-tokens // LANES) * LANES for tokens in (N, room))
+        text_room, own_room = filled_up(N), filled_up(room)
         R, G, D = B * M * thoughts, config.kv_heads, config.head_dim
         # Zeros, because what lies behind the last token is multiplied by shares of zero.
         own = [torch.zeros(2, R, G, own_room * D, dtype=dtype) for _ in range(config.layers)]
@@ -147,6 +147,11 @@ class NativeStep:
         self._step(ctypes.byref(self._shape), self._layers, *addresses, self._length, torch.get_num_threads())
         self._length += 1
         return decoder.norm(x_BMKW).transpose(1, 2)[:, :, None]
+
+
+def filled_up(tokens: int) -> int:
+    """How many tokens there is room for in keys and values that are to hold so many."""
+    return -(-tokens // LANES) * LANES
 
 
 def _spans(anchors: Anchors) -> tuple[Tensor, Tensor]:

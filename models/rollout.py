@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -130,13 +129,17 @@ def rollout(
     may_end_early = bool(close) or answer is not None
     step: Callable[[Tensor], Tensor]
     if takes_native_steps(model, anchors, state):
-        step, may_record = NativeStep(model, anchors, state, K, S), False
+        may_record, step = False, NativeStep(model, anchors, state, K, S)
     else:
         if anchors.window is None:
             state = state.by_head()
         cache = ThoughtCache(model.decoder.config, B, K, S, M, like=state.hidden_BNW)
-        step = partial(model.continue_thoughts, anchors=anchors, state=state, cache=cache)
         may_record = model.records_steps and anchors.window is None
+
+        def each_layer_launched(tokens_BKSM: Tensor) -> Tensor:
+            return model.continue_thoughts(tokens_BKSM, anchors, state, cache)
+
+        step = each_layer_launched
     thought_K11, draw_T1 = torch.arange(K, device=device)[:, None, None], torch.arange(S - P, device=device)[:, None]
     for s in range(P, S):
         newest = slice(0, P) if s == P else slice(s - 1, s)
