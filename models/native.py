@@ -107,7 +107,7 @@ class NativeStep:
 
     def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, thoughts: int, room: int):
         config, (B, M) = model.decoder.config, anchors.index_BM.shape
-        self._model, self._anchors, self._thoughts, self._length = model, anchors, thoughts, 0
+        self._model, self._anchors, self._room, self._length = model, anchors, room, 0
         self._dtype = dtype = state.hidden_BNW.dtype
         N = state.text.shape[1]
         text_room, own_room = filled_up(N), filled_up(room)
@@ -137,6 +137,8 @@ class NativeStep:
         return hidden_BK1MW
 
     def _one(self, token_BK1M: Tensor) -> Tensor:
+        if self._length == self._room:
+            raise ValueError(f"there is room for {self._room} tokens of a thought, and they are all there")
         decoder, anchors, (B, K, _, M) = self._model.decoder, self._anchors, token_BK1M.shape
         decoder.check_positions(anchors.text.shape[1] + self._length + 1)
         x_BMKW = self._model.embed_thoughts(token_BK1M)[:, :, 0].transpose(1, 2).contiguous()

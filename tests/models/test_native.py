@@ -161,6 +161,15 @@ def test_thoughts_beyond_the_models_positions_are_refused():
         steps(model, at_few(12), random_tokens(2, 1, 3, 2))
 
 
+@torch.no_grad()
+def test_there_is_no_token_without_room():
+    model, anchors = model_of("groups of 2"), at_few(12)
+    step = NativeStep(model, anchors, model.read(anchors.text), 1, 4)
+    step(random_tokens(2, 1, 4, 2))
+    with pytest.raises(ValueError, match="room for 4 tokens of a thought"):
+        step(random_tokens(2, 1, 1, 2))
+
+
 def test_a_compiler_that_fails_is_quoted(monkeypatch, compiled_anew):
     monkeypatch.setattr(native, "FLAGS", ("-std=c++20", "--no-such-flag"))
     native._library.cache_clear()

@@ -10,6 +10,8 @@ import pytest
 
 from checkpoints.references import LAB
 from data_pipelines import open_data
+from models import native
+from models.native import NativeStep
 from models.philox import Rng
 from models.thoughts import PAD, Text
 from pretrain.cli import main
@@ -65,6 +67,29 @@ def test_the_control_spends_as_much_on_the_same_problems(quickstart):
     for key in ours[0].keys() - {"step", "tokens", "flops"}:
         assert ours[0][key] == theirs[0][key], key
     assert len(theirs) in (len(ours), len(ours) + 1)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+def test_a_compiled_run_learns_the_same(tmp_path, monkeypatch):
+    """On CPU its thoughts are sampled by the compiled step, whose numbers differ by rounding."""
+    steps, step = [], NativeStep.__call__
+    monkeypatch.setattr(NativeStep, "__call__", lambda self, tokens: steps.append(1) or step(self, tokens))
+    found = {}
+    for compiled in ("false", "true"):
+        assert fit("quickstart", tmp_path / compiled, "--compile", compiled, "--control", "null") == 0
+        assert bool(steps) == (compiled == "true")
+        found[compiled] = lines(tmp_path / compiled / "evaluations.jsonl")
+    assert len(found["true"]) > 1
+    for plain, natively in zip(found["false"], found["true"], strict=True):
+        assert natively["nll_thought"] == pytest.approx(plain["nll_thought"], rel=1e-4)
+
+
+def test_a_run_that_is_to_compile_takes_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert fit("quickstart", tmp_path, "--compile", "true", "--dry-run") == 1
+    message = capsys.readouterr().err.strip()
+    assert "compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_the_causal_test_is_in_every_evaluation(quickstart):
