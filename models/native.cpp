@@ -23,9 +23,8 @@
 
 namespace {
 
-constexpr long LANES = 16;   // columns of a panel
-constexpr long TILE = 16;    // rows whose sums are held in registers
-constexpr long SPLIT = 256;  // keys of a text that one thread attends to at a time
+constexpr long LANES = 16;  // columns of a panel
+constexpr long TILE = 16;   // rows whose sums are held in registers
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -98,7 +97,8 @@ inline Floats plus_products(Floats sum, const bf16* x, Floats columns) {
 #endif
 }
 
-// sums[r][16] = x[r][:] · panel[:][16] for ROWS rows. `stride`: elements from one step along the summed axis to the next.
+// sums[r][16] = x[r][:] · panel[:][16] for ROWS rows. `stride`: elements from one step along the summed axis to the
+// next.
 template <class T, int ROWS>
 inline void multiply(const T* x, long row, const T* panel, long stride, long length, Floats* sums) {
   Floats held[ROWS] = {};
@@ -111,7 +111,8 @@ inline void multiply(const T* x, long row, const T* panel, long stride, long len
 }
 
 template <class T, int ROWS = TILE>
-[[gnu::noinline]] void multiply(long rows, const T* x, long row, const T* panel, long stride, long length, Floats* sums) {
+[[gnu::noinline]] void multiply(long rows, const T* x, long row, const T* panel, long stride, long length,
+                                Floats* sums) {
   if (rows == ROWS) return multiply<T, ROWS>(x, row, panel, stride, length, sums);
   if constexpr (ROWS > 1) multiply<T, ROWS - 1>(rows, x, row, panel, stride, length, sums);
 }
@@ -170,8 +171,8 @@ void rotated(const T* x, const T* cos, const T* sin, long size, T* out) {
 // Attention of at most TILE query rows q [rows][D] over keys first to last of a packed sequence: out [rows][D], not yet
 // divided by `sum`, the sum of the exponentials of the scores less `highest`.
 template <class T>
-void attend(long rows, const T* q, long D, const T* keys, const T* values, long first, long last, std::vector<float>& scores,
-            std::vector<T>& shares, float* out, float* highest, float* sum) {
+void attend(long rows, const T* q, long D, const T* keys, const T* values, long first, long last,
+            std::vector<float>& scores, std::vector<T>& shares, float* out, float* highest, float* sum) {
   const long from = first / LANES * LANES, width = (last + LANES - 1) / LANES * LANES - from;
   const float scale = 1 / std::sqrt(float(D));
   scores.resize(std::max(long(scores.size()), TILE * width));
@@ -207,8 +208,8 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
 // x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D]; `length` tokens
 // are in each thought's keys and values before, one more after. spans_of: [A + 1], the first of each anchor's spans.
 template <class T>
-void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, T* x, const T* cos, const T* sin,
-          long length, int threads) {
+void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, T* x, const T* cos,
+          const T* sin, long length, int threads) {
   const long W = s.width, F = s.ffn_width, H = s.heads, G = s.kv_heads, D = s.head_dim, J = H / G;
   const long K = s.thoughts, R = s.anchors * K, all_heads = H + 2 * G, span_count = spans_of[s.anchors];
   std::vector<T> norm(R * W), projected(R * all_heads * D), query(R * H * D), attended(R * H * D), gated(R * F);
@@ -227,7 +228,8 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       for (long n = 0; n < W; n += LANES)
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
-          multiply<T>(few, rows + r * inner, inner, static_cast<const T*>(weight) + n * inner, LANES * STEP<T>, inner, sums);
+          const T* panel = static_cast<const T*>(weight) + n * inner;
+          multiply<T>(few, rows + r * inner, inner, panel, LANES * STEP<T>, inner, sums);
           for (long i = 0; i < few; i++) {
             T* here = x + (r + i) * W + n;
             T product[LANES];
@@ -346,8 +348,8 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
 
 }  // namespace
 
-extern "C" void forethought_step(const Shape* shape, const Layer* layers, const Span* spans, const int64_t* spans_of, void* x,
-                                 const void* cos, const void* sin, int64_t length, int32_t threads) {
+extern "C" void forethought_step(const Shape* shape, const Layer* layers, const Span* spans, const int64_t* spans_of,
+                                 void* x, const void* cos, const void* sin, int64_t length, int32_t threads) {
   auto run = [&](auto kind) {
     using T = decltype(kind);
     step<T>(*shape, layers, spans, spans_of, static_cast<T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin),

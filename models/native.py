@@ -60,28 +60,35 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """Raises RuntimeError, with what the compiler says, where it cannot be compiled."""
+def library() -> ctypes.CDLL:
+    """The kernel, compiled at the first call. Raises RuntimeError, with what the compiler says, where it cannot be."""
     found = compiler()
     if found is None:
         raise RuntimeError("compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out")
+    source = Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as directory:
-        built, library = Path(directory, "native.o"), Path(directory, "native.so")
-        source = Path(__file__).with_suffix(".cpp")
-        # Linked without a thread pool: torch's, loaded with it, is found instead of a second one.
-        for command in (
-            [*FLAGS, "-c", str(source), "-o", str(built)],
-            ["-shared", str(built), "-o", str(library)],
-        ):
-            run = subprocess.run([found, *command], capture_output=True, text=True)
-            if run.returncode:
-                raise RuntimeError(f"{found} cannot compile {source.name}; leave `compile` out: {run.stderr.strip()}")
-        loaded = ctypes.CDLL(str(library))
+        built, linked = Path(directory, "native.o"), Path(directory, "native.so")
+        _run(found, *FLAGS, "-c", str(source), "-o", str(built))
+        # Linked without a thread pool, so that torch's, loaded with it, is found and not a second one.
+        _run(found, "-shared", str(built), "-o", str(linked))
+        try:
+            loaded = ctypes.CDLL(str(linked))
+        except OSError:  # The pool that the compiler writes for is another than torch's.
+            linked = linked.with_stem("native-with-threads")
+            _run(found, "-shared", "-fopenmp", str(built), "-o", str(linked))
+            loaded = ctypes.CDLL(str(linked))
     address, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.forethought_step.argtypes = [*[address] * 7, count, threads]
     loaded.forethought_pack.argtypes = [address, count, count, address, count, threads]
     loaded.forethought_step.restype = loaded.forethought_pack.restype = None
     return loaded
+
+
+def _run(compiler: str, *arguments: str) -> None:
+    run = subprocess.run([compiler, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        said = run.stderr.strip().partition("\n")[0]
+        raise RuntimeError(f"{compiler} cannot compile native.cpp; leave the key compile out: {said}")
 
 
 def takes_native_steps(model: ThinkingModel, anchors: Anchors, state: TextState) -> bool:
@@ -128,7 +135,7 @@ class NativeStep:
             *(_Layer(*map(_address, (*weights, *text, *own))) for weights, text, own in self._held)
         )
         self._spans, self._spans_of = _spans(anchors)
-        self._step = _library().forethought_step
+        self._step = library().forethought_step
 
     @torch.no_grad()
     def __call__(self, tokens_BKSM: Tensor) -> Tensor:
@@ -206,7 +213,7 @@ def _panels(parts: Sequence[Tensor], alternating: bool = False) -> Tensor:
         N, words = len(x_NI), x_NI.shape[1] * x_NI.element_size() // 4
         distance = LANES * words * (len(parts) if alternating else 1)
         to = packed.data_ptr() + start * packed.element_size()
-        _library().forethought_pack(x_NI.data_ptr(), N, words, to, distance, torch.get_num_threads())
+        library().forethought_pack(x_NI.data_ptr(), N, words, to, distance, torch.get_num_threads())
         start += x_NI[:LANES].numel() if alternating else x_NI.numel()
     return packed
 

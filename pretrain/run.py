@@ -101,8 +101,11 @@ class Prepared:
 
 def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     """Reads tokenizer, data and model, the latter from the run's newest checkpoint if `directory` has one."""
-    if recipe.compile and not torch.cuda.is_available() and native.compiler() is None:
-        raise RecipeError("compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out")
+    if recipe.compile and not torch.cuda.is_available():
+        try:
+            native.library()
+        except RuntimeError as error:
+            raise RecipeError(str(error)) from None
     if recipe.cuda_graphs and not torch.cuda.is_available():
         raise RecipeError("cuda_graphs takes a CUDA device and there is none; leave the key out")
     if recipe.cuda_graphs and recipe.ranks > 1:

@@ -79,9 +79,9 @@ def test_numbers_are_those_of_the_layers(sizes, N, K):
 
 @pytest.fixture
 def compiled_anew():
-    native._library.cache_clear()
+    native.library.cache_clear()
     yield
-    native._library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
@@ -89,7 +89,7 @@ def compiled_anew():
 def test_processors_without_products_of_bf16(flags, monkeypatch, compiled_anew):
     anchors, tokens = at_few(40), random_tokens(2, 5, 20, 2)
     usual = steps(model_of("groups of 2"), anchors, tokens, torch.bfloat16)
-    native._library.cache_clear()
+    native.library.cache_clear()
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *flags))
     assert relative_error(steps(model_of("groups of 2"), anchors, tokens, torch.bfloat16), usual) <= 1e-2
 
@@ -172,9 +172,11 @@ def test_there_is_no_token_without_room():
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, compiled_anew):
     monkeypatch.setattr(native, "FLAGS", ("-std=c++20", "--no-such-flag"))
-    native._library.cache_clear()
-    with pytest.raises(RuntimeError, match=r"cannot compile native.cpp; leave `compile` out: .*no-such-flag"):
-        native._library()
+    native.library.cache_clear()
+    with pytest.raises(
+        RuntimeError, match=r"cannot compile native.cpp; leave the key compile out: .*no-such-flag"
+    ):
+        native.library()
     monkeypatch.setattr(native, "compiler", lambda: None)
     with pytest.raises(RuntimeError, match="install g\\+\\+ or leave the key out"):
-        native._library()
+        native.library()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import logprobs
+from models import logprobs, native
 from models.decoder import TextState
 from models.logprobs import token_logprobs
 from models.philox import Rng
@@ -200,10 +200,13 @@ def test_thoughts_end_and_answer_as_a_plain_reading_says(answer):
     assert len(seen) == (2 if answer is None else 4)
 
 
-@pytest.mark.parametrize("anchors", ["few", "everywhere"])
+@pytest.mark.parametrize("anchors", ["few", "few, natively", "everywhere"])
 def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
     """Root mean squares: in fp32 within 1e-5 nats, in bf16 no further from the scoring pass than that is from fp32."""
     model = tiny_model(torch.float32, width=64, head_dim=16, ffn_width=128)
+    model.native_steps = anchors == "few, natively"
+    if model.native_steps and native.compiler() is None:
+        pytest.skip("no C++ compiler")
     text = packed_text([[20, 19], [40]], 40)
     few = Anchors(text, torch.tensor([[3, 8, 30], [5, -1, 39]]))
 
@@ -213,7 +216,9 @@ def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
         model.decoder.compute_dtype = dtype
         state = model.read(text)
         if thoughts is None:
-            drawn = rollout(model, state, few if anchors == "few" else Anchors.everywhere(text), 8, 12, Rng(0, 2))
+            drawn = rollout(
+                model, state, Anchors.everywhere(text) if anchors == "everywhere" else few, 8, 12, Rng(0, 2)
+            )
             return drawn.thoughts, drawn.logprobs_BKSM[:, :, 1:]
         hidden = model.think(thoughts, state)[:, :, :-1]
         return thoughts, token_logprobs(hidden, model.head_weight_VW, thoughts.tokens_BKSM[:, :, 1:])

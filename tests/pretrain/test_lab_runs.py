@@ -86,6 +86,7 @@ def test_a_compiled_run_learns_the_same(tmp_path, monkeypatch):
 
 def test_a_run_that_is_to_compile_takes_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(native, "compiler", lambda: None)
+    native.library.cache_clear()
     assert fit("quickstart", tmp_path, "--compile", "true", "--dry-run") == 1
     message = capsys.readouterr().err.strip()
     assert "compile takes a C++ compiler on CPU and there is none; install g++ or leave the key out" in message
