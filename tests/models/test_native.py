@@ -173,9 +173,7 @@ def test_there_is_no_token_without_room():
 def test_a_compiler_that_fails_is_quoted(monkeypatch, compiled_anew):
     monkeypatch.setattr(native, "FLAGS", ("-std=c++20", "--no-such-flag"))
     native.library.cache_clear()
-    with pytest.raises(
-        RuntimeError, match=r"cannot compile native.cpp; leave the key compile out: .*no-such-flag"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot compile native.cpp; leave the key compile out: .*no-such-flag"):
         native.library()
     monkeypatch.setattr(native, "compiler", lambda: None)
     with pytest.raises(RuntimeError, match="install g\\+\\+ or leave the key out"):
