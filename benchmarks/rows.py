@@ -346,7 +346,7 @@ def _forced(model: ThinkingModel, backend: str, run: Contestant) -> Contestant:
     return with_backend
 
 
-def _setting(model: ThinkingModel, switch: str, run: Contestant) -> Contestant:
+def _switched_on(model: ThinkingModel, switch: str, run: Contestant) -> Contestant:
     """The same with that switch of the model on."""
 
     def with_switch_on() -> Mapping[str, float] | None:
@@ -531,13 +531,13 @@ def deep_rollout(settings: Settings) -> Row:
     # Every token is a step of its own, so that a whole rollout takes seconds: just the one made for it.
     contestants |= {f"rollout, {b}": _forced(model, b, ours) for b in _others(settings) if b == "triton"}
     if device.type == "cuda":
-        contestants["rollout, recorded"] = _setting(model, "records_steps", ours)
+        contestants["rollout, recorded"] = _switched_on(model, "records_steps", ours)
         contestants["rollout, recorded, triton"] = _forced(model, "triton", contestants["rollout, recorded"])
         contestants["copy"] = partial(_copy, settings)
     elif native.compiler() is not None:
-        contestants["rollout, compiled"] = _setting(model, "native_steps", ours)
+        contestants["rollout, compiled"] = _switched_on(model, "native_steps", ours)
     if settings.name == "tiny":
-        contestants["rollout, recorded"] = _setting(model, "records_steps", ours)
+        contestants["rollout, recorded"] = _switched_on(model, "records_steps", ours)
     try:
         theirs = transformers_model(model, settings.dtype)
     except BREAKS as error:  # of whatever release is installed; the rest of the row does without

@@ -114,7 +114,7 @@ class Recipe:
     rows_per_step: int = 8
     micro_batch_rows: int | None = None  # rows that go through the model at once; default: all of a device's
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it, else fp32
-    compile: bool = False  # GPU: what lies between products and attention; CPU: thoughts at a few anchors, in C++
+    compile: bool = False  # GPU: what lies between products and attention; a single CPU: sampling at few anchors
     activation_checkpointing: bool = False  # less memory, up to a third more compute: backward computes blocks again
     cuda_graphs: bool = False  # thoughts at a few anchors are sampled by replaying one recorded step; not when sharded
     devices: int = 1  # of each node; the model is sharded over all of them

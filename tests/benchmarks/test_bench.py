@@ -113,6 +113,9 @@ def test_keys_and_values_are_counted(dry_run):
     P, G, T = (deep["setting"][name] for name in "PGT")
     token = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
     assert deep["measured"]["rollout"]["kv_bytes"]["median"] == token * (P + G * (1 + T))
+    if "rollout, compiled" in deep["measured"]:  # which holds the text a second time, and rooms of 16 tokens
+        text, own = (-(-tokens // 16) * 16 for tokens in (P, 1 + T))
+        assert deep["measured"]["rollout, compiled"]["kv_bytes"]["median"] == token * (P + text + G * own)
     assert deep["measured"]["generate, dynamic cache"]["kv_bytes"]["median"] == token * G * (P + T)
 
 
