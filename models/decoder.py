@@ -355,10 +355,12 @@ class Decoder(nn.Module):
         return block(x_W, cos, sin, attend)
 
     def rotation_at(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, D] of int64 positions [...], as pointwise.rotate takes them."""
         cos, sin = rotation(position, self.inverse_frequencies, self.rope_factor, dtype)
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def check_positions(self, length: int) -> None:
+        """Raises ValueError where so many positions are more than the model has, or than its sliding window."""
         window = self.config.sliding_window
         if window is not None and length > window:
             raise ValueError(f"{length} positions exceed the model's sliding window of {window}; use shorter rows")

@@ -1,7 +1,7 @@
 """One token more for every thought on a CPU, the whole stack of layers in one call of a kernel written in C++.
 
-Layer by layer a step of a few thoughts is some 500 calls of torch, whose products read the weights at half the speed of
-memory and whose attention works on a handful of rows. The kernel (native.cpp) is compiled at its first use, for the
+Layer by layer a step of a few thoughts is hundreds of calls of torch, whose products read the weights at half the speed
+of memory and whose attention works on a handful of rows. The kernel (native.cpp) is compiled at its first use, for the
 processor at hand, and shares torch's threads.
 
 Shapes: B rows, N text positions, M anchors, K thoughts, S new tokens of a thought, T all tokens of a thought, W width,
