@@ -2,9 +2,9 @@
 //
 // At a few rows weights are multiplied hardly faster than they can be read. Every product here is therefore the same
 // one: a few rows against panels, which hold 16 columns side by side in the order in which they are read. Weights are
-// packed so, and so are keys (a column is a key) and values (a column is a dimension, summed over keys). bf16 is multiplied in pairs and
-// summed in fp32; what a tensor of the model would hold is rounded to bf16, so that the numbers are those of the layers
-// run one by one.
+// packed so, and so are keys (a column is a key) and values (a column is a dimension, summed over keys). bf16 is
+// multiplied in pairs and summed in fp32; what a tensor of the model would hold is rounded to bf16, so that the numbers
+// are those of the layers run one by one.
 //
 // Letters: A anchors, K thoughts of an anchor, R = A K rows, W width, H query heads, G key-value heads, J = H / G, D
 // head size. Row a K + k is thought k of anchor a.
