@@ -97,48 +97,51 @@ class TextState:
         return TextState(self.text, self.hidden_BNW, keys, values)
 
 
-class _GatheredGradient(torch.autograd.Function):
+class _AccumulatedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gathered, *tensors):
-        ctx.gathered = gathered
+    def forward(ctx, accumulated, *tensors):
+        ctx.accumulated = accumulated
         return tensors[0].new_zeros((), dtype=accumulation_dtype(tensors[0].dtype))
 
     @staticmethod
     def backward(ctx, _):
-        return None, *ctx.gathered
+        return None, *ctx.accumulated
 
 
-def _gather(gathered: list[Tensor | None], i: int, leaf: Tensor) -> None:
+def _accumulate(accumulated: list[Tensor | None], i: int, leaf: Tensor) -> None:
     """Moves a leaf's gradient to entry i, where it is summed in the accumulation dtype: `leaf.grad` may be bf16."""
-    grad, total = leaf.grad, gathered[i]
+    grad, total = leaf.grad, accumulated[i]
     assert grad is not None
     leaf.grad = None
-    gathered[i] = grad.to(accumulation_dtype(grad.dtype)) if total is None else total.add_(grad)
+    accumulated[i] = grad.to(accumulation_dtype(grad.dtype)) if total is None else total.add_(grad)
 
 
 class Trunk:
-    """A text that was read once, for losses of its thoughts that are taken one after the other.
+    """A text that was read once, for losses of its thoughts that are computed one chunk at a time.
 
-    state: the text's, cut off from the graph of its reading. Backward of a loss on it ends there, and leaves the
-    gradient of hidden states, keys and values behind, summed over the losses. `carry` takes it on through the text.
+    state: the text's, cut off from the graph of its reading. Backward of a loss on it ends there and leaves the
+    gradient of hidden states, keys and values behind, summed over the losses, which `accumulated_gradient`
+    backpropagates through the text.
     """
 
     def __init__(self, read: TextState):
         self._read = read
         self.state = read.detached()
-        self._gathered: list[Tensor | None] = [None] * len(self.state.tensors)
+        self._accumulated: list[Tensor | None] = [None] * len(self.state.tensors)
         for i, leaf in enumerate(self.state.tensors):
-            leaf.requires_grad_().register_post_accumulate_grad_hook(functools.partial(_gather, self._gathered, i))
+            leaf.requires_grad_().register_post_accumulate_grad_hook(
+                functools.partial(_accumulate, self._accumulated, i)
+            )
 
-    def carry(self) -> Tensor:
+    def accumulated_gradient(self) -> Tensor:
         """A loss of 0 whose backward is that of all losses taken on `state` so far, through the text.
 
-        Whatever those were multiplied by before their backward is in the gradient already, so it is handed on as it is:
-        a factor on this loss changes nothing.
+        Whatever those were multiplied by before their backward is in the gradient already and is passed on as it is: a
+        factor on this loss changes nothing.
         """
         tensors = self._read.tensors
-        pairs = zip(self._gathered, tensors, strict=True)
-        return _GatheredGradient.apply([g if g is None else g.to(x.dtype) for g, x in pairs], *tensors)
+        pairs = zip(self._accumulated, tensors, strict=True)
+        return _AccumulatedGradient.apply([g if g is None else g.to(x.dtype) for g, x in pairs], *tensors)
 
 
 class ThoughtCache:

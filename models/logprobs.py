@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.flops import count_vocabulary
 from models.precision import accumulation_dtype, linear, working_copy
 
 # Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB. Each chunk adds to the whole gradient of the head, on
@@ -97,6 +98,7 @@ def token_logprobs(
     hidden [..., W] in the compute dtype, targets int64 [...] → [...]. Ids where bool `banned_V` [V] is set have
     probability zero and must not be targets. Cross-entropy is its negative.
     """
+    count_vocabulary(targets.numel(), weight_VW)
     flat = _TokenLogprobs.apply(hidden.flatten(0, -2), weight_VW, targets.flatten(), temperature, banned_V)
     return flat.view(targets.shape)
 
@@ -166,6 +168,7 @@ def token_entropies(hidden: Tensor, weight_VW: Tensor, top: int | None = None) -
     With `top`, that of the distribution over only so many most probable tokens.
     """
     hidden_RW = hidden.flatten(0, -2)
+    count_vocabulary(len(hidden_RW), weight_VW)
     entropy_R = torch.empty(len(hidden_RW), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     for c in _chunks(hidden_RW, weight_VW):
         logits_CV = _logits(linear(hidden_RW[c], weight_VW), 1.0, None)
@@ -180,6 +183,7 @@ def token_entropies(hidden: Tensor, weight_VW: Tensor, top: int | None = None) -
 def most_probable(hidden: Tensor, weight_VW: Tensor) -> Tensor:
     """The token of highest probability of each row; hidden [..., W] → int64 [...]."""
     hidden_RW = hidden.flatten(0, -2)
+    count_vocabulary(len(hidden_RW), weight_VW)
     tokens_R = torch.empty(len(hidden_RW), dtype=torch.int64, device=hidden.device)
     for c in _chunks(hidden_RW, weight_VW):
         tokens_R[c] = _logits(linear(hidden_RW[c], weight_VW), 1.0, None).argmax(-1)

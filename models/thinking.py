@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models import flops
 from models.decoder import Decoder, TextState, ThoughtCache
 from models.precision import Linear
 from models.thoughts import END, START, Anchors, Text, Thoughts
@@ -63,6 +64,8 @@ class MixingHead(nn.Module):
 
     def forward(self, text_W: Tensor, thought_W: Tensor) -> Tensor:
         """Broadcasting hidden states [..., W] → w [...], fp32."""
+        W = text_W.shape[-1]
+        flops.count_mixing(W, text_W.numel() // W, thought_W.numel() // W)
         first = (self.from_text(text_W) + self.from_thought(thought_W)).relu()
         second = self.hidden(first).relu()
         return self.out(second.to(self.out.weight.dtype))[..., 0]
@@ -72,10 +75,6 @@ class ThinkingModel(nn.Module):
     """Decoder, delimiters, mixing head; what an objective does not use is None."""
 
     banned_V: Tensor
-    # Whether long rollouts at a few anchors replay a recorded step; not for a sharded model, which gathers its weights.
-    records_steps = False
-    # Whether rollouts at a few anchors on a CPU run native.py's kernel where it serves; likewise.
-    native_steps = False
     # Whether all ranks say so: a sharded model's passes are collective, so its ranks must stop sampling together.
     all_agree: Callable[[Tensor], bool] = staticmethod(bool)
 
@@ -98,6 +97,7 @@ class ThinkingModel(nn.Module):
 
     def read(self, text: Text) -> TextState:
         """See Decoder.read."""
+        flops.count_read(self.decoder, text)
         return self.decoder.read(text)
 
     def embed_thoughts(self, tokens_BKSM: Tensor) -> Tensor:
@@ -111,6 +111,7 @@ class ThinkingModel(nn.Module):
 
     def think(self, thoughts: Thoughts, state: TextState) -> Tensor:
         """Hidden states [B, K, S, M, W] of whole thoughts in one differentiable pass; see Decoder.think."""
+        flops.count_think(self.decoder, thoughts.anchors, *thoughts.tokens_BKSM.shape[1:3])
         return self.decoder.think(self.embed_thoughts(thoughts.tokens_BKSM), thoughts.anchors, state)
 
     def continue_thoughts(self, tokens_BKSM: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache) -> Tensor:

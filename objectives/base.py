@@ -1,47 +1,162 @@
-"""What every objective is: (model, text, rng) → loss and metrics, without trainer, ranks or logging.
+"""What an objective is: a configuration, where it thinks, and the terms of its loss. It knows no trainer, ranks or
+logging, and hands out no losses: a `Term` is a sum with the count that it is to be divided by, so that whoever cuts a
+batch into ranks and micro-batches adds up the counts first, and the update does not depend on the cut.
 
-Losses are sums divided by *global* counts. `denominators` gives a text's own counts; whoever cuts a batch into ranks
-and micro-batches adds them up first and hands the totals in, so that the update does not depend on the cut.
+`objectives.driver` turns terms into losses.
 
 Shapes: B rows, N text positions, M anchors, K thoughts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from models.decoder import TextState
 from models.philox import Rng
+from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
-from objectives.causal import CausalTest
+from objectives.counterfactuals import CounterfactualTest
+from objectives.metrics import METRICS, Means, Metric
 
-Denominators = dict[str, Tensor]
+# Settings
+
+
+def setting(default: Any, description: str, **constraints: float) -> Any:
+    """A field of a configuration: its default, what `--help` says, and pydantic's constraints (ge, gt, le, lt).
+
+    Plain dataclasses, so that objectives can be used where pydantic is not installed; recipes validate them with it.
+    """
+    return field(default=default, metadata={"description": description, **constraints})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Base of the objectives' settings. name: short name or import path (`package.module:Class`) of the objective."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+    name: str = setting("", "short name or package.module:Class")
+
+    def problems(self) -> list[str]:
+        """What no single setting shows, one line each, naming the way out."""
+        return []
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens that a row must have at least."""
+        return 2
+
+    def showing(self, length: int | None, temperature: float, positions: int) -> ObjectiveConfig | None:
+        """The settings by which `sample` shows the thoughts at all of a text's `positions`; None if there are none.
+
+        length: sampled tokens of a thought, by default as trained.
+        """
+        return None
+
+    def replaced(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+class SettingError(ValueError):
+    """A setting that does not fit the tokenizer or model. The message begins with the setting's name."""
+
+
+class Vocabulary(Protocol):
+    """What an objective asks of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def token_bytes(self) -> Sequence[bytes | None]:
+        """The bytes of text that each id stands for; None for control tokens."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token given by its exact name."""
+        ...
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A metric that is a mean, kept as its sum and count (fp64 scalars) so that ranks and micro-batches add up."""
+class Needs:
+    """What an objective is to be given.
+
+    delimiters: texts whose first token's embedding the start and the end of a thought begin as; None: no delimiters.
+    models: references of further models by the setting that names them, which must read the same tokens.
+    """
+
+    delimiters: tuple[str, str] | None = None
+    mixing_head: bool = False
+    models: Mapping[str, str] = field(default_factory=dict)
+
+
+# What a step consists of
+
+Counts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend of a loss: `weight` · `sum` / count, with the count named `per` added up over the whole batch.
+
+    Sum and count may be vectors [A], whose quotients are averaged. sum carries the gradient.
+    """
 
     sum: Tensor
-    count: Tensor
+    per: str
+    weight: float = 1.0
 
-    @staticmethod
-    def over(values: Tensor, where: Tensor) -> Mean:
-        """The mean of `values` where the bool `where` (broadcast) is set."""
-        where = where.expand_as(values)
-        return Mean((values.detach().double() * where).sum(), where.sum().double())
+    def loss(self, counts: Counts) -> Tensor:
+        """The scalar, 0 where there was nothing to count."""
+        count = counts[self.per].clamp(min=1).to(self.sum.dtype)
+        return self.weight * (self.sum / count).mean()
 
-    @staticmethod
-    def of(values: Sequence[float], device: torch.device) -> Mean:
-        """The mean of numbers known on the host."""
-        pair = torch.tensor([float(sum(values)), float(len(values))], dtype=torch.float64, device=device)
-        return Mean(pair[0], pair[1])
+
+@dataclass(eq=False)
+class Batch(ABC):
+    """What sampling leaves behind for the updates that use it.
+
+    Of its fields, tensors end in the anchors' axis M, so that `chunks` can cut them, like everything that has `part`.
+    """
+
+    @property
+    @abstractmethod
+    def anchors(self) -> Anchors:
+        """Where its thoughts hang."""
+
+    def chunks(self, anchors_at_once: int | None) -> list[Self]:
+        """Parts with the thoughts of so many of each row's anchors; itself for None."""
+        return [self] if anchors_at_once is None else [self.part(cut) for cut in self.anchors.cuts(anchors_at_once)]
+
+    def part(self, cut: slice) -> Self:
+        """The thoughts of some of each row's anchors."""
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = value[..., cut]
+            elif hasattr(value, "part"):
+                changed[name] = value.part(cut)
+        return dataclasses.replace(self, **changed)
+
+
+@dataclass
+class TextPart:
+    """The text's own part of a step; subclasses add what its thoughts' part needs of it."""
+
+    terms: list[Term] = field(default_factory=list)
+    metrics: Means = field(default_factory=dict)
 
 
 @dataclass
@@ -62,32 +177,21 @@ class ThoughtRecord:
 
 
 @dataclass
-class ObjectiveOutput:
-    """loss: scalar with gradient, already divided by the global counts. flops: spent so far and by its backward."""
+class ThoughtPart:
+    """The part of a step that a chunk of thoughts has."""
 
-    loss: Tensor
-    metrics: dict[str, Mean]
-    flops: int
-    record: ThoughtRecord | None = None
-
-
-@dataclass
-class TextScore(ObjectiveOutput):
-    """The text's own part of a loss; subclasses add what its thoughts' part needs of it."""
-
-    @property
-    def apart(self) -> Self:
-        """For scores of thoughts that are to hold nothing of the text's own."""
-        return replace(self, loss=torch.zeros_like(self.loss), metrics={}, flops=0)
+    terms: list[Term]
+    metrics: Means
+    record: ThoughtRecord
 
 
 @dataclass
 class TokenScores:
     """Scores of each token's successor [B, N], where `valid_BN`; without thoughts and, if there are any, with.
 
-    nll: in nats. correct: bool, whether the most probable token is the true one. causal_nll_BN: by condition of the
-    causal test. right_BN: 1 where the thought is exactly the right one, else 0; nan where the test knows no right one,
-    after which causal_nll_BN has no meaning.
+    nll: in nats. correct: bool, whether the most probable token is the true one. counterfactual_nll_BN: by condition of
+    the counterfactual test. right_BN: 1 where the thought is exactly the right one, else 0; nan where the test knows no
+    right one, where counterfactual_nll_BN["right"] has no meaning.
     """
 
     text_nll_BN: Tensor
@@ -96,23 +200,32 @@ class TokenScores:
     thought_nll_BN: Tensor | None = None
     thought_correct_BN: Tensor | None = None
     thoughts: Thoughts | None = None
-    causal_nll_BN: dict[str, Tensor] = field(default_factory=dict)
+    counterfactual_nll_BN: dict[str, Tensor] = field(default_factory=dict)
     right_BN: Tensor | None = None
-    flops: int = 0
-
-
-@dataclass(eq=False)
-class Prepared:
-    """What a step draws before its first update, for all its updates. flops: what that took."""
-
-    flops: int
 
 
 class Objective(ABC):
-    """A pretraining objective. Subclasses say which parts of a ThinkingModel they use."""
+    """A pretraining objective.
 
-    uses_delimiters = False
-    uses_mixing_head = False
+    Config: its settings. sentence: what it does, for the report. metrics: names that METRICS does not have.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]]
+    sentence: ClassVar[str] = ""
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    config: Any
+
+    @classmethod
+    def build(cls, config: Any, vocabulary: Vocabulary) -> Self:
+        """The objective for a tokenizer. Raises SettingError for settings that the tokenizer cannot serve."""
+        return cls(config)  # type: ignore[call-arg]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def use_models(self, models: Mapping[str, ThinkingModel]) -> None:  # noqa: B027 - most need none
+        """Takes the models that `needs` asked for, by setting."""
 
     @property
     def longest_thought(self) -> int:
@@ -124,45 +237,35 @@ class Objective(ABC):
         """Optimizer steps on the same thoughts."""
         return 1
 
-    def prepare(self, model: ThinkingModel, text: Text, rng: Rng) -> Prepared | None:
-        """The thoughts of a text, sampled ahead; None where `__call__` samples them itself."""
+    @property
+    def anchors_at_once(self) -> int | None:
+        """Anchors of a row whose thoughts are held with gradient at once; None: all."""
+        return None
+
+    # Whether `counts` takes the sampled batch. Such an objective samples before all counts of a step are known.
+    counts_thoughts: ClassVar[bool] = False
+
+    @abstractmethod
+    def counts(self, text: Text, batch: Any = None) -> Counts:
+        """What this text's terms are divided by; they add up over the parts of a batch.
+
+        Raises ValueError for a text that the objective cannot be applied to.
+        """
+
+    def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> Any:
+        """Anchors, thoughts and the parts of their rewards that do not depend on the update, as a `Batch`; called
+        without gradient. None for an objective that does not think.
+        """
         return None
 
     @abstractmethod
-    def denominators(self, text: Text, prepared: Prepared | None = None) -> Denominators:
-        """The counts that this text's losses are divided by; they add up over the parts of a batch.
+    def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> TextPart:
+        """The text's own part."""
 
-        Raises ValueError for a text the objective cannot be applied to.
-        """
-
-    @abstractmethod
-    def __call__(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        denominators: Denominators | None = None,
-        prepared: Prepared | None = None,
-    ) -> ObjectiveOutput:
-        """Loss and metrics of a text.
-
-        `denominators` defaults to the text's own, `prepared` to what `prepare` gives, whose FLOPs then count here.
-        """
-
-    def losses(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        denominators: Denominators | None = None,
-        prepared: Prepared | None = None,
-    ) -> Iterator[ObjectiveOutput]:
-        """What `__call__` gives, in parts that need less memory one after the other.
-
-        Losses, their gradients, metrics and FLOPs add up to the whole's; the last part has the record. Take each part's
-        backward before you ask for the next, all with the same factor on the loss.
-        """
-        yield self(model, text, rng, denominators, prepared)
+    def thought_terms(self, model: ThinkingModel, state: TextState, batch: Any, text: Any) -> ThoughtPart:
+        """The part of a batch, or of a chunk of one, from one differentiable pass over its thoughts. text: what
+        `text_terms` gave."""
+        raise TypeError(f"{type(self).__name__} samples thoughts but has no thought_terms")
 
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
         """Called after every optimizer step."""
@@ -182,28 +285,22 @@ class Objective(ABC):
         """How many tokens of a text `evaluate` scores."""
         return int(text.targets(1)[1].sum())
 
+    def scoring_rule(self) -> str:
+        """Which positions are scored, where that is not all: the settings that say so, for messages."""
+        return ""
+
     @abstractmethod
-    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, test: CausalTest | None = None) -> TokenScores:
-        """Scores of held-out text, without gradient; those of the causal test where thoughts can be put to one."""
+    def evaluate(
+        self,
+        model: ThinkingModel,
+        text: Text,
+        rng: Rng,
+        test: CounterfactualTest | None = None,
+        engine: Engine = EAGER,
+    ) -> TokenScores:
+        """Scores of held-out text, without gradient; those of the counterfactual test where there are thoughts."""
 
-
-def divide(total: Tensor, count: Tensor) -> Tensor:
-    """total / count, and 0 where there was nothing to count."""
-    return total / count.clamp(min=1).to(total.dtype)
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Base of the objectives' settings."""
-
-    def problems(self) -> list[str]:
-        """Every setting that cannot be, one line each, naming the way out."""
-        return []
-
-
-def at_least(minimum: float, **values: float | None) -> list[str]:
-    return [
-        f"{name} must be at least {minimum}, got {value}"
-        for name, value in values.items()
-        if value is not None and value < minimum
-    ]
+    @classmethod
+    def all_metrics(cls) -> dict[str, Metric]:
+        """The meaning of every metric that the objective may log."""
+        return {**METRICS, **cls.metrics}

@@ -12,6 +12,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from models.philox import Rng
+from models.thoughts import Anchors
+
 # Rewards
 
 
@@ -60,8 +63,8 @@ def leave_one_out_advantage(reward_BKM: Tensor) -> Tensor:
 
 def standardised_advantage(reward_BKM: Tensor, eps: float = 1e-6) -> Tensor:
     """(r − mean r) / (std r + eps), the group's own unbiased deviation. GRPO, Shao et al. 2402.03300 §4.1.2."""
-    spread = reward_BKM.std(dim=1, keepdim=True)
-    return (reward_BKM - reward_BKM.mean(dim=1, keepdim=True)) / (spread + eps)
+    std = reward_BKM.std(dim=1, keepdim=True)
+    return (reward_BKM - reward_BKM.mean(dim=1, keepdim=True)) / (std + eps)
 
 
 def positive_part(advantage: Tensor) -> Tensor:
@@ -69,12 +72,29 @@ def positive_part(advantage: Tensor) -> Tensor:
     return advantage.clamp(min=0)
 
 
-def has_spread(reward_BKM: Tensor) -> Tensor:
-    """bool [B, 1, M]: whether a group's rewards differ at all; one without spread teaches nothing.
+def has_variance(reward_BKM: Tensor) -> Tensor:
+    """bool [B, 1, M]: whether a group's rewards differ at all; a zero-variance group teaches nothing.
 
     The filter of DAPO, Yu et al. 2503.14476 §3.2.
     """
     return reward_BKM.amax(dim=1, keepdim=True) > reward_BKM.amin(dim=1, keepdim=True)
+
+
+ADVANTAGES = {
+    "leave_one_out": leave_one_out_advantage,
+    "mean": group_mean_advantage,
+    "standardised": standardised_advantage,
+}
+# Draws of reward orders are keyed apart from those of tokens by thought indices that no thought has.
+REWARD_ORDER_DRAW = 2**31 + 1
+
+
+def shuffled_in_groups(reward_BKM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
+    """A control: the rewards of each group, dealt out at random within it."""
+    K = torch.arange(reward_BKM.shape[1], device=reward_BKM.device)[:, None]
+    sample_id_B11 = anchors.text.sample_id_B[:, None, None]
+    order_BKM = rng.uniform(sample_id_B11, anchors.index_BM[:, None], K + REWARD_ORDER_DRAW, 0).argsort(dim=1)
+    return reward_BKM.gather(1, order_BKM)
 
 
 # Losses: sums, to be divided by a count.

@@ -12,73 +12,78 @@ Algorithm 1, for a batch of documents:
     after the optimizer step: φ ← τφ + (1−τ)θ
 
 S_base is the same for a whole group, so as published it cancels in A: it matters only where raw rewards are clipped,
-filtered or logged.
+filtered or logged. objectives/naive/rlp.py is the same as a plain loop.
 
-Shapes: B rows, N text positions, M anchors of a row, K = G thoughts of an anchor, P tokens given to a thought,
-S tokens of a thought, H tokens predicted after it, W width, J sampled tokens of all.
+Shapes: B rows, M anchors of a row, K = G thoughts of an anchor, S tokens of a thought, H tokens predicted after it, W
+width, J sampled tokens of all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from models.decoder import TextState
-from models.flops import Ledger
 from models.logprobs import token_logprobs
 from models.philox import Rng
+from models.rollout import Engine
 from models.thinking import ThinkingModel
-from models.thoughts import PAD, Anchors, Text, Thoughts
-from objectives.anchored import Anchored, AnchoredConfig, ThoughtBatch, gather_positions
-from objectives.base import Denominators, Mean, ObjectiveOutput, TextScore, ThoughtRecord, at_least, divide
-from objectives.credit import discounted, has_spread, information_gain, kl_to_reference, positive_part
+from models.thoughts import Thoughts
+from objectives.anchored import (
+    Anchored,
+    AnchoredBatch,
+    AnchoredConfig,
+    documents_skipped,
+    gather_positions,
+    predicting,
+)
+from objectives.base import Term, TextPart, ThoughtPart, ThoughtRecord, setting
+from objectives.credit import discounted, has_variance, information_gain, kl_to_reference, positive_part
+from objectives.metrics import Mean, policy_metrics, thought_metrics
+from objectives.next_token import next_token_part
 from objectives.teacher import EmaTeacher
+from objectives.template import Template
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RlpConfig(AnchoredConfig):
     """Settings of RLP; defaults are the paper's, with its ε (not given there) as PPO's."""
 
-    horizon: int = 1  # H, true tokens predicted after a thought
-    discount: float = 1.0  # of their gains
-    reward_clip: float | None = None  # rewards are cut to ± this many nats
-    reward_positive: bool = False  # rewards below 0 count as 0
-    ema_decay: float = 0.999  # τ
-    kl_weight: float = 0.0  # of KL(π ‖ teacher's π)
-    next_token_weight: float = 0.0  # of plain cross-entropy on the text
-    train_predictor: float = 0.0  # of −S_pred with gradient, the term that the published gradient drops
+    name: str = "rlp"
+    horizon: int = setting(1, "H, true tokens predicted after a thought", ge=1)
+    discount: float = setting(1.0, "of their gains", ge=0, le=1)
+    reward_clip: float | None = setting(None, "rewards are clipped to ± this many nats", ge=0)
+    reward_positive: bool = setting(False, "rewards below 0 count as 0")
+    ema_decay: float = setting(0.999, "τ, of the teacher", ge=0, le=1)
+    kl_weight: float = setting(0.0, "of KL(π ‖ teacher's π)", ge=0)
+    next_token_weight: float = setting(0.0, "of plain cross-entropy on the text", ge=0)
+    train_predictor: float = setting(0.0, "of −S_pred with gradient, the term that the published gradient drops", ge=0)
 
-    def problems(self) -> list[str]:
-        found = super().problems() + at_least(1, horizon=self.horizon)
-        found += at_least(
-            0,
-            kl_weight=self.kl_weight,
-            next_token_weight=self.next_token_weight,
-            train_predictor=self.train_predictor,
-            reward_clip=self.reward_clip,
-        )
-        for name in ("discount", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        return found
+    @property
+    def shortest_row(self) -> int:
+        return self.horizon + 1
 
 
-@dataclass(kw_only=True)
-class ReferenceScore(TextScore):
-    """reference: the text as the teacher reads it."""
+@dataclass
+class RlpTextPart(TextPart):
+    """reference: the text as the teacher reads it, where the KL term asks for it."""
 
-    reference: TextState
+    reference: TextState | None = field(default=None)
 
 
 class Rlp(Anchored):
+    Config = RlpConfig
     config: RlpConfig
+    sentence: ClassVar[str] = (
+        "At some tokens the model thinks before the next one. A thought is rewarded by how much likelier it makes the "
+        "true next token, and better rewarded thoughts become likelier."
+    )
 
-    def __init__(
-        self, config: RlpConfig, open_ids: tuple[int, ...], close_ids: tuple[int, ...], marker_id: int | None = None
-    ):
-        super().__init__(config, open_ids, close_ids, marker_id)
+    def __init__(self, config: RlpConfig, template: Template, marker_id: int | None = None):
+        super().__init__(config, template, marker_id)
         self.teacher = EmaTeacher(config.ema_decay)
 
     @property
@@ -87,7 +92,7 @@ class Rlp(Anchored):
 
     @property
     def longest_thought(self) -> int:
-        return len(self.open_ids) + self.config.length + len(self.close_ids) + self.config.horizon - 1
+        return len(self.template.open) + self.config.length + len(self.template.close) + self.config.horizon - 1
 
     def after_step(self, model: ThinkingModel) -> None:
         self.teacher.update(model)
@@ -101,128 +106,76 @@ class Rlp(Anchored):
     def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:
         self.teacher.load(model, state)
 
-    @torch.no_grad()
-    def prepare(self, model: ThinkingModel, text: Text, rng: Rng) -> ThoughtBatch | None:
-        """With a single update, sampling shares the update's reading of the text, and nothing is prepared."""
-        if self.config.updates == 1:
-            return None
-        batch = self.think(model, text, model.read(text), rng)
-        ledger = Ledger(model.decoder)
-        ledger.read(text, backward=False)
-        batch.flops += ledger.total
-        return batch
-
-    @torch.no_grad()
-    def think(self, model: ThinkingModel, text: Text, state: TextState, rng: Rng) -> ThoughtBatch:
-        """The rollout phase: anchors, thoughts, targets, and the teacher's no-think log-probs of these."""
-        c = self.config
-        teacher = self.teacher.model(model)
+    def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> AnchoredBatch:
+        """Anchors, thoughts, targets, and S_base: the teacher's log-probs of the targets without a thought."""
+        c, text, teacher = self.config, state.text, self.teacher.model(model)
         no_think = teacher.read(text)
-        anchors = self.agreed(model, self.choose_anchors(text, rng, no_think, teacher.head_weight_VW))
-        drawn = self.roll_out(model, state.detached(), anchors, c.thoughts, rng)
+        anchors = self.choose_anchors(model, text, rng, no_think, by=teacher)
+        rollout = engine.sample(self.request(model, state, anchors, c.thoughts, rng))
         at_BM = anchors.index_BM.clamp(min=0)
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         hidden = [gather_positions(no_think.hidden_BNW.roll(-h, 1), at_BM) for h in range(c.horizon)]
         base_BHM = token_logprobs(torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
-        ledger = Ledger(model.decoder)
-        ledger.read(text, backward=False)
-        ledger.vocabulary(self.looked_at(text) + base_BHM.numel(), backward=False)
-        ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
-        ledger.vocabulary(self.drawn_rows(drawn), backward=False, stage="rollout")
-        return ThoughtBatch(ledger.total, drawn, target_BHM, base_BHM, anchors.index_BM >= 0)
+        return AnchoredBatch(rollout, target_BHM, base_BHM, anchors.index_BM >= 0, rng)
 
-    def closed_and_continued(self, batch: ThoughtBatch) -> tuple[Thoughts, Tensor]:
-        """The thoughts with the close given to those that lack it, then the true tokens read while predicting the next.
+    def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> RlpTextPart:
+        """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
+        c, part = self.config, RlpTextPart(metrics={"documents_skipped": documents_skipped(state.text, batch.anchors)})
+        if c.next_token_weight:
+            part.terms = next_token_part(model, state, c.next_token_weight).terms
+        if c.kl_weight:
+            with torch.no_grad():
+                part.reference = self.teacher.model(model).read(state.text)
+        return part
 
-        Also the slot whose hidden state predicts the first target [B, K, M].
-        """
-        drawn = batch.rollout
-        B, K, _, M = drawn.thoughts.tokens_BKSM.shape
-        close_T1 = torch.tensor(self.close_ids, device=batch.real_BM.device)[:, None]
-        closing_BKTM = torch.where(drawn.closed_BKM[:, :, None], PAD, close_T1)
-        closed = drawn.thoughts.followed_by(closing_BKTM)
-        read_BKTM = batch.target_BHM[:, None, :-1].expand(B, K, -1, M)
-        return closed.followed_by(read_BKTM), closed.lengths_BKM - 1
+    def thoughts_to_score(self, batch: AnchoredBatch) -> Thoughts:
+        """The thoughts, all closed, and the true tokens that are read while the next ones are predicted."""
+        K = batch.rollout.thoughts.tokens_BKSM.shape[1]
+        read_BKTM = batch.target_BHM[:, None, :-1].expand(-1, K, -1, -1)
+        return self.template.close_all(batch.rollout).followed_by(read_BKTM)
 
-    def score(
-        self,
-        model: ThinkingModel,
-        state: TextState,
-        batch: ThoughtBatch,
-        denominators: Denominators,
-        rng: Rng,
-        text_score: TextScore | None = None,
-    ) -> ObjectiveOutput:
-        """One update: S_pred and the policy's log-probs from a single pass, rewards, advantages, loss."""
-        c, anchors = self.config, batch.rollout.thoughts.anchors
-        thoughts, last_BKM = self.closed_and_continued(batch)
+    def thought_terms(self, model: ThinkingModel, state: TextState, batch: AnchoredBatch, text: Any) -> ThoughtPart:
+        """S_pred and the policy's log-probs from a single pass, rewards, advantages, loss."""
+        c, thoughts = self.config, self.thoughts_to_score(batch)
         hidden_BKSMW = model.think(thoughts, state)
 
         # S_pred(c): the hidden states behind the close and behind each true token but the last.
-        slots_BKHM = last_BKM[:, :, None] + torch.arange(c.horizon, device=last_BKM.device)[:, None]
+        first_BKM = thoughts.lengths_BKM - c.horizon
+        slots_BKHM = first_BKM[:, :, None] + torch.arange(c.horizon, device=first_BKM.device)[:, None]
         index = slots_BKHM[..., None].expand(*slots_BKHM.shape, hidden_BKSMW.shape[-1])
         target_BKHM = batch.target_BHM[:, None].expand_as(slots_BKHM)
         predicted_BKHM = token_logprobs(hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM)
         gain_BKM = discounted(information_gain(predicted_BKHM, batch.base_BHM[:, None]), c.discount)
 
-        weight_BKM = self.counting(batch)
+        counts_BKM = self.rewardable(batch)
         if batch.reward_BKM is None or batch.advantage_BKM is None:
-            batch.reward_BKM = self._reward(gain_BKM)
-            batch.advantage_BKM = self.advantages(batch.reward_BKM, weight_BKM, anchors, rng)
-        policy = self.policy(model, hidden_BKSMW, batch.rollout, batch.advantage_BKM, weight_BKM)
-        count = denominators["anchors"] * c.thoughts
-        loss = divide(policy.loss, count)
-
-        ledger = Ledger(model.decoder)
-        scored = predicted_BKHM.numel() + policy.logprob_J.numel()
+            batch.reward_BKM = self.reward(gain_BKM)
+            batch.advantage_BKM = self.advantages(batch.reward_BKM, counts_BKM, batch)
+        policy = self.policy(model, hidden_BKSMW, batch.rollout, batch.advantage_BKM, counts_BKM)
+        terms = [Term(policy.surrogate, "thoughts")]
         if c.train_predictor:
-            loss = loss - c.train_predictor * divide((predicted_BKHM.sum(dim=2) * weight_BKM).sum(), count)
-        text_score = text_score or self.score_text(model, state, anchors, denominators)
-        loss = loss + text_score.loss
+            terms.append(Term(-(predicted_BKHM.sum(dim=2) * counts_BKM).sum(), "thoughts", c.train_predictor))
         if c.kl_weight:
-            assert isinstance(text_score, ReferenceScore)
-            teacher = self.teacher.model(model)
+            teacher, banned_V = self.teacher.model(model), self.template.banned(model.banned_V)
             with torch.no_grad():
-                reference_JW = self._predicting(teacher.think(thoughts, text_score.reference), policy.where_BKSM)
+                reference_JW = predicting(teacher.think(thoughts, text.reference), policy.where_BKSM)
                 reference_J = token_logprobs(
-                    reference_JW, teacher.head_weight_VW, policy.tokens_J, c.temperature, self._banned(model)
+                    reference_JW, teacher.head_weight_VW, policy.tokens_J, c.temperature, banned_V
                 )
             kl_J = kl_to_reference(policy.logprob_J, reference_J)
-            loss = loss + c.kl_weight * divide((kl_J * policy.weight_J).sum(), count)
-            ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=False)
-            ledger.vocabulary(len(reference_J), backward=False)
-        ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=True)
-        ledger.vocabulary(scored, backward=True)
+            terms.append(Term((kl_J * policy.weight_J).sum(), "thoughts", c.kl_weight))
 
-        real_BKM = batch.real_BM[:, None].expand_as(gain_BKM)
-        metrics = text_score.metrics | self.thought_metrics(batch, policy, gain_BKM)
+        b = batch
+        metrics = thought_metrics(b.rollout, self.bodies(b.rollout), b.target_BHM, b.base_BHM, b.real_BM, gain_BKM)
+        metrics |= policy_metrics(policy.logprob_J, policy.old_J, c.eps_low, c.eps_high)
         metrics |= {
-            "flat_groups": Mean.over((~has_spread(batch.reward_BKM)[:, 0]).double(), batch.real_BM),
-            "nll_thought": Mean.over(-predicted_BKHM[:, :, 0], real_BKM),
+            "zero_variance_groups": Mean.over((~has_variance(batch.reward_BKM)[:, 0]).double(), b.real_BM),
+            "nll_thought": Mean.over(-predicted_BKHM[:, :, 0], b.real_BM[:, None].expand_as(gain_BKM)),
         }
-        record = ThoughtRecord(batch.rollout.thoughts, gain_BKM, batch.advantage_BKM)
-        return ObjectiveOutput(loss, metrics, text_score.flops + ledger.total, record)
+        return ThoughtPart(terms, metrics, ThoughtRecord(b.rollout.thoughts, gain_BKM, batch.advantage_BKM))
 
-    def score_text(
-        self, model: ThinkingModel, state: TextState, anchors: Anchors, denominators: Denominators
-    ) -> TextScore:
-        """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
-        c, text, score = self.config, state.text, super().score_text(model, state, anchors, denominators)
-        ledger = Ledger(model.decoder)
-        if c.next_token_weight:
-            target_BN, valid_BN = text.targets(1)
-            nll_BN = -token_logprobs(state.hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
-            score.loss = c.next_token_weight * divide(nll_BN.sum(), denominators["text"])
-            ledger.vocabulary(nll_BN.numel(), backward=True)
-        if c.kl_weight:
-            with torch.no_grad():
-                reference = self.teacher.model(model).read(text)
-            score = ReferenceScore(score.loss, score.metrics, score.flops, reference=reference)
-            ledger.read(text, backward=False)
-        score.flops += ledger.total
-        return score
-
-    def _reward(self, gain_BKM: Tensor) -> Tensor:
+    def reward(self, gain_BKM: Tensor) -> Tensor:
+        """r, clipped where the settings say so."""
         c, reward_BKM = self.config, gain_BKM
         if c.reward_clip is not None:
             reward_BKM = reward_BKM.clamp(-c.reward_clip, c.reward_clip)

@@ -13,59 +13,80 @@ A model that follows instructions writes tags and box by itself (template `free`
 counts). A base model is given them (template `forced`): it writes the thought and what is in the box. With an empty
 box the prediction is simply the next `answer_length` tokens.
 
+objectives/naive/rpt.py is the same as a plain loop.
+
 Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anchor, S tokens of a response, L of its
-thought, W width.
+thought, V vocabulary, X responses of all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from models.decoder import TextState
-from models.flops import Ledger
 from models.logprobs import token_logprobs
 from models.philox import Rng
-from models.rollout import Answer, Rollout
+from models.rollout import Engine, Prediction, Rollout
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Text
-from objectives.anchored import Anchored, AnchoredConfig, ThoughtBatch, gather_positions
-from objectives.base import Denominators, Mean, ObjectiveOutput, Prepared, TextScore, ThoughtRecord, at_least, divide
-from objectives.credit import has_spread, prefix_match
+from objectives.anchored import (
+    Anchored,
+    AnchoredBatch,
+    AnchoredConfig,
+    documents_skipped,
+    gather_positions,
+    marker_id,
+    tag_ids,
+)
+from objectives.anchors import AnchorChoice
+from objectives.base import Counts, Needs, SettingError, Term, TextPart, ThoughtPart, ThoughtRecord, Vocabulary, setting
+from objectives.credit import has_variance, prefix_match
+from objectives.metrics import Mean, policy_metrics, thought_metrics
+from objectives.template import Template, checked_tag
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RptConfig(AnchoredConfig):
     """Settings of RPT; defaults are the paper's, with its ε and entropy threshold (not given there) PPO's and 1 nat."""
 
-    length: int = 8192  # sampled tokens of a thought at most; of a whole response, if the template is free
-    thoughts: int = 8  # G, responses of an anchor
-    temperature: float = 0.8  # of sampling, and of the policy's log-probs
-    positions: Literal["random", "band", "entropy", "hard", "marker"] = "hard"
-    advantage: Literal["leave_one_out", "mean", "standardised"] = "standardised"
-    template: Literal["free", "forced"] = "free"  # who writes closing tag and box
-    box_open: str = "\\boxed{"
-    box_close: str = "}"
-    answer_length: int = 16  # sampled tokens of a forced template's prediction at most, its end included
-    proxy: str | None = None  # model reference that chooses hard positions; none: the model itself
-    drop_flat_from: int | None = 500  # step from which groups without spread are left out; none: never
+    name: str = "rpt"
+    length: int = setting(
+        8192, "sampled tokens of a thought at most; of a whole response, if the template is free", ge=1
+    )
+    thoughts: int = setting(8, "G, responses of an anchor, which are compared with each other", ge=2)
+    temperature: float = setting(0.8, "of sampling, and of the policy's log-probs", gt=0)
+    positions: Literal["random", "band", "entropy", "hard", "marker"] = setting(
+        "hard", "which positions may be anchors"
+    )
+    advantage: Literal["leave_one_out", "mean", "standardised"] = setting(
+        "standardised", "what rewards are compared with"
+    )
+    template: Literal["free", "forced"] = setting(
+        "free", "who writes closing tag and box: the model, or they are forced"
+    )
+    box_open: str = setting("\\boxed{", "what opens a prediction")
+    box_close: str = setting("}", "what ends a prediction")
+    answer_length: int = setting(16, "for forced: sampled tokens of a prediction at most, its end included", ge=1)
+    proxy: str | None = setting(None, "model reference that chooses hard positions; default: the model itself")
+    drop_zero_variance_from: int | None = setting(
+        500, "step from which groups whose thoughts all earn the same are left out; null: never", ge=0
+    )
 
     def problems(self) -> list[str]:
-        found = super().problems() + at_least(1, answer_length=self.answer_length)
-        found += at_least(0, drop_flat_from=self.drop_flat_from)
         if self.template == "free" and not (self.box_open and self.box_close):
-            found.append("box_open and box_close cannot be empty in a free template; use template forced")
-        return found
+            return ["box_open and box_close cannot be empty in a free template; use template forced"]
+        return []
 
 
 @dataclass(eq=False, kw_only=True)
-class ResponseBatch(ThoughtBatch):
+class ResponseBatch(AnchoredBatch):
     """Responses with their rewards. kept_BM: bool, groups that count. answered_BKM: bool, who predicted anything."""
 
     kept_BM: Tensor
@@ -73,12 +94,18 @@ class ResponseBatch(ThoughtBatch):
 
 
 class Rpt(Anchored):
-    """RPT on a model whose tokens stand for `token_bytes` [V] (None: no text), with tags in the ids given.
+    """RPT on a model whose tokens stand for `token_bytes` [V] (None: no text).
 
     box_ids: opening and end of a forced template's box. end_ids: what ends a free response.
     """
 
+    Config = RptConfig
     config: RptConfig
+    sentence: ClassVar[str] = (
+        "At some tokens the model thinks and then says how the text goes on. A thought is rewarded when that is right, "
+        "and rewarded thoughts become likelier."
+    )
+    counts_thoughts = True  # the groups that are kept
 
     def __init__(
         self,
@@ -90,90 +117,94 @@ class Rpt(Anchored):
         end_ids: tuple[int, ...] = (),
         marker_id: int | None = None,
     ):
-        super().__init__(config, open_ids, close_ids, marker_id, ask_ids=box_ids[0])
+        super().__init__(config, Template(open_ids, close_ids, box_ids[0], (*box_ids[1], *end_ids)), marker_id)
+        # What cannot be written as text cannot be predicted as text.
+        written_V = torch.tensor([b is not None for b in token_bytes])
+        self.choice = AnchorChoice(config, self.horizon, marker_id, written_V)
         self.token_bytes, self.box_ids, self.end_ids = token_bytes, box_ids, end_ids
         self.proxy: ThinkingModel | None = None
 
-    @property
-    def longest_thought(self) -> int:
-        c = self.config
-        closing = len(self.close_ids) + len(self.ask_ids)
-        return len(self.open_ids) + c.length + closing + (c.answer_length if c.template == "forced" else 0)
+    @classmethod
+    def build(cls, config: RptConfig, vocabulary: Vocabulary) -> Self:
+        tags = tag_ids(config, vocabulary)
+        box = [
+            checked_tag(vocabulary, name, text) if text else ()
+            for name, text in (("box_open", config.box_open), ("box_close", config.box_close))
+        ]
+        end: tuple[int, ...] = ()
+        if config.template == "free":
+            if vocabulary.eos_id is None:
+                raise SettingError(
+                    "template free takes an end-of-sequence token to end a response; use template forced"
+                )
+            end = (vocabulary.eos_id,)
+        return cls(config, *tags, vocabulary.token_bytes, (box[0], box[1]), end, marker_id(config, vocabulary))
 
     @property
-    def allowed_ids(self) -> tuple[int, ...]:
-        return (*self.close_ids, *self.box_ids[1], *self.end_ids)
+    def needs(self) -> Needs:
+        return Needs(models={"proxy": self.config.proxy} if self.config.proxy else {})
+
+    def use_models(self, models: Mapping[str, ThinkingModel]) -> None:
+        self.proxy = models.get("proxy")
+
+    @property
+    def longest_thought(self) -> int:
+        c, t = self.config, self.template
+        closing = len(t.close) + len(t.ask)
+        return len(t.open) + c.length + closing + (c.answer_length if c.template == "forced" else 0)
 
     def other_models(self, model: ThinkingModel) -> list[ThinkingModel]:
         return [self.proxy] if self.proxy is not None else []
 
-    def eligible(self, text: Text) -> Tensor:
-        """Positions as for any objective, but what cannot be written as text cannot be predicted as text."""
-        target_BN, _ = text.targets(1)
-        written_V = torch.tensor([b is not None for b in self.token_bytes], device=target_BN.device)
-        return super().eligible(text) & written_V[target_BN]
-
-    def denominators(self, text: Text, prepared: Prepared | None = None) -> Denominators:
-        """`anchors`: those whose groups count."""
-        counts = super().denominators(text)
-        if prepared is not None:
-            assert isinstance(prepared, ResponseBatch)
-            counts["anchors"] = prepared.kept_BM.sum()
+    def counts(self, text: Text, batch: ResponseBatch | None = None) -> Counts:
+        """`thoughts`: those of the groups that count."""
+        counts = super().counts(text)
+        if batch is not None:
+            counts["thoughts"] = batch.kept_BM.sum() * self.config.thoughts
         return counts
 
-    @torch.no_grad()
-    def prepare(self, model: ThinkingModel, text: Text, rng: Rng) -> ResponseBatch:
-        """The rollout phase: hard positions, responses, and what they earn."""
-        c = self.config
+    def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> ResponseBatch:
+        """Hard positions, responses, and what they earn."""
+        c, text = self.config, state.text
         # Moved before it reads: moving a sharded model frees the weights that reading has gathered.
         proxy = model if self.proxy is None else self.proxy.to(text.tokens_BN.device)
-        state = model.read(text)
         no_think = state if self.proxy is None else proxy.read(text)
-        anchors = self.agreed(model, self.choose_anchors(text, rng, no_think, proxy.head_weight_VW))
+        anchors = self.choose_anchors(model, text, rng, no_think, by=proxy)
         if c.template == "forced":
-            answer = Answer(self.ask_ids, c.answer_length, self.box_ids[1])
-            drawn = self.roll_out(model, state, anchors, c.thoughts, rng, answer=answer)
+            prediction = Prediction(self.template.ask, c.answer_length, self.box_ids[1])
+            request = self.request(model, state, anchors, c.thoughts, rng, prediction=prediction)
         else:
-            drawn = self.roll_out(model, state, anchors, c.thoughts, rng, close=self.end_ids)
+            request = self.request(model, state, anchors, c.thoughts, rng, close=self.end_ids)
+        rollout = engine.sample(request)
         at_BM, real_BM = anchors.index_BM.clamp(min=0), anchors.index_BM >= 0
         target_B1M = text.targets(1)[0].gather(1, at_BM)[:, None]
         hidden_B1MW = gather_positions(no_think.hidden_BNW, at_BM)[:, None]
         base_B1M = token_logprobs(hidden_B1MW, proxy.head_weight_VW, target_B1M)
-        predictions = self.predictions(drawn)
-        reward_BKM = self._rewards(predictions, drawn, base_B1M.dtype)
+        predictions = self.predictions(rollout)
+        reward_BKM = self._rewards(predictions, rollout, base_B1M.dtype)
         kept_BM = real_BM
-        if c.drop_flat_from is not None and rng.step >= c.drop_flat_from:
-            kept_BM = kept_BM & has_spread(reward_BKM)[:, 0]
-
-        ledger = Ledger(model.decoder)
-        ledger.read(text, backward=False)
-        if self.proxy is not None:
-            read_by_proxy = Ledger(proxy.decoder)
-            read_by_proxy.read(text, backward=False)
-            ledger.spent["text"] += read_by_proxy.total
-        ledger.vocabulary(self.looked_at(text) + target_B1M.numel(), backward=False)
-        ledger.think(anchors, c.thoughts, drawn.thoughts.tokens_BKSM.shape[2] - 1, backward=False, stage="rollout")
-        ledger.vocabulary(self.drawn_rows(drawn), backward=False, stage="rollout")
-        answered = torch.tensor([[[p is not None for p in row] for row in group] for group in predictions])
+        if c.drop_zero_variance_from is not None and rng.step >= c.drop_zero_variance_from:
+            kept_BM = kept_BM & has_variance(reward_BKM)[:, 0]
+        answered_BKM = torch.tensor([[[p is not None for p in row] for row in group] for group in predictions])
         return ResponseBatch(
-            ledger.total,
-            drawn,
+            rollout,
             target_B1M,
             base_B1M,
             real_BM,
+            rng,
             reward_BKM,
             kept_BM=kept_BM,
-            answered_BKM=answered.to(real_BM.device),
+            answered_BKM=answered_BKM.to(real_BM.device),
         )
 
-    def bodies(self, drawn: Rollout) -> Tensor:
+    def bodies(self, rollout: Rollout) -> Tensor:
         """Of a free response only what stands before its closing tag: the box behind it is no part of the thought."""
-        body_BKLM = super().bodies(drawn)
+        body_BKLM = super().bodies(rollout)
         if self.config.template == "forced":
             return body_BKLM
         rows_XL = body_BKLM.transpose(2, 3).flatten(0, 2).tolist()
         lengths = [self._thought_length([token for token in row if token != PAD]) for row in rows_XL]
-        length_BKM = torch.tensor(lengths, device=body_BKLM.device).view_as(drawn.closed_BKM)
+        length_BKM = torch.tensor(lengths, device=body_BKLM.device).view_as(rollout.closed_BKM)
         slot_L1 = torch.arange(body_BKLM.shape[2], device=body_BKLM.device)[:, None]
         return body_BKLM.masked_fill(slot_L1 >= length_BKM[:, :, None], PAD)
 
@@ -185,13 +216,13 @@ class Rpt(Anchored):
 
     # What is rewarded
 
-    def predictions(self, drawn: Rollout) -> list[list[list[bytes | None]]]:
+    def predictions(self, rollout: Rollout) -> list[list[list[bytes | None]]]:
         """The bytes that each response [B][K][M] predicts; None where it predicts nothing."""
-        B, K, S, M = drawn.thoughts.tokens_BKSM.shape
+        B, K, S, M = rollout.thoughts.tokens_BKSM.shape
         forced = self.config.template == "forced"
-        where = drawn.answering_BKSM if forced else drawn.sampled_BKSM
-        said_BKMS = torch.where(where, drawn.thoughts.tokens_BKSM, PAD).transpose(2, 3).tolist()
-        answered_BKM = drawn.answered_BKM.tolist()
+        where = rollout.predicting_BKSM if forced else rollout.sampled_BKSM
+        said_BKMS = torch.where(where, rollout.thoughts.tokens_BKSM, PAD).transpose(2, 3).tolist()
+        answered_BKM = rollout.predicted_BKM.tolist()
 
         def prediction(said: list[int], answered: bool) -> bytes | None:
             ids = [token for token in said if token != PAD]
@@ -230,10 +261,10 @@ class Rpt(Anchored):
                 return content[: bracket.start()]
         return None
 
-    def _rewards(self, predictions: list[list[list[bytes | None]]], drawn: Rollout, dtype: torch.dtype) -> Tensor:
-        anchors = drawn.thoughts.anchors
+    def _rewards(self, predictions: list[list[list[bytes | None]]], rollout: Rollout, dtype: torch.dtype) -> Tensor:
+        anchors = rollout.thoughts.anchors
         tokens, documents = anchors.text.tokens_BN.tolist(), anchors.text.document_BN.tolist()
-        reward_BKM = torch.zeros(drawn.closed_BKM.shape, dtype=dtype)
+        reward_BKM = torch.zeros(rollout.closed_BKM.shape, dtype=dtype)
         for b, row in enumerate(anchors.index_BM.tolist()):
             for m, anchor in enumerate(row):
                 if anchor < 0:
@@ -246,41 +277,27 @@ class Rpt(Anchored):
                     continuation.append(token_bytes)
                 for k in range(reward_BKM.shape[1]):
                     reward_BKM[b, k, m] = float(prefix_match(predictions[b][k][m], continuation))
-        return reward_BKM.to(drawn.closed_BKM.device)
+        return reward_BKM.to(rollout.closed_BKM.device)
 
     # The update
 
-    def think(self, model: ThinkingModel, text: Text, state: TextState, rng: Rng) -> ResponseBatch:
-        return self.prepare(model, text, rng)
+    def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> TextPart:
+        return TextPart(metrics={"documents_skipped": documents_skipped(state.text, batch.anchors)})
 
-    def score(
-        self,
-        model: ThinkingModel,
-        state: TextState,
-        batch: ThoughtBatch,
-        denominators: Denominators,
-        rng: Rng,
-        text_score: TextScore | None = None,
-    ) -> ObjectiveOutput:
-        """One update: the policy's log-probs from a single pass, advantages, loss."""
-        assert isinstance(batch, ResponseBatch) and batch.reward_BKM is not None
-        c, anchors = self.config, batch.rollout.thoughts.anchors
-        hidden_BKSMW = model.think(batch.rollout.thoughts, state)
-        weight_BKM = self.counting(batch) & batch.kept_BM[:, None]
-        advantage_BKM = self.advantages(batch.reward_BKM, weight_BKM, anchors, rng)
-        policy = self.policy(model, hidden_BKSMW, batch.rollout, advantage_BKM, weight_BKM)
-        text_score = text_score or self.score_text(model, state, anchors, denominators)
-        loss = divide(policy.loss, denominators["anchors"] * c.thoughts) + text_score.loss
-
-        ledger = Ledger(model.decoder)
-        ledger.think(anchors, c.thoughts, hidden_BKSMW.shape[2], backward=True)
-        ledger.vocabulary(len(policy.logprob_J), backward=True)
-        real_BKM = batch.real_BM[:, None].expand_as(weight_BKM)
-        metrics = text_score.metrics | self.thought_metrics(batch, policy, batch.reward_BKM)
+    def thought_terms(self, model: ThinkingModel, state: TextState, batch: ResponseBatch, text: Any) -> ThoughtPart:
+        """The policy's log-probs from a single pass, advantages, loss."""
+        c, b = self.config, batch
+        assert b.reward_BKM is not None
+        hidden_BKSMW = model.think(b.rollout.thoughts, state)
+        counts_BKM = self.rewardable(b) & b.kept_BM[:, None]
+        advantage_BKM = self.advantages(b.reward_BKM, counts_BKM, b)
+        policy = self.policy(model, hidden_BKSMW, b.rollout, advantage_BKM, counts_BKM)
+        metrics = thought_metrics(b.rollout, self.bodies(b.rollout), b.target_BHM, b.base_BHM, b.real_BM, b.reward_BKM)
+        metrics |= policy_metrics(policy.logprob_J, policy.old_J, c.eps_low, c.eps_high)
         metrics |= {
-            "answered": Mean.over(batch.answered_BKM.double(), real_BKM),
-            "flat_groups": Mean.over((~has_spread(batch.reward_BKM)[:, 0]).double(), batch.real_BM),
-            "kept_groups": Mean.over(batch.kept_BM.double(), batch.real_BM),
+            "answered": Mean.over(b.answered_BKM.double(), b.real_BM[:, None].expand_as(counts_BKM)),
+            "zero_variance_groups": Mean.over((~has_variance(b.reward_BKM)[:, 0]).double(), b.real_BM),
+            "kept_groups": Mean.over(b.kept_BM.double(), b.real_BM),
         }
-        record = ThoughtRecord(batch.rollout.thoughts, batch.reward_BKM, advantage_BKM)
-        return ObjectiveOutput(loss, metrics, text_score.flops + ledger.total, record)
+        record = ThoughtRecord(b.rollout.thoughts, b.reward_BKM, advantage_BKM)
+        return ThoughtPart([Term(policy.surrogate, "thoughts")], metrics, record)

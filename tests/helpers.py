@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder, DecoderConfig, TextState
+from models.flops import Ledger
+from models.philox import Rng
+from models.rollout import EAGER, Engine, Rollout, RolloutRequest
 from models.thinking import ThinkingModel
-from models.thoughts import Text, Thoughts
+from models.thoughts import Anchors, Text, Thoughts
+from objectives.base import Batch, Counts, Objective, ThoughtRecord
+from objectives.driver import Sampled, Step, text_losses
+from objectives.metrics import Means
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -73,6 +80,50 @@ def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: i
         return decoder.read(sequence).hidden_BNW[0, anchor + 1 - start :]
     finally:
         decoder.__class__ = original
+
+
+@dataclass
+class Output:
+    """A step, or a text's part of one, whose thoughts are held at once."""
+
+    loss: Tensor
+    metrics: Means
+    record: ThoughtRecord | None
+    flops: int
+
+
+def step_of(objective: Objective, model: ThinkingModel, text: Text, rng: Rng, counts: Counts | None = None) -> Output:
+    """A step's only update of its only micro-batch. counts: by default the text's own."""
+    with Ledger() as ledger:
+        (output,) = Step(objective, model, [text], rng).losses(counts)
+    return Output(output.loss, output.metrics, output.record, ledger.total)
+
+
+def sampled(objective: Objective, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER):
+    """A text's batch of thoughts."""
+    with torch.no_grad():
+        return objective.sample(model, model.read(text), rng, engine)
+
+
+def scored(objective: Objective, model: ThinkingModel, state: TextState, batch: Batch, counts: Counts) -> Output:
+    """One update of a batch whose thoughts are held at once."""
+    (output,) = text_losses(objective, model, state, Sampled.of(objective, batch), counts)
+    return Output(output.loss, output.metrics, output.record, 0)
+
+
+def rollout(
+    model: ThinkingModel,
+    state: TextState,
+    anchors: Anchors,
+    thoughts: int,
+    length: int,
+    rng: Rng,
+    temperature: float = 1.0,
+    engine: Engine = EAGER,
+    **changes,
+) -> Rollout:
+    """`RolloutRequest` in the order of its fields."""
+    return engine.sample(RolloutRequest(model, state, anchors, thoughts, length, rng, temperature, **changes))
 
 
 class LiveBytes(TorchDispatchMode):

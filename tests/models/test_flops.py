@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import flops
 from models.flops import Ledger
 from models.philox import Rng
-from models.rollout import LOOK_EVERY
+from models.rollout.eager import LOOK_EVERY
 from models.thoughts import Anchors
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
-from tests.helpers import packed_text, tiny_model
+from objectives.template import Template
+from tests.helpers import packed_text, step_of, tiny_model
 
 N = 16
 
@@ -25,22 +27,22 @@ N = 16
 def counted(objective, model, text) -> tuple[int, int]:
     """(FLOPs that torch sees in a forward and backward pass, those that the objective reports)."""
     with FlopCounterMode(display=False) as counter:
-        output = objective(model, text, Rng(0, 0))
+        output = step_of(objective, model, text, Rng(0, 0))
         output.loss.backward()
     return counter.get_total_flops(), output.flops
 
 
 def wasted(model, text, thoughts: list[tuple[int, int, int]]) -> int:
     """FLOPs of the pairs that the reference computes and masks: of text, then of (K, tokens, passes) of thoughts."""
-    ledger = Ledger(model.decoder)
+    config = model.decoder.config
     B = text.shape[0]
     seen = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
-    total = ledger.block_units * ledger.attention(B * N * N - seen)
+    total = flops._passes(model.decoder) * flops.attention(config, B * N * N - seen)
     for K, queries, passes in thoughts:
         text_pairs = K * queries * (B * N * N - seen)
         # Step by step (one pass), a query meets just the keys of its own thought that it may see.
         own_pairs = K * B * N * queries * (queries - 1) // 2 if passes > 1 else 0
-        total += passes * ledger.attention(text_pairs + own_pairs)
+        total += passes * flops.attention(config, text_pairs + own_pairs)
     return total
 
 
@@ -85,21 +87,20 @@ def test_rlp(positions, closes):
         train_predictor=0.1,
     )
     L = LOOK_EVERY if closes else L
-    objective = Rlp(config, (1, 2), (3,))
+    objective = Rlp(config, Template((1, 2), (3,)))
     objective.teacher.model(model)
-    ledger = Ledger(model.decoder)
     seen, reported = counted(objective, model, text)
-    anchors = objective.choose_anchors(text, Rng(0, 0), model.read(text), model.head_weight_VW)
+    anchors = objective.choice.choose(text, Rng(0, 0), model.read(text), model.head_weight_VW)
     prefix = sum(end - start for _, _, start, end in anchors.prefixes)
     M = anchors.index_BM.numel()
     text_pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
     # The teacher reads, and the model reads with gradient; then P + L − 1 tokens are fed, and P + L + 1 scored.
-    total = (1 + 3) * ledger.attention(2 * N * N - text_pairs)
+    total = (1 + 3) * flops.attention(model.decoder.config, 2 * N * N - text_pairs)
     for tokens, passes in ((P + L - 1, 1), (P + L + 1, 3)):
         own = (P * P if passes == 1 else tokens * tokens) - (P if passes == 1 else tokens) * (
             (P if passes == 1 else tokens) + 1
         ) // 2
-        total += passes * ledger.attention(K * tokens * (M * N - prefix) + M * K * own)
+        total += passes * flops.attention(model.decoder.config, K * tokens * (M * N - prefix) + M * K * own)
     assert reported + total == pytest.approx(seen, rel=0.005)
 
 
@@ -120,9 +121,10 @@ def test_units():
     """A multiply-add is two; a thought of one token over a prefix of three meets four keys."""
     model, text = tiny_model(), packed_text([[5]], 5)
     c = model.decoder.config
-    ledger = Ledger(model.decoder)
     layers = [m for block in model.decoder.layers for m in block.modules() if isinstance(m, torch.nn.Linear)]
     linear = sum(layer.weight.numel() for layer in layers)
-    assert ledger.blocks(1) == 2 * linear
-    ledger.think(Anchors(text, torch.tensor([[2]])), K=1, S=1, backward=False)
+    assert flops.blocks(c, 1) == 2 * linear
+    with torch.no_grad(), Ledger() as ledger:
+        flops.count_think(model.decoder, Anchors(text, torch.tensor([[2]])), K=1, S=1)
+    flops.count_think(model.decoder, Anchors(text, torch.tensor([[2]])), K=1, S=1)
     assert ledger.total == 2 * linear + 4 * 4 * c.layers * c.heads * c.head_dim

@@ -1,4 +1,4 @@
-"""The compiled step of sampling on CPUs ≡ the layers one by one. Shapes as in models/native.py."""
+"""The compiled step of sampling on CPUs ≡ the layers one by one. Shapes as in models/rollout/native.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import platform
 import pytest
 import torch
 
-from models import native
 from models.decoder import ThoughtCache
-from models.native import NativeStep, takes_native_steps
 from models.philox import Rng
-from models.rollout import Answer, rollout
+from models.rollout import EAGER, Native, Prediction, RolloutRequest, native
+from models.rollout.native import NativeStep
 from models.thoughts import Anchors
-from tests.helpers import packed_text, relative_error, tiny_model
+from tests.helpers import packed_text, relative_error, rollout, tiny_model
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
@@ -29,9 +28,12 @@ SIZES = {
 
 def model_of(sizes: str, dtype: torch.dtype = torch.float32):
     """The same weights in every dtype."""
-    model = tiny_model(torch.float64, max_positions=1024, **SIZES[sizes]).float().to(dtype)
-    model.native_steps = True
-    return model
+    return tiny_model(torch.float64, max_positions=1024, **SIZES[sizes]).float().to(dtype)
+
+
+@torch.no_grad()
+def supported(model, anchors) -> tuple[bool, str]:
+    return Native().supports(RolloutRequest(model, model.read(anchors.text), anchors, 2, 3, Rng(0, 0)))
 
 
 def at_few(N: int) -> Anchors:
@@ -47,7 +49,7 @@ def steps(model, anchors, tokens, compute_dtype=None, natively=True):
     B, K, T, M = tokens.shape
     state = model.read(anchors.text)
     if natively:
-        assert takes_native_steps(model, anchors, state)
+        assert supported(model, anchors) == (True, "")
         step = NativeStep(model, anchors, state, K, T)
     else:
         cache = ThoughtCache(model.decoder.config, B, K, T, M, like=state.hidden_BNW)
@@ -118,55 +120,48 @@ def test_weights_that_change_are_packed_again():
     assert relative_error(after, steps(model, anchors, tokens, natively=False)) <= 1e-5
 
 
-@pytest.mark.parametrize("answer", [None, Answer((8,), 4, (9,))])
-@pytest.mark.parametrize("given", [(7,), (7, 8, 9)])
-def test_rollouts_draw_the_same(answer, given, monkeypatch):
+@pytest.mark.parametrize("prediction", [None, Prediction((8,), 4, (9,))])
+@pytest.mark.parametrize("prompt", [(7,), (7, 8, 9)])
+def test_rollouts_sample_the_same(prediction, prompt, monkeypatch):
     model, anchors = model_of("groups of 2"), at_few(12)
     with torch.no_grad():
         state = model.read(anchors.text)
-    drawn = []
-    for model.native_steps in (False, True):
-        if model.native_steps:
+    found = []
+    for engine in (EAGER, Native()):
+        if engine is not EAGER:
             monkeypatch.delattr(ThoughtCache, "__init__")  # which is for the layers one by one
-        drawn.append(rollout(model, state, anchors, 3, 20, Rng(1, 2), given=given, close=(5,), answer=answer))
-    assert torch.equal(drawn[0].thoughts.tokens_BKSM, drawn[1].thoughts.tokens_BKSM)
-    assert relative_error(drawn[1].logprobs_BKSM, drawn[0].logprobs_BKSM) <= 1e-5
+        ends = dict(prompt=prompt, close=(5,), prediction=prediction)
+        found.append(rollout(model, state, anchors, 3, 20, Rng(1, 2), engine=engine, **ends))
+    assert torch.equal(found[0].thoughts.tokens_BKSM, found[1].thoughts.tokens_BKSM)
+    assert relative_error(found[1].logprobs_BKSM, found[0].logprobs_BKSM) <= 1e-5
 
 
-@torch.no_grad()
-def test_what_it_does_not_serve_goes_layer_by_layer(monkeypatch):
-    anchors = at_few(12)
-
-    def taken(model, anchors=anchors):
-        return takes_native_steps(model, anchors, model.read(anchors.text))
-
-    model = model_of("groups of 2")
-    assert taken(model)
-    assert not taken(model, Anchors.everywhere(anchors.text))
-    assert not taken(model_of("groups of 2", torch.float64))
-    with monkeypatch.context() as patch:
-        patch.setenv("FORETHOUGHT_ATTENTION", "reference")
-        assert not taken(model)
-    model.native_steps = False
-    assert not taken(model)
-    other = tiny_model(torch.float32, width=24, head_dim=8)
-    other.native_steps = True
-    assert not taken(other)
+def test_what_it_does_not_support_and_why(monkeypatch):
+    anchors, model = at_few(12), model_of("groups of 2")
+    assert supported(model, anchors) == (True, "")
+    for other, places, reason in (
+        (model, Anchors.everywhere(anchors.text), "thoughts at every position are not its shape"),
+        (model_of("groups of 2", torch.float64), anchors, "it computes in fp32 and bf16, not in torch.float64"),
+        (tiny_model(torch.float32, width=24, head_dim=8), anchors, "must be multiples of 16"),
+    ):
+        is_supported, why = supported(other, places)
+        assert not is_supported and reason in why
+    monkeypatch.setenv("FORETHOUGHT_ATTENTION", "reference")
+    assert supported(model, anchors) == (False, "attention backend 'reference' was asked for")
 
 
 def test_thoughts_beyond_the_models_positions_are_refused():
     model = tiny_model(torch.float32, max_positions=14, **SIZES["groups of 2"])
-    model.native_steps = True
     with pytest.raises(ValueError, match="15 positions exceed the model's 14; use shorter rows"):
         steps(model, at_few(12), random_tokens(2, 1, 3, 2))
 
 
 @torch.no_grad()
-def test_there_is_no_token_without_room():
+def test_a_full_cache_takes_no_token():
     model, anchors = model_of("groups of 2"), at_few(12)
     step = NativeStep(model, anchors, model.read(anchors.text), 1, 4)
     step(random_tokens(2, 1, 4, 2))
-    with pytest.raises(ValueError, match="room for 4 tokens of a thought"):
+    with pytest.raises(ValueError, match="thought cache is full \\(4 tokens\\)"):
         step(random_tokens(2, 1, 1, 2))
 
 

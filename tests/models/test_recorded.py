@@ -1,4 +1,4 @@
-"""A recorded step of sampling ≡ the same step launched layer by layer. Shapes as in models/recorded.py."""
+"""A recorded step of sampling ≡ the same step launched layer by layer. Shapes as in models/rollout/recorded.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from models.attention import aten, reference
 from models.attention.merged import MergedAttention
 from models.decoder import RecordableCache, ThoughtCache
 from models.philox import Rng
-from models.recorded import RecordedStep
-from models.rollout import Answer, rollout
+from models.rollout import EAGER, Prediction, Preferred, Recorded
+from models.rollout.recorded import RecordedStep
 from models.thoughts import Anchors
-from tests.helpers import packed_text, relative_error, tiny_model
+from tests.helpers import packed_text, relative_error, rollout, tiny_model
 from tests.models.test_attention_kernels import torch_operators  # noqa: F401
 
 
@@ -92,47 +92,50 @@ def test_a_number_of_the_host_is_noticed():
     assert torch.equal(hidden, first)
 
 
-@pytest.mark.parametrize("answer", [None, Answer((8,), 4, (9,))])
-def test_thoughts_are_the_same(answer):
+@pytest.mark.parametrize("prediction", [None, Prediction((8,), 4, (9,))])
+def test_thoughts_are_the_same(prediction):
     model, anchors = tiny_model(), at_few()
     with torch.no_grad():
         state = model.read(anchors.text)
-    drawn, steps = [], []
+    sampled, steps = [], []
     run = RecordedStep._run
-    for records in (False, True):
-        model.records_steps = records
+    for engine in (EAGER, Recorded()):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RecordedStep, "_run", lambda self: steps.append(1) or run(self))
-            drawn.append(rollout(model, state, anchors, 3, 20, Rng(1, 2), close=(5,), answer=answer))
-        assert bool(steps) == records
-    for name, plain in vars(drawn[0]).items():
+            ends = dict(close=(5,), prediction=prediction)
+            sampled.append(rollout(model, state, anchors, 3, 20, Rng(1, 2), engine=engine, **ends))
+        assert bool(steps) == (engine is not EAGER)
+    for name, plain in vars(sampled[0]).items():
         if isinstance(plain, Tensor):
-            assert relative_error(vars(drawn[1])[name], plain) <= 1e-12, name
-    assert torch.equal(drawn[0].thoughts.tokens_BKSM, drawn[1].thoughts.tokens_BKSM)
+            assert relative_error(vars(sampled[1])[name], plain) <= 1e-12, name
+    assert torch.equal(sampled[0].thoughts.tokens_BKSM, sampled[1].thoughts.tokens_BKSM)
 
 
 def test_short_and_dense_rollouts_are_not_recorded(monkeypatch):
     model, anchors = tiny_model(), at_few()
-    model.records_steps = True
     monkeypatch.delattr(RecordedStep, "_run")
     with torch.no_grad():
         state = model.read(anchors.text)
-    rollout(model, state, anchors, 1, 16, Rng(0, 0))
-    rollout(model, state, Anchors.everywhere(anchors.text), 1, 20, Rng(0, 0))
+    engine = Preferred(Recorded(), EAGER)
+    rollout(model, state, anchors, 1, 16, Rng(0, 0), engine=engine)
+    rollout(model, state, Anchors.everywhere(anchors.text), 1, 20, Rng(0, 0), engine=engine)
     with pytest.raises(AttributeError, match="_run"):
-        rollout(model, state, anchors, 1, 17, Rng(0, 0))
+        rollout(model, state, anchors, 1, 17, Rng(0, 0), engine=engine)
+    with pytest.raises(ValueError, match="15 steps are too few to be worth recording, which takes 16"):
+        rollout(model, state, anchors, 1, 16, Rng(0, 0), engine=Recorded())
+    with pytest.raises(ValueError, match=r"no rollout engine supports this request \(Recorded: thoughts at every"):
+        rollout(model, state, Anchors.everywhere(anchors.text), 1, 20, Rng(0, 0), engine=Preferred(Recorded()))
 
 
 def test_kernels_that_count_on_the_host_are_refused():
     model, anchors = tiny_model(), at_few()
-    model.records_steps = True
     model.decoder.attention_backend = "aten"
     with torch.no_grad():
         state = model.read(anchors.text)
     with pytest.raises(
         ValueError, match="'aten' cannot serve this call: the number of own tokens is read on the device"
     ):
-        rollout(model, state, anchors, 1, 20, Rng(0, 0))
+        rollout(model, state, anchors, 1, 20, Rng(0, 0), engine=Recorded())
 
 
 def test_the_buffers_are_those_of_the_cache():

@@ -1,6 +1,6 @@
 """Sampling thoughts: what a draw depends on, and that sampled log-probs are scored ones.
 
-Shapes as in models/rollout.py.
+Shapes as in models/rollout.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import logprobs, native
+from models import logprobs
 from models.decoder import TextState
 from models.logprobs import token_logprobs
 from models.philox import Rng
-from models.rollout import Answer, rollout
+from models.rollout import EAGER, Native, Prediction
+from models.rollout.native import compiler
 from models.thoughts import PAD, START, Anchors, Text
-from tests.helpers import packed_text, relative_error, tiny_model
+from tests.helpers import packed_text, relative_error, rollout, tiny_model
 
 
 def sample(model, text, K=3, length=5, rng=None, temperature=1.0, anchors=None):
@@ -147,66 +148,66 @@ def test_rollout_leaves_no_gradient_and_later_passes_have_theirs():
         assert relative_error(model.get_parameter(name).grad, again.get_parameter(name).grad) <= 1e-6, name
 
 
-# Thoughts that end, and answers behind them
+# Thoughts that end, and predictions behind them
 
 OPEN, CLOSE, ASK, END = (7, 8), (9, 10), (11,), (12, 13)
 
 
-def draw(answer, length=6, given=OPEN, close=CLOSE, seed=3, allowed=()):
+def draw(prediction, length=6, prompt=OPEN, close=CLOSE, seed=3, allowed=()):
     """A model that mostly draws what ends things, so that all ways to end occur."""
     model, text = tiny_model(), packed_text([[30], [14, 9]], 30)
     model.ban(16, (0, 1, 2, 3, 4, 5, 9, 12))
     with torch.no_grad():
         state = model.read(text)
-    drawn = rollout(model, state, Anchors.everywhere(text), 4, length, Rng(seed, 0), 1.3, given, close, answer, allowed)
-    return model, state, text, drawn
+    ends = dict(prompt=prompt, close=close, prediction=prediction, allowed=allowed)
+    return model, state, text, rollout(model, state, Anchors.everywhere(text), 4, length, Rng(seed, 0), 1.3, **ends)
 
 
-def replayed(tokens: list[int], sampled: list[bool], answer, length: int) -> tuple[list[bool], bool, bool]:
-    """Which tokens of a finished thought must have been drawn, and whether it closed and answered: a plain reading."""
-    expected, closed, answered = [False] * len(OPEN), False, False
+def replayed(tokens: list[int], sampled: list[bool], prediction, length: int) -> tuple[list[bool], bool, bool]:
+    """Which tokens of a finished thought must have been drawn, and whether it closed and predicted: a plain reading."""
+    expected, closed, predicted = [False] * len(OPEN), False, False
     place = count = len(OPEN)
     while place < len(tokens) and count < len(OPEN) + length and not closed:
         expected.append(True)
         place, count = place + 1, count + 1
         closed = tokens[place - 2 : place] == list(CLOSE) and place - 2 >= len(OPEN)
-    if answer is not None:
-        forced = [*([] if closed else CLOSE), *answer.ask]
+    if prediction is not None:
+        forced = [*([] if closed else CLOSE), *prediction.prompt]
         assert tokens[place : place + len(forced)] == forced
         expected += [False] * len(forced)
         first = place = place + len(forced)
-        while place < len(tokens) and place < first + answer.length and not answered:
+        while place < len(tokens) and place < first + prediction.length and not predicted:
             expected.append(True)
             place += 1
-            answered = tuple(tokens[max(first, place - len(answer.end)) : place]) == answer.end
+            predicted = tuple(tokens[max(first, place - len(prediction.end)) : place]) == prediction.end
     assert place == len(tokens)
     assert sampled[: len(tokens)] == expected and not any(sampled[len(tokens) :])
-    return expected, closed, answered
+    return expected, closed, predicted
 
 
-@pytest.mark.parametrize("answer", [None, Answer(ASK, 4, END), Answer((), 3, END)])
-def test_thoughts_end_and_answer_as_a_plain_reading_says(answer):
-    _, _, text, drawn = draw(answer)
+@pytest.mark.parametrize("prediction", [None, Prediction(ASK, 4, END), Prediction((), 3, END)])
+def test_thoughts_end_and_predict_as_a_plain_reading_says(prediction):
+    _, _, text, drawn = draw(prediction)
     seen = set()
     for b, n in ((text.document_BN >= 0) & text.targets(1)[1]).nonzero().tolist():
         for k in range(4):
             tokens = [t for t in drawn.thoughts.tokens_BKSM[b, k, :, n].tolist() if t != PAD]
-            expected, closed, answered = replayed(tokens, drawn.sampled_BKSM[b, k, :, n].tolist(), answer, 6)
+            expected, closed, predicted = replayed(tokens, drawn.sampled_BKSM[b, k, :, n].tolist(), prediction, 6)
             assert closed == bool(drawn.closed_BKM[b, k, n])
-            if answer is not None:
-                assert answered == bool(drawn.answered_BKM[b, k, n])
-            assert drawn.answering_BKSM[b, k, :, n].sum() <= (answer.length if answer else 0)
-            seen.add((closed, answered))
-    assert len(seen) == (2 if answer is None else 4)
+            if prediction is not None:
+                assert predicted == bool(drawn.predicted_BKM[b, k, n])
+            assert drawn.predicting_BKSM[b, k, :, n].sum() <= (prediction.length if prediction else 0)
+            seen.add((closed, predicted))
+    assert len(seen) == (2 if prediction is None else 4)
 
 
 @pytest.mark.parametrize("anchors", ["few", "few, natively", "everywhere"])
 def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
     """Root mean squares: in fp32 within 1e-5 nats, in bf16 no further from the scoring pass than that is from fp32."""
     model = tiny_model(torch.float32, width=64, head_dim=16, ffn_width=128)
-    model.native_steps = anchors == "few, natively"
-    if model.native_steps and native.compiler() is None:
+    if anchors == "few, natively" and compiler() is None:
         pytest.skip("no C++ compiler")
+    engine = Native() if anchors == "few, natively" else EAGER
     text = packed_text([[20, 19], [40]], 40)
     few = Anchors(text, torch.tensor([[3, 8, 30], [5, -1, 39]]))
 
@@ -216,9 +217,8 @@ def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
         model.decoder.compute_dtype = dtype
         state = model.read(text)
         if thoughts is None:
-            drawn = rollout(
-                model, state, Anchors.everywhere(text) if anchors == "everywhere" else few, 8, 12, Rng(0, 2)
-            )
+            places = Anchors.everywhere(text) if anchors == "everywhere" else few
+            drawn = rollout(model, state, places, 8, 12, Rng(0, 2), engine=engine)
             return drawn.thoughts, drawn.logprobs_BKSM[:, :, 1:]
         hidden = model.think(thoughts, state)[:, :, :-1]
         return thoughts, token_logprobs(hidden, model.head_weight_VW, thoughts.tokens_BKSM[:, :, 1:])
@@ -231,7 +231,7 @@ def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
 
 
 def test_log_probs_of_draws_are_scored_ones():
-    model, state, _, drawn = draw(Answer(ASK, 4, END))
+    model, state, _, drawn = draw(Prediction(ASK, 4, END))
     with torch.no_grad():
         hidden = model.think(drawn.thoughts, state)
     banned = model.banned_V.clone()
@@ -244,13 +244,13 @@ def test_log_probs_of_draws_are_scored_ones():
     assert drawn.logprobs_BKSM[~drawn.sampled_BKSM].abs().max() == 0
 
 
-def test_an_answer_without_a_thought():
-    _, _, _, drawn = draw(Answer(ASK, 2), length=0)
+def test_a_prediction_without_a_thought():
+    _, _, _, drawn = draw(Prediction(ASK, 2), length=0)
     tokens = drawn.thoughts.tokens_BKSM
     assert tokens.shape[2] == 2 + 2 + 1 + 2
     assert (tokens[:, :, :5] == torch.tensor([*OPEN, *CLOSE, *ASK])[:, None]).all()
     assert drawn.sampled_BKSM[:, :, :5].sum() == 0 and drawn.sampled_BKSM[:, :, 5:].all()
-    assert drawn.answered_BKM.all() and not drawn.closed_BKM.any()
+    assert drawn.predicted_BKM.all() and not drawn.closed_BKM.any()
 
 
 def test_allowed_ids_can_be_drawn_though_they_are_banned():
@@ -271,7 +271,8 @@ def test_sampling_stops_early_only_where_all_agree():
     for agree in (bool, lambda here: False):
         model.all_agree = agree
         passes.clear()
-        drawn.append((rollout(model, state, Anchors.everywhere(text), 2, 30, Rng(0, 0), 2.0, (7,), (9,)), len(passes)))
+        ends = dict(prompt=(7,), close=(9,))
+        drawn.append((rollout(model, state, Anchors.everywhere(text), 2, 30, Rng(0, 0), 2.0, **ends), len(passes)))
     (early, few), (late, all_of_them) = drawn
     assert few < all_of_them == 30
     assert early.closed_BKM.all()

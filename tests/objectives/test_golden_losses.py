@@ -14,19 +14,15 @@ import torch
 
 from models.philox import Rng
 from models.thoughts import Text
-from objectives.base import Objective
-from objectives.next_token import NextToken
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from objectives.rlp import Rlp, RlpConfig
-from objectives.rpt import Rpt, RptConfig
-from tests.helpers import packed_text, tiny_model
+from objectives import NextToken, Objective, QuietStar, QuietStarConfig, Rlp, RlpConfig, Rpt, RptConfig, Template
+from tests.helpers import packed_text, step_of, tiny_model
 
 FILE = Path(__file__).parent.parent / "golden" / "losses.json"
 STEPS = 20
 OBJECTIVES: dict[str, Objective] = {
     "next_token": NextToken(),
     "quiet_star": QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2)),
-    "rlp": Rlp(RlpConfig(length=6, thoughts=4, next_token_weight=0.1), open_ids=(1, 2), close_ids=(3,)),
+    "rlp": Rlp(RlpConfig(length=6, thoughts=4, next_token_weight=0.1), Template((1, 2), (3,))),
     "rpt": Rpt(
         RptConfig(
             length=5,
@@ -35,7 +31,7 @@ OBJECTIVES: dict[str, Objective] = {
             template="forced",
             answer_length=2,
             hard_entropy=0.1,
-            drop_flat_from=9,
+            drop_zero_variance_from=9,
         ),
         open_ids=(1, 2),
         close_ids=(3,),
@@ -55,7 +51,7 @@ def losses(objective: Objective) -> dict[str, list[float]]:
     for step in range(STEPS):
         text = packed_text([[9, 5, 2], [16]], 16, seed=step)
         text = Text(text.tokens_BN % 7, text.document_BN, text.position_BN, text.sample_id_B + 2 * step)
-        output = objective(model, text, Rng(0, step))
+        output = step_of(objective, model, text, Rng(0, step))
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

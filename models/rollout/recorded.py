@@ -14,11 +14,42 @@ import torch
 from torch import Tensor
 
 from models.decoder import RecordableCache, TextState, ThoughtCache
+from models.rollout.eager import Eager, decoder_steps
+from models.rollout.request import NextTokens, RolloutRequest
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Anchors
 
 # Steps from which on recording is taken to pay for itself: a guess.
 WORTH_RECORDING = 16
+
+
+class Recorded(Eager):
+    """The prompt layer by layer, then one recorded step that is replayed for every token.
+
+    Not for sharded models, which gather their weights at every step: whoever shards leaves this engine out.
+    """
+
+    def supports(self, request: RolloutRequest) -> tuple[bool, str]:
+        if request.anchors.window is not None:
+            return False, "thoughts at every position are not recorded"
+        steps = request.slots - len(request.prompt) - 1
+        if steps < WORTH_RECORDING:
+            return False, f"{steps} steps are too few to be worth recording, which takes {WORTH_RECORDING}"
+        return True, ""
+
+    def steps(self, request: RolloutRequest) -> NextTokens:
+        first, cache = decoder_steps(request)
+        recorded: RecordedStep | None = None
+
+        def step(tokens_BKSM: Tensor) -> Tensor:
+            nonlocal recorded
+            if cache.length == 0:
+                return first(tokens_BKSM)
+            if recorded is None:
+                recorded = RecordedStep(request.model, request.anchors, request.state, cache)
+            return recorded(tokens_BKSM)
+
+        return step
 
 
 class RecordedStep:

@@ -124,7 +124,7 @@ template <class T, int ROWS = TILE>
 struct Shape {
   int64_t layers, width, ffn_width, heads, kv_heads, head_dim;
   int64_t anchors, thoughts;  // A, K
-  int64_t text_room, own_room;  // tokens that the packed keys of a text and of a thought have room for; 16 divides both
+  int64_t text_capacity, own_capacity;  // tokens that the packed keys of a text and of a thought can hold; 16 divides both
   int64_t low_precision;  // activations, weights, keys and values in bf16, not fp32
   float epsilon;
 };
@@ -267,11 +267,11 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
             rotated(from, cos + r * D, sin + r * D, D, turned);
           } else if (h < H + G) {
             rotated(from, cos + r * D, sin + r * D, D, from);
-            T* to = static_cast<T*>(layer.own_keys) + (r * G + g) * s.own_room * D + length / LANES * LANES * D;
+            T* to = static_cast<T*>(layer.own_keys) + (r * G + g) * s.own_capacity * D + length / LANES * LANES * D;
             for (long d = 0; d < D; d++)
               to[d / STEP<T> * LANES * STEP<T> + length % LANES * STEP<T> + d % STEP<T>] = from[d];
           } else {
-            T* to = static_cast<T*>(layer.own_values) + (r * G + g) * s.own_room * D + length / STEP<T> * STEP<T> * D;
+            T* to = static_cast<T*>(layer.own_values) + (r * G + g) * s.own_capacity * D + length / STEP<T> * STEP<T> * D;
             for (long d = 0; d < D; d++) to[d * STEP<T> + length % STEP<T>] = from[d];
           }
         }
@@ -280,7 +280,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       for (long i = 0; i < span_count; i++)
         for (long g = 0; g < G; g++) {
           const Span& span = spans[i];
-          const long place = (span.row * G + g) * s.text_room * D, queries = K * J;
+          const long place = (span.row * G + g) * s.text_capacity * D, queries = K * J;
           for (long r = 0; r < queries; r += TILE) {
             const long to = (i * G + g) * queries + r;
             attend<T>(std::min(TILE, queries - r), &query[((span.anchor * G + g) * queries + r) * D], D,
@@ -293,7 +293,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
 #pragma omp for schedule(dynamic) collapse(2)
       for (long r = 0; r < R; r++)
         for (long g = 0; g < G; g++) {
-          const long a = r / K, place = (r * G + g) * s.own_room * D;
+          const long a = r / K, place = (r * G + g) * s.own_capacity * D;
           std::vector<float> out(TILE * D);
           for (long j = 0; j < J; j += TILE) {
             float highest[TILE], sum[TILE];

@@ -28,6 +28,8 @@ from torch import Tensor
 from models.attention import asked_backend
 from models.decoder import Block, TextState
 from models.precision import Linear, kept, working_copy
+from models.rollout.eager import Eager
+from models.rollout.request import NextTokens, RolloutRequest
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors
 
@@ -41,7 +43,7 @@ _POINTERS = (
     "text_keys", "text_values", "own_keys", "own_values",
 )  # fmt: skip
 _SIZES = (
-    "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "thoughts", "text_room", "own_room",
+    "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "thoughts", "text_capacity", "own_capacity",
     "low_precision",
 )  # fmt: skip
 
@@ -91,45 +93,56 @@ def _run(compiler: str, *arguments: str) -> None:
         raise RuntimeError(f"{compiler} cannot compile native.cpp; leave the key compile out: {said}")
 
 
-def takes_native_steps(model: ThinkingModel, anchors: Anchors, state: TextState) -> bool:
-    """Whether the model asks for them and they can be had: at a few anchors, on a CPU, in fp32 or bf16, with sizes that
-    fill the kernel's panels, and where no attention backend was asked for."""
-    config, hidden = model.decoder.config, state.hidden_BNW
-    return (
-        model.native_steps
-        and anchors.window is None
-        and hidden.device.type == "cpu"
-        and hidden.dtype in (torch.float32, torch.bfloat16)
-        and not any(size % LANES for size in (config.width, config.ffn_width, config.head_dim))
-        and asked_backend(model.decoder.attention_backend) is None
-    )
+class Native(Eager):
+    """Steps of a compiled kernel, at a few anchors on a CPU, where no attention backend was asked for.
+
+    Not for sharded models, whose weights no rank has: whoever shards leaves this engine out.
+    """
+
+    def supports(self, request: RolloutRequest) -> tuple[bool, str]:
+        config, hidden = request.model.decoder.config, request.state.hidden_BNW
+        backend = asked_backend(request.model.decoder.attention_backend)
+        reasons = {
+            "thoughts at every position are not its shape": request.anchors.window is not None,
+            f"it runs on a CPU, the model is on {hidden.device.type}": hidden.device.type != "cpu",
+            f"it computes in fp32 and bf16, not in {hidden.dtype}": hidden.dtype not in (torch.float32, torch.bfloat16),
+            f"width, FFN width and head size must be multiples of {LANES}": any(
+                size % LANES for size in (config.width, config.ffn_width, config.head_dim)
+            ),
+            f"attention backend {backend!r} was asked for": backend is not None,
+        }
+        reason = next((reason for reason, applies in reasons.items() if applies), "")
+        return not reason, reason
+
+    def steps(self, request: RolloutRequest) -> NextTokens:
+        return NativeStep(request.model, request.anchors, request.state, request.thoughts, request.slots)
 
 
 class NativeStep:
     """Called with the next S tokens of each thought, int64 [B, K, S, M] → hidden states [B, K, 1, M, W] of the last.
 
     The numbers are those of `continue_thoughts`, up to the order of sums: per row, whatever rows there are beside it.
-    It holds its own copy of the text's keys and values, and those of up to `room` tokens of each thought.
+    It holds its own copy of the text's keys and values, and those of up to `capacity` tokens of each thought.
     """
 
-    def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, thoughts: int, room: int):
+    def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, thoughts: int, capacity: int):
         config, (B, M) = model.decoder.config, anchors.index_BM.shape
-        self._model, self._anchors, self._room, self._length = model, anchors, room, 0
+        self._model, self._anchors, self._capacity, self._length = model, anchors, capacity, 0
         self._dtype = dtype = state.hidden_BNW.dtype
         N = state.text.shape[1]
-        text_room, own_room = filled_up(N), filled_up(room)
+        text_capacity, own_capacity = filled_up(N), filled_up(capacity)
         R, G, D = B * M * thoughts, config.kv_heads, config.head_dim
         # Zeros, because what lies behind the last token is multiplied by shares of zero.
-        own = [torch.zeros(2, R, G, own_room * D, dtype=dtype) for _ in range(config.layers)]
+        own = [torch.zeros(2, R, G, own_capacity * D, dtype=dtype) for _ in range(config.layers)]
         text = [
-            (_packed_keys(k, text_room), _packed_values(v, text_room))
+            (_packed_keys(k, text_capacity), _packed_values(v, text_capacity))
             for k, v in zip(state.keys, state.values, strict=True)
         ]
         weights = [_weights(cast(Block, block), dtype) for block in model.decoder.layers]
         self._held = list(zip(weights, text, own, strict=True))
         self._shape = _Shape(
             config.layers, config.width, config.ffn_width, config.heads, G, D,
-            B * M, thoughts, text_room, own_room, dtype == torch.bfloat16, config.rms_norm_eps,
+            B * M, thoughts, text_capacity, own_capacity, dtype == torch.bfloat16, config.rms_norm_eps,
         )  # fmt: skip
         self._layers = (_Layer * config.layers)(
             *(_Layer(*map(_address, (*weights, *text, *own))) for weights, text, own in self._held)
@@ -144,8 +157,8 @@ class NativeStep:
         return hidden_BK1MW
 
     def _one(self, token_BK1M: Tensor) -> Tensor:
-        if self._length == self._room:
-            raise ValueError(f"there is room for {self._room} tokens of a thought, and they are all there")
+        if self._length == self._capacity:
+            raise ValueError(f"thought cache is full ({self._capacity} tokens)")
         decoder, anchors, (B, K, _, M) = self._model.decoder, self._anchors, token_BK1M.shape
         decoder.check_positions(anchors.text.shape[1] + self._length + 1)
         x_BMKW = self._model.embed_thoughts(token_BK1M)[:, :, 0].transpose(1, 2).contiguous()
@@ -159,7 +172,7 @@ class NativeStep:
 
 
 def filled_up(tokens: int) -> int:
-    """How many tokens there is room for in keys and values that are to hold so many."""
+    """The capacity of keys and values that are to hold so many tokens: whole panels."""
     return -(-tokens // LANES) * LANES
 
 
@@ -218,14 +231,14 @@ def _panels(parts: Sequence[Tensor], alternating: bool = False) -> Tensor:
     return packed
 
 
-def _packed_keys(k_BNGD: Tensor, room: int) -> Tensor:
-    """[B, G, room / L, D / E, L, E], flat."""
-    k_BTGD = F.pad(k_BNGD.detach(), (0, 0, 0, 0, 0, room - k_BNGD.shape[1]))
+def _packed_keys(k_BNGD: Tensor, capacity: int) -> Tensor:
+    """[B, G, capacity / L, D / E, L, E], flat."""
+    k_BTGD = F.pad(k_BNGD.detach(), (0, 0, 0, 0, 0, capacity - k_BNGD.shape[1]))
     return _panels([k_BTGD.transpose(1, 2).flatten(0, 2)])
 
 
-def _packed_values(v_BNGD: Tensor, room: int) -> Tensor:
-    """[B, G, room / E, D, E]."""
+def _packed_values(v_BNGD: Tensor, capacity: int) -> Tensor:
+    """[B, G, capacity / E, D, E]."""
     E = 4 // v_BNGD.element_size()
-    v_BTGD = F.pad(v_BNGD.detach(), (0, 0, 0, 0, 0, room - v_BNGD.shape[1]))
+    v_BTGD = F.pad(v_BNGD.detach(), (0, 0, 0, 0, 0, capacity - v_BNGD.shape[1]))
     return v_BTGD.unflatten(1, (-1, E)).permute(0, 3, 1, 4, 2).contiguous()
