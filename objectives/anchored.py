@@ -110,8 +110,8 @@ class AnchoredBatch(Batch):
 class Policy:
     """The policy's part of a loss.
 
-    surrogate: Σ_i 1/|c_i| Σ_u of the clipped surrogate, per thought. tokens_J, logprob_J (with gradient), old_J: of
-    each sampled token that counts, which `where_BKSM` marks, under the policy and when it was sampled. weight_J: 1/|c_i|.
+    surrogate: Σ_i 1/|c_i| Σ_u of the clipped surrogate. tokens_J, logprob_J (with gradient), old_J: of each sampled
+    token that counts, which `where_BKSM` marks, under the policy and when it was sampled. weight_J: 1/|c_i|.
     """
 
     surrogate: Tensor

@@ -25,7 +25,7 @@ from models.philox import Rng
 from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.base import Counts, Objective, Term, ThoughtRecord
+from objectives.base import Counts, Objective, ThoughtRecord
 from objectives.metrics import Means
 
 
@@ -72,9 +72,20 @@ class Step:
         """
         counts = self.counts if counts is None else counts
         for i, part in enumerate(self.parts):
-            state = self.model.read(part)
-            sampled = self._sample(state.detached()) if self._sampled is None else self._sampled[i]
-            yield from text_losses(self.objective, self.model, state, sampled, counts)
+            if self.objective.anchors_at_once is None:
+                # A function of its own, so that nothing but the loss's graph is alive during its backward.
+                yield self._at_once(i, part, counts)
+            else:
+                state, sampled = self._read(i, part)
+                yield from in_chunks(self.objective, self.model, state, sampled, counts)
+
+    def _at_once(self, i: int, part: Text, counts: Counts) -> StepOutput:
+        state, sampled = self._read(i, part)
+        return at_once(self.objective, self.model, state, sampled, counts)
+
+    def _read(self, i: int, part: Text) -> tuple[TextState, Sampled]:
+        state = self.model.read(part)
+        return state, self._sample(state.detached()) if self._sampled is None else self._sampled[i]
 
     @torch.no_grad()
     def _sample(self, state: TextState) -> Sampled:
@@ -93,19 +104,23 @@ class Sampled:
         return Sampled(batch, [] if batch is None else batch.chunks(objective.anchors_at_once))
 
 
-def text_losses(
+def at_once(
+    objective: Objective, model: ThinkingModel, state: TextState, sampled: Sampled, counts: Counts
+) -> StepOutput:
+    """The loss of a text that was read, with all of its thoughts."""
+    text = objective.text_terms(model, state, sampled.batch)
+    terms, metrics, record = text.terms, text.metrics, None
+    for chunk in sampled.chunks:
+        part = objective.thought_terms(model, state, chunk, text)
+        terms, metrics, record = terms + part.terms, metrics | part.metrics, part.record
+    return StepOutput(_sum(term.loss(counts) for term in terms), metrics, record)
+
+
+def in_chunks(
     objective: Objective, model: ThinkingModel, state: TextState, sampled: Sampled, counts: Counts
 ) -> Iterator[StepOutput]:
-    """The losses of a text that was read: a single one if all thoughts are held at once, else one for each chunk of
-    anchors and then the text's, which backpropagates their accumulated gradient."""
+    """One loss per chunk of anchors, then the text's, which backpropagates their accumulated gradient."""
     text = objective.text_terms(model, state, sampled.batch)
-    if len(sampled.chunks) == 0 or objective.anchors_at_once is None:
-        terms, metrics, record = text.terms, text.metrics, None
-        for chunk in sampled.chunks:
-            part = objective.thought_terms(model, state, chunk, text)
-            terms, metrics, record = terms + part.terms, metrics | part.metrics, part.record
-        yield StepOutput(_sum(term.loss(counts) for term in terms), metrics, record)
-        return
     trunk, records = Trunk(state), []
     for chunk in sampled.chunks:
         part = objective.thought_terms(model, trunk.state, chunk, text)

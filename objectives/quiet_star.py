@@ -189,7 +189,7 @@ class QuietStar(Objective):
         return QuietStarTextPart([term], {"nll_text": Mean.over(ce_BN, valid_BN)}, ce_BN=ce_BN)
 
     def thought_terms(self, model: ThinkingModel, state: TextState, batch: QuietStarBatch, text: Any) -> ThoughtPart:
-        """Mixed predictions of the tokens ahead, rewards, advantages, and the policy's log-probs, from a single pass."""
+        """Mixed predictions of the tokens ahead, rewards, advantages and the policy's log-probs, from a single pass."""
         c, thoughts, window = self.config, batch.thoughts, batch.anchors.window
         assert window is not None
         L, A, K, here = c.L, c.A, c.thoughts, slice(*window)

@@ -241,7 +241,7 @@ class Rpt(Anchored):
         """A response's token as text. Closing tag and end of the box are read even where they are control tokens."""
         spelled = self.token_bytes[token]
         if spelled is None:
-            for ids, text in ((self.close_ids, self.config.close), (self.box_ids[1], self.config.box_close)):
+            for ids, text in ((self.template.close, self.config.close), (self.box_ids[1], self.config.box_close)):
                 if ids == (token,):
                     return text.encode()
         return spelled or b""

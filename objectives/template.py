@@ -3,7 +3,8 @@ write it; then, where a prediction in words is wanted, what asks for it.
 
     text up to the anchor [instruction] <think> the body </think> the true tokens
 
-Shapes: B rows, M anchors of a row, K thoughts of an anchor, L tokens of a body, S all tokens of a thought, V vocabulary.
+Shapes: B rows, M anchors of a row, K thoughts of an anchor, L tokens of a body, S all tokens of a thought, T tokens
+appended, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from objectives.base import SettingError, Vocabulary
 
 @dataclass(frozen=True)
 class Template:
-    """Token ids. open: of instruction and opening tag, the prompt of every thought. close: of the closing tag. ask: what
-    stands between it and a prediction. allowed: ids a thought may contain though they are control tokens, beside those
-    of `close`."""
+    """Token ids. open: of instruction and opening tag, the prompt of every thought. close: of the closing tag. ask:
+    between it and a prediction. allowed: ids a thought may contain though they are control tokens, beside `close`."""
 
     open: tuple[int, ...]
     close: tuple[int, ...]

@@ -17,7 +17,7 @@ from models.rollout import EAGER, Engine, Rollout, RolloutRequest
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
 from objectives.base import Batch, Counts, Objective, ThoughtRecord
-from objectives.driver import Sampled, Step, text_losses
+from objectives.driver import Sampled, Step, at_once
 from objectives.metrics import Means
 
 
@@ -107,7 +107,7 @@ def sampled(objective: Objective, model: ThinkingModel, text: Text, rng: Rng, en
 
 def scored(objective: Objective, model: ThinkingModel, state: TextState, batch: Batch, counts: Counts) -> Output:
     """One update of a batch whose thoughts are held at once."""
-    (output,) = text_losses(objective, model, state, Sampled.of(objective, batch), counts)
+    output = at_once(objective, model, state, Sampled.of(objective, batch), counts)
     return Output(output.loss, output.metrics, output.record, 0)
 
 

@@ -43,8 +43,8 @@ _POINTERS = (
     "text_keys", "text_values", "own_keys", "own_values",
 )  # fmt: skip
 _SIZES = (
-    "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "thoughts", "text_capacity", "own_capacity",
-    "low_precision",
+    "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "thoughts", "text_capacity",
+    "own_capacity", "low_precision",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
 from objectives.template import Template
-from tests.helpers import packed_text, step_of, tiny_model
+from tests.helpers import packed_text, sampled, step_of, tiny_model
 
 N = 16
 
@@ -102,6 +102,28 @@ def test_rlp(positions, closes):
         ) // 2
         total += passes * flops.attention(model.decoder.config, K * tokens * (M * N - prefix) + M * K * own)
     assert reported + total == pytest.approx(seen, rel=0.005)
+
+
+@pytest.mark.parametrize("template", ["forced", "free"])
+def test_rpt(template):
+    """Sampling ahead takes a reading of its own; the reference meets every text key with every token."""
+    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model.decoder.attention_backend = "reference"
+    K, P, L = 4, 2, 5
+    config = RptConfig(length=L, thoughts=K, anchors_per_document=2, template=template, answer_length=3, hard_entropy=0)
+    rpt = Rpt(config, (1, 2), (3,), [b"a"] * 61, ((), ()), () if template == "forced" else (60,))
+    batch = sampled(rpt, model, text, Rng(0, 0))
+    anchors, S = batch.anchors, batch.rollout.thoughts.tokens_BKSM.shape[2]
+    prefix = sum(end - start for _, _, start, end in anchors.prefixes)
+    M = anchors.index_BM.numel()
+    text_pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
+    c = model.decoder.config
+    total = (1 + 3) * flops.attention(c, 2 * N * N - text_pairs)
+    # Step by step a token meets the keys it may see, but the prompt's tokens all of the prompt's.
+    for tokens, passes, own in ((S - 1, 1, P * (P - 1) // 2), (S, 3, S * (S - 1) // 2)):
+        total += passes * flops.attention(c, K * tokens * (M * N - prefix) + M * K * own)
+    seen, reported = counted(rpt, model, text)
+    assert reported + total == pytest.approx(seen, rel=0.03)
 
 
 @pytest.mark.parametrize("objective", [NextToken(), QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2))])

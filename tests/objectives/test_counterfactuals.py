@@ -1,6 +1,6 @@
-"""The conditions of the causal test by hand, and that each is scored as the explicit sequence it stands for.
+"""The conditions of the counterfactual test by hand, and that each is scored as the explicit sequence it stands for.
 
-Shapes as in objectives/causal.py.
+Shapes as in objectives/counterfactuals.py.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 
 from models.philox import Rng
-from models.thoughts import PAD, Anchors, Thoughts
-from objectives.causal import CausalTest
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from objectives.rlp import Rlp, RlpConfig
+from models.thoughts import END, PAD, START, Anchors, Thoughts
+from objectives import CounterfactualTest, QuietStar, QuietStarConfig, Rlp, RlpConfig, Template
 from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
 
 RNG = Rng(4, 2)
@@ -25,7 +23,7 @@ def test_conditions_by_hand():
     source = packed_text([[6], [6]], 6)
     anchors = Anchors(source, torch.tensor([[1, 3], [2, -1]]))
     body = torch.tensor([[[21, 31], [22, PAD], [23, PAD]], [[41, 99], [42, 99], [PAD, 99]]])
-    test = CausalTest(5, {(7, 1): (1, 2), (8, 2): (3,)})
+    test = CounterfactualTest(5, {(7, 1): (1, 2), (8, 2): (3,)})
     found = test.conditions(body, anchors, anchors.index_BM >= 0, RNG)
     assert list(found) == ["own", "other", "shuffled", "filler", "right"]
     assert found["own"] is body
@@ -43,24 +41,24 @@ def test_conditions_by_hand():
     assert order(RNG) == tuple(columns(found["shuffled"], 0, 0))
     assert len({order(Rng(0, step)) for step in range(60)}) == 6
     alone = Anchors(source, torch.tensor([[1], [-1]]))
-    assert "other" not in CausalTest(5).conditions(body[:, :, :1], alone, alone.index_BM >= 0, RNG)
-    assert "right" not in CausalTest(5).conditions(body, anchors, anchors.index_BM >= 0, RNG)
+    assert "other" not in CounterfactualTest(5).conditions(body[:, :, :1], alone, alone.index_BM >= 0, RNG)
+    assert "right" not in CounterfactualTest(5).conditions(body, anchors, anchors.index_BM >= 0, RNG)
 
 
 def test_rlps_conditions_are_scored_as_explicit_sequences():
     model, source = tiny_model(), packed_text([[6, 5], [11], [2, 1, 8]], 11)
     model.ban(14, (0, 1, 9))
-    rlp = Rlp(RlpConfig(length=5, thoughts=4, anchors_per_document=2), (7, 8), (9,))
+    rlp = Rlp(RlpConfig(length=5, thoughts=4, anchors_per_document=2), Template((7, 8), (9,)))
     index = rlp.evaluate(model, source, RNG).thoughts.anchors.index_BM
     places = [(b, m, int(index[b, m])) for b, m in (index >= 0).nonzero().tolist()]
     # Of the first anchor the right thought is what the model says anyway; of the others it is not.
     plain = rlp.evaluate(model, source, RNG)
     own = {(b, m): [t for t in plain.thoughts.tokens_BKSM[b, 0, :, m].tolist() if t != PAD][2:-1] for b, m, _ in places}
     solutions = {(7 + b, n): tuple(own[b, m]) if i == 0 else (3, 4, 5) for i, (b, m, n) in enumerate(places)}
-    test = CausalTest(6, solutions)
+    test = CounterfactualTest(6, solutions)
     scores = rlp.evaluate(model, source, RNG, test)
-    assert set(scores.causal_nll_BN) == {"own", "other", "shuffled", "filler", "right"}
-    assert torch.equal(scores.causal_nll_BN["own"], scores.thought_nll_BN)
+    assert set(scores.counterfactual_nll_BN) == {"own", "other", "shuffled", "filler", "right"}
+    assert torch.equal(scores.counterfactual_nll_BN["own"], scores.thought_nll_BN)
     target_BN, _ = source.targets(1)
     width = max(map(len, own.values()))
     body = torch.full((3, width, index.shape[1]), PAD)
@@ -74,7 +72,7 @@ def test_rlps_conditions_are_scored_as_explicit_sequences():
             hidden = explicit_hidden(model, source, Thoughts(whole, plain.thoughts.anchors), b, 0, m)[-1]
             logits = (hidden @ model.head_weight_VW.T).log_softmax(-1)
             truth = -logits[target_BN[b, n]]
-            assert relative_error(scores.causal_nll_BN[condition][b, n], truth) <= 1e-12, condition
+            assert relative_error(scores.counterfactual_nll_BN[condition][b, n], truth) <= 1e-12, condition
             if condition == "own":
                 assert bool(scores.thought_correct_BN[b, n]) == (logits.argmax() == target_BN[b, n]).item()
     for i, (b, _, n) in enumerate(places):
@@ -84,21 +82,28 @@ def test_rlps_conditions_are_scored_as_explicit_sequences():
 
 
 def test_quiet_stars_conditions_swap_whole_thoughts():
-    """After another position's thought: the same as a model forced to think it there."""
+    """After another position's thought: the same as a model forced to think it there. A right one has any length."""
     model, source = tiny_model(), packed_text([[6, 5], [11]], 11)
     quiet = QuietStar(QuietStarConfig(length=3, lookahead=2))
-    scores = quiet.evaluate(model, source, RNG, CausalTest(6))
-    assert set(scores.causal_nll_BN) == {"own", "other", "shuffled", "filler"}
+    plain = quiet.evaluate(model, source, RNG, CounterfactualTest(6))
+    assert set(plain.counterfactual_nll_BN) == {"own", "other", "shuffled", "filler"} and plain.right_BN is None
+    own = tuple(plain.thoughts.tokens_BKSM[1, 0, 1:4, 4].tolist())
+    test = CounterfactualTest(6, {(7, 2): (3, 4, 5, 9, 9), (7, 7): (), (8, 4): own})
+    scores = quiet.evaluate(model, source, RNG, test)
+    assert set(scores.counterfactual_nll_BN) == {"own", "other", "shuffled", "filler", "right"}
+    known = {(b, n): scores.right_BN[b, n].item() for b, n in (~scores.right_BN.isnan()).nonzero().tolist()}
+    assert known == {(0, 2): 0.0, (0, 7): 0.0, (1, 4): 1.0}
     thoughts = scores.thoughts
     target_BN, valid_BN = source.targets(1)
-    bodies = CausalTest(6).conditions(thoughts.tokens_BKSM[:, 0, 1:4], thoughts.anchors, valid_BN, RNG)
+    bodies = test.conditions(thoughts.tokens_BKSM[:, 0, 1:4], thoughts.anchors, valid_BN, RNG)
     text_BNW = model.read(source).hidden_BNW
     for condition, body_BLN in bodies.items():
-        tokens = thoughts.tokens_BKSM.clone()
-        tokens[:, 0, 1:4] = body_BLN
         for b, n in valid_BN.nonzero().tolist():
+            written = torch.tensor([START, *columns(body_BLN, b, n), END])
+            tokens = torch.zeros(2, 1, len(written), 11, dtype=torch.int64)
+            tokens[b, 0, :, n] = written
             hidden = explicit_hidden(model, source, Thoughts(tokens, thoughts.anchors), b, 0, n)[-1]
             w = model.mixing_head(text_BNW[b, n], hidden)
             mixed = (1 - w) * text_BNW[b, n] + w * hidden
             truth = -(mixed @ model.head_weight_VW.T).log_softmax(-1)[target_BN[b, n]]
-            assert relative_error(scores.causal_nll_BN[condition][b, n], truth) <= 1e-11, condition
+            assert relative_error(scores.counterfactual_nll_BN[condition][b, n], truth) <= 1e-11, condition

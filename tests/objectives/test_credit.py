@@ -11,7 +11,7 @@ from objectives.credit import (
     clipped_surrogate,
     discounted,
     group_mean_advantage,
-    has_spread,
+    has_variance,
     information_gain,
     kl_to_reference,
     leave_one_out_advantage,
@@ -81,8 +81,8 @@ def test_positive_part():
     assert torch.equal(positive_part(tensor(-1.0, 0.0, 2.0)), tensor(0.0, 0.0, 2.0))
 
 
-def test_has_spread():
-    assert has_spread(tensor([[1.0, 4.0], [1.0, 5.0]])).tolist() == [[[False, True]]]
+def test_has_variance():
+    assert has_variance(tensor([[1.0, 4.0], [1.0, 5.0]])).tolist() == [[[False, True]]]
 
 
 def test_reinforce():

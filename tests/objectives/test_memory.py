@@ -6,20 +6,20 @@ Shapes as in the objectives.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
+import pydantic
 import pytest
 import torch
 
 from models.decoder import Block, Trunk
+from models.flops import Ledger
 from models.philox import Rng
+from models.rollout import eager
 from models.thoughts import Anchors, Text
-from objectives.base import Objective
-from objectives.next_token import NextToken
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from objectives.rlp import Rlp, RlpConfig
-from objectives.rpt import Rpt, RptConfig
-from tests.helpers import LiveBytes, packed_text, relative_error, tiny_model
+from objectives import NextToken, Objective, QuietStar, QuietStarConfig, Rlp, RlpConfig, Rpt, RptConfig, Step, Template
+from tests.helpers import LiveBytes, packed_text, relative_error, step_of, tiny_model
 
 RNG = Rng(seed=3, step=1)
 OPEN, CLOSE = (7, 8), (9,)
@@ -40,7 +40,7 @@ BYTES = [b"ab" if token == 6 else b"ab"[token % 2 :][:1] for token in range(60)]
 
 def make(config) -> Objective:
     if isinstance(config, RlpConfig):
-        return Rlp(config, OPEN, CLOSE)
+        return Rlp(config, Template(OPEN, CLOSE))
     if isinstance(config, RptConfig):
         return Rpt(config, OPEN, CLOSE, BYTES, ((11,), (12,)))
     return QuietStar(config) if isinstance(config, QuietStarConfig) else NextToken()
@@ -71,7 +71,7 @@ def test_activation_checkpointing_changes_memory_alone(config, monkeypatch):
         model.decoder.activation_checkpointing = checkpointing
         model.zero_grad(set_to_none=True)
         passes.clear()
-        output = make(config)(model, text(), RNG)
+        output = step_of(make(config), model, text(), RNG)
         forward = passes.count(True)
         output.loss.backward()
         assert passes.count(True) == (2 if checkpointing else 1) * forward
@@ -83,19 +83,32 @@ def test_activation_checkpointing_changes_memory_alone(config, monkeypatch):
     assert output.flops > plain.flops
 
 
-def taken_apart(objective, model, source, rng=RNG, factor: float = 1.0, prepared=None):
+def taken_apart(objective, model, source, rng=RNG, factor: float = 1.0):
     """Loss, metrics, FLOPs, record and gradients of all parts of a step, and how many there were."""
-    model.zero_grad(set_to_none=True)
-    loss, metrics, flops, records, parts = 0.0, {}, 0, [], 0
-    for output in objective.losses(model, source, rng, None, prepared):
-        (output.loss * factor).backward()
-        loss, flops, parts = loss + output.loss.detach(), flops + output.flops, parts + 1
-        records += [output.record] if output.record is not None else []
-        for name, mean in output.metrics.items():
-            pair = torch.stack([mean.sum, mean.count])
-            metrics[name] = metrics[name] + pair if name in metrics else pair
-    assert len(records) == 1
-    return loss, metrics, flops, records[0], gradients(model), parts
+    (taken,) = updates_apart(objective, model, source, rng, factor)
+    return taken
+
+
+def updates_apart(objective, model, source, rng=RNG, factor: float = 1.0):
+    """The same of each update of a step; FLOPs with those of all updates before. Weights move between them."""
+    with Ledger() as ledger:
+        step = Step(objective, model, [source], rng)
+        for update in range(step.updates):
+            model.zero_grad(set_to_none=True)
+            if update > 0:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            loss, metrics, records, parts = 0.0, {}, [], 0
+            for output in step.losses():
+                (output.loss * factor).backward()
+                loss, parts = loss + output.loss.detach(), parts + 1
+                records += [output.record] if output.record is not None else []
+                for name, mean in output.metrics.items():
+                    pair = torch.stack([mean.sum, mean.count])
+                    metrics[name] = metrics[name] + pair if name in metrics else pair
+            assert len(records) == 1
+            yield loss, metrics, ledger.total, records[0], gradients(model), parts
 
 
 def assert_the_same(got, whole) -> None:
@@ -126,7 +139,7 @@ QUIET_STARS = {
 @pytest.mark.parametrize("config", QUIET_STARS.values(), ids=QUIET_STARS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_quiet_star_in_parts_is_quiet_star(config, at_once, checkpointing):
-    # Of all words: two thoughts alike are paid the rounding error between them, or not, and so counted or not.
+    # Of all words: two thoughts alike are rewarded the rounding error between them, or not, and so counted or not.
     model = tiny_model()
     whole = taken_apart(QuietStar(config), model, text())
     model.decoder.activation_checkpointing = checkpointing
@@ -145,7 +158,9 @@ ANCHORED = {
     "rlp, controls": dataclasses.replace(RLP, shuffle_rewards=True, unclosed="drop", reward_clip=0.5),
     "rlp, two updates": dataclasses.replace(RLP, updates=2, kl_weight=0.3),
     "rpt": RPT,
-    "rpt, spread": dataclasses.replace(RPT, drop_flat_from=0, positions="hard", hard_entropy=0.1),
+    "rpt, zero-variance groups": dataclasses.replace(
+        RPT, drop_zero_variance_from=0, positions="hard", hard_entropy=0.1
+    ),
     "rpt, two updates": dataclasses.replace(RPT, updates=2),
 }
 
@@ -161,13 +176,7 @@ def test_few_anchors_in_parts_are_all_of_them(config, at_once):
             # A teacher that is not the model: else there is nothing to learn from the distance to it.
             objective.teacher._model = tiny_model(seed=4).requires_grad_(False)
             objective.teacher._model.ban(14, (0, 1, 4, 5, 9))
-        prepared, taken = objective.prepare(model, text(), RNG), []
-        for _ in range(objective.updates):
-            taken.append(taken_apart(objective, model, text(), prepared=prepared))
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        results.append(taken)
+        results.append(list(updates_apart(objective, model, text())))
     whole, parts = results
     M = whole[0][3].thoughts.anchors.index_BM.shape[1]
     assert parts[0][-1] == math.ceil(M / at_once) + 1
@@ -196,7 +205,7 @@ def test_a_factor_on_every_loss_is_one_on_the_gradient(config):
 def test_without_what_the_parts_send_into_the_text_gradients_are_wrong(config, monkeypatch):
     model = thinker()
     truth = taken_apart(make(dataclasses.replace(config, anchors_at_once=None)), model, text())[4]
-    monkeypatch.setattr(Trunk, "carry", lambda self: sum(0.0 * x.sum() for x in self._read.tensors))
+    monkeypatch.setattr(Trunk, "accumulated_gradient", lambda self: sum(0.0 * x.sum() for x in self._read.tensors))
     got = taken_apart(make(config), model, text())[4]
     errors = {name: relative_error(got[name], truth[name]) for name in truth}
     assert max(errors.values()) > 1e-2
@@ -215,7 +224,7 @@ def test_a_trunk_gathers_in_the_accumulation_dtype(monkeypatch):
         weight.grad, trunk = None, Trunk(model.read(text()))
         for factor in factors:
             (trunk.state.hidden_BNW.float().sum() * factor).backward()
-        trunk.carry().backward()
+        trunk.accumulated_gradient().backward()
         return weight.grad.clone()
 
     got, weight.grad = gathered(), None
@@ -265,9 +274,27 @@ def test_ranks_agree_on_how_many_parts_there_are():
 
 def test_parts_of_no_size_are_refused():
     for config in (QUIET, RLP, RPT):
-        assert dataclasses.replace(config, anchors_at_once=0).problems() == [
-            "anchors_at_once must be at least 1, got 0"
-        ]
+        for name in ("anchors_at_once", "sampled_at_once"):
+            with pytest.raises(pydantic.ValidationError, match=f"{name}\n.*greater than or equal to 1"):
+                pydantic.TypeAdapter(type(config)).validate_json(json.dumps({name: 0}))
+
+
+@pytest.mark.parametrize("config", [QUIET, RLP, RPT], ids=["quiet_star", "rlp", "rpt"])
+def test_how_many_are_sampled_at_once_changes_no_thought(config, monkeypatch):
+    """And is apart from how many are held with gradient at once."""
+    whole = taken_apart(make(config), thinker(), text())
+    M, sizes, sample = whole[3].thoughts.anchors.index_BM.shape[1], [], eager._sample
+    monkeypatch.setattr(
+        eager, "_sample", lambda request, step: sizes.append(request.anchors.index_BM.shape[1]) or sample(request, step)
+    )
+    for at_once, sampled_at_once in ((None, 3), (2, None), (2, M), (4, 3)):
+        sizes.clear()
+        changed = dataclasses.replace(config, anchors_at_once=at_once, sampled_at_once=sampled_at_once)
+        got = taken_apart(make(changed), thinker(), text())
+        assert max(sizes) == (sampled_at_once or at_once) and sum(sizes) >= M
+        assert torch.equal(got[3].thoughts.tokens_BKSM, whole[3].thoughts.tokens_BKSM)
+        assert got[-1] == (1 if at_once is None else math.ceil(M / at_once) + 1)
+        assert max(relative_error(got[4][n], whole[4][n]) for n in whole[4]) <= 1e-10
 
 
 # How much memory it is
@@ -281,7 +308,7 @@ def peak_bytes(config, N: int, checkpointing: bool = False) -> int:
         p.grad = torch.zeros_like(p)
     source = packed_text([[N]], N)
     with LiveBytes() as live:
-        for output in objective.losses(model, source, RNG):
+        for output in Step(objective, model, [source], RNG).losses():
             output.loss.backward()
     return live.peak
 

@@ -21,8 +21,8 @@ from models.decoder import Decoder, DecoderConfig
 from models.logprobs import token_logprobs
 from models.thinking import ThinkingModel
 from models.thoughts import START, Anchors, Text, Thoughts
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from tests.helpers import relative_error
+from objectives.quiet_star import QuietStar, QuietStarBatch, QuietStarConfig
+from tests.helpers import relative_error, scored
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "quiet_star"
 CONFIG = DecoderConfig(
@@ -82,9 +82,8 @@ class Case:
 
     def score(self, objective: QuietStar):
         self.model.zero_grad()
-        output = objective.score(
-            self.model, self.model.read(self.text), self.thoughts, objective.denominators(self.text)
-        )
+        batch = QuietStarBatch(self.thoughts)
+        output = scored(objective, self.model, self.model.read(self.text), batch, objective.counts(self.text))
         output.loss.backward()
         return output, {name: p.grad for name, p in self.model.named_parameters()}
 

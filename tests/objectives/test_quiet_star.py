@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from models.philox import Rng
-from models.rollout import rollout
 from models.thoughts import Anchors, Text, Thoughts
 from objectives.next_token import NextToken
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from tests.helpers import packed_text, relative_error, tiny_model
+from objectives.quiet_star import QuietStar, QuietStarBatch, QuietStarConfig
+from tests.helpers import packed_text, relative_error, rollout, scored, step_of, tiny_model
 
 RNG = Rng(seed=5, step=2)
 SMALL = QuietStarConfig(length=3, lookahead=2, thoughts=2, policy_weight=10.0)
@@ -38,8 +37,8 @@ def test_packed_documents_are_documents_apart():
     separate[0], separate[1, :, :, :5] = together[0, :, :, :7], together[0, :, :, 7:]
     results = []
     for text, tokens in ((packed, together), (apart, separate)):
-        thoughts = Thoughts(tokens, Anchors.everywhere(text))
-        output = objective.score(model, model.read(text), thoughts, objective.denominators(text))
+        batch = QuietStarBatch(Thoughts(tokens, Anchors.everywhere(text)))
+        output = scored(objective, model, model.read(text), batch, objective.counts(text))
         results.append((output.loss, gradients(model, output.loss)))
     (loss, grads), (loss_apart, grads_apart) = results
     assert relative_error(loss, loss_apart) <= 1e-13
@@ -50,10 +49,10 @@ def test_packed_documents_are_documents_apart():
 def test_the_update_does_not_depend_on_the_cut_of_the_batch(variant):
     model, objective = tiny_model(), QuietStar(dataclasses.replace(SMALL, variant=variant))
     text = packed_text([[12], [3, 4], [8, 3], [1, 1, 9]], 12)
-    whole = objective(model, text, RNG)
+    whole = step_of(objective, model, text, RNG)
     truth = gradients(model, whole.loss)
-    denominators = objective.denominators(text)
-    parts = [objective(model, text.rows(cut), RNG, denominators) for cut in (slice(0, 1), slice(1, 4))]
+    counts = objective.counts(text)
+    parts = [step_of(objective, model, text.rows(cut), RNG, counts) for cut in (slice(0, 1), slice(1, 4))]
     assert relative_error(sum(p.loss for p in parts), whole.loss) <= 1e-13
     cut = gradients(model, sum(p.loss for p in parts))
     assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-12
@@ -61,8 +60,8 @@ def test_the_update_does_not_depend_on_the_cut_of_the_batch(variant):
     for name, mean in whole.metrics.items():
         added = sum(p.metrics[name].sum for p in parts) / sum(p.metrics[name].count for p in parts)
         assert added.item() == pytest.approx((mean.sum / mean.count).item(), rel=1e-12), name
-    own = [objective.denominators(text.rows(cut)) for cut in (slice(0, 1), slice(1, 4))]
-    assert all(torch.equal(own[0][n] + own[1][n], denominators[n]) for n in denominators)
+    own = [objective.counts(text.rows(cut)) for cut in (slice(0, 1), slice(1, 4))]
+    assert all(torch.equal(own[0][n] + own[1][n], counts[n]) for n in counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -76,7 +75,7 @@ def test_a_fresh_model_predicts_exactly_as_its_base(dtype):
     assert torch.equal(scores.thought_nll_BN, scores.text_nll_BN)
     base = NextToken().evaluate(model, text, RNG)
     assert torch.equal(base.text_nll_BN, scores.text_nll_BN)
-    output = QuietStar(SMALL)(model, text, RNG)
+    output = step_of(QuietStar(SMALL), model, text, RNG)
     assert (output.record.reward_BKM == 0).all()
     assert (output.metrics["policy_loss"].sum / output.metrics["policy_loss"].count).item() == 0
     # What a fresh model learns from first is the mixing head's last layer.
@@ -87,16 +86,16 @@ def test_reward_by_hand():
     """r_j = Σ_s [CE_text(x_{j+s+1}) − CE_mixed(x_{j+s+1})], advantage = max(0, r − mean over the K thoughts)."""
     model, objective = tiny_model(), QuietStar(SMALL)
     text = packed_text([[12]], 12)
-    output = objective(model, text, RNG)
+    output = step_of(objective, model, text, RNG)
     reward, advantage = output.record.reward_BKM, output.record.advantage_BKM
     assert (reward[0, 0] - reward[0, 1]).abs().min() < (reward[0, 0] - reward[0, 1]).abs().max()
     half = (reward[:, 0] - reward[:, 1]) / 2
     has_target = text.targets(1)[1]
     assert relative_error(advantage[:, 0], half.clamp(min=0) * has_target) <= 1e-13
     assert relative_error(advantage[:, 1], (-half).clamp(min=0) * has_target) <= 1e-13
-    # Without anything ahead there is nothing to be paid for.
+    # Without anything ahead there is nothing to be rewarded for.
     assert reward[0, :, -1].abs().max() == 0
-    single = QuietStar(dataclasses.replace(SMALL, thoughts=1))(model, text, RNG)
+    single = step_of(QuietStar(dataclasses.replace(SMALL, thoughts=1)), model, text, RNG)
     assert relative_error(single.record.reward_BKM, reward[:, :1]) <= 1e-13
     assert relative_error(single.record.advantage_BKM, reward[:, :1].clamp(min=0) * has_target[:, None]) <= 1e-13
 
@@ -107,16 +106,15 @@ def test_two_ways_of_counting():
     assert (QuietStarConfig(length=5, lookahead=2).L, QuietStarConfig(length=5, lookahead=2).A) == (5, 2)
     problems = QuietStarConfig(length=5, n_ahead=12, lookahead=2, n_ahead_talk=4).problems()
     assert len(problems) == 2 and all("give one of them" in p for p in problems)
-    assert len(QuietStarConfig(length=0, thoughts=0, temperature=0, policy_weight=-1).problems()) == 4
 
 
-def test_variants_pay_different_positions():
+def test_variants_reward_different_positions():
     text = packed_text([[7, 5]], 12)
     paper, code = (QuietStar(dataclasses.replace(SMALL, variant=v)) for v in ("paper", "public_code"))
-    assert paper.denominators(text)["policy"].item() == 6 + 4  # all that have a successor in their document
-    assert code.denominators(text)["policy"].item() == 12 - 1 - 2  # the first N − 1 − A of the row
+    assert paper.counts(text)["policy"].item() == (6 + 4) * 2 * 3  # all that have a successor in their document
+    assert code.counts(text)["policy"].item() == (12 - 1 - 2) * 2 * 3  # the first N − 1 − A of the row
     with pytest.raises(ValueError, match="rows of 3 tokens are too short for a lookahead of 2"):
-        code.denominators(packed_text([[3]], 3))
+        code.counts(packed_text([[3]], 3))
 
 
 def test_evaluation_is_greedy_in_the_paper_and_sampled_in_the_code():
@@ -134,7 +132,7 @@ def test_evaluation_scores_what_training_scores():
     model, text = tiny_model(), packed_text([[9, 3], [12]], 12)
     objective = QuietStar(dataclasses.replace(SMALL, thoughts=1, variant="public_code"))
     scores = objective.evaluate(model, text, RNG)
-    output = objective(model, text, RNG)
+    output = step_of(objective, model, text, RNG)
     assert torch.equal(scores.thoughts.tokens_BKSM[:, :, :4], output.record.thoughts.tokens_BKSM)
     for name, nll in (("nll_text", scores.text_nll_BN), ("nll_thought", scores.thought_nll_BN)):
         mean = output.metrics[name]
@@ -145,7 +143,7 @@ def test_text_without_anything_to_predict():
     """Rows of padding and one-token documents: a loss of zero and finite gradients, no division by zero."""
     model = tiny_model()
     text = packed_text([[1, 1], []], 6)
-    output = QuietStar(SMALL)(model, text, RNG)
+    output = step_of(QuietStar(SMALL), model, text, RNG)
     assert output.loss.item() == 0
     assert all(g.abs().max() == 0 for g in gradients(model, output.loss).values())
 
@@ -155,11 +153,11 @@ def test_text_is_read_once_for_all_thoughts(monkeypatch):
     reads = []
     original = type(model.decoder).read
     monkeypatch.setattr(type(model.decoder), "read", lambda self, t: reads.append(t) or original(self, t))
-    QuietStar(dataclasses.replace(SMALL, thoughts=4))(model, text, RNG)
+    step_of(QuietStar(dataclasses.replace(SMALL, thoughts=4)), model, text, RNG)
     assert len(reads) == 1
 
 
 def test_whole_rows_as_text():
     tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))
-    output = QuietStar(SMALL)(tiny_model(), Text.from_rows(tokens), RNG)
+    output = step_of(QuietStar(SMALL), tiny_model(), Text.from_rows(tokens), RNG)
     assert torch.isfinite(output.loss)

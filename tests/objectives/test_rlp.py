@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import re
 
+import pydantic
 import pytest
 import torch
 
 from checkpoints.references import LAB
 from data_pipelines.tokenizer import Tokenizer
+from models.flops import Ledger
 from models.philox import Rng
 from models.thoughts import PAD, Text, Thoughts
+from objectives.base import SettingError
+from objectives.driver import Step
 from objectives.rlp import Rlp, RlpConfig
 from objectives.teacher import EmaTeacher
-from pretrain.recipe import Recipe
-from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
+from objectives.template import Template
+from tests.helpers import explicit_hidden, packed_text, relative_error, sampled, scored, step_of, tiny_model
 
 RNG = Rng(seed=3, step=1)
 OPEN, CLOSE = (7, 8), (9,)
@@ -26,7 +32,7 @@ SMALL = RlpConfig(length=5, thoughts=4, temperature=0.7, anchors_per_document=2)
 
 
 def objective(config: RlpConfig = SMALL, close=CLOSE, marker_id: int | None = None) -> Rlp:
-    return Rlp(config, OPEN, close, marker_id)
+    return Rlp(config, Template(OPEN, close), marker_id)
 
 
 def text() -> Text:
@@ -51,16 +57,16 @@ def explicit_loss(rlp: Rlp, model, source: Text, batch):
     c = rlp.config
     sampled = batch.rollout.thoughts
     banned = model.banned_V.clone()
-    banned[list(rlp.close_ids)] = False
+    banned[list(rlp.template.close)] = False
     anchors = [(b, m) for b, m in batch.real_BM.nonzero().tolist()]
     total, scores = 0.0, {}
     for b, m in anchors:
         rewards, policies = [], []
         for k in range(c.thoughts):
             body = [t for t in sampled.tokens_BKSM[b, k, :, m].tolist() if t != PAD]
-            closed = body[-len(rlp.close_ids) :] == list(rlp.close_ids) and len(body) > len(rlp.open_ids)
+            closed = body[-len(rlp.template.close) :] == list(rlp.template.close) and len(body) > len(rlp.template.open)
             assert closed == bool(batch.rollout.closed_BKM[b, k, m])
-            sequence = body + ([] if closed else list(rlp.close_ids))
+            sequence = body + ([] if closed else list(rlp.template.close))
             first = len(sequence) - 1
             target = batch.target_BHM[b, :, m].tolist()
             sequence = sequence + target[:-1]
@@ -73,7 +79,7 @@ def explicit_loss(rlp: Rlp, model, source: Text, batch):
             gain = sum(c.discount**h * (p.detach() - base[h]) for h, p in enumerate(predicted))
             rewards.append(max(gain, 0.0) if c.reward_positive else gain)
             tempered = (logits / c.temperature).masked_fill(banned, -torch.inf).log_softmax(-1)
-            own = range(len(rlp.open_ids), len(body))
+            own = range(len(rlp.template.open), len(body))
             policies.append(sum(tempered[u - 1, body[u]] for u in own) / len(own))
             scores[b, k, m] = torch.stack(predicted).detach()
         mean = sum(rewards) / len(rewards)
@@ -89,10 +95,10 @@ def test_algorithm_1_on_explicit_sequences(horizon, close):
     model, source = likely_to_close(), text()
     rlp = objective(dataclasses.replace(SMALL, horizon=horizon, discount=0.9), close)
     state = model.read(source)
-    batch = rlp.think(model, source, state, RNG)
+    batch = sampled(rlp, model, source, RNG)
     if close == (9,):
         assert 0.1 < batch.rollout.closed_BKM.double().mean() < 0.9
-    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    output = scored(rlp, model, state, batch, rlp.counts(source))
     truth, scores = explicit_loss(rlp, model, source, batch)
     # The surrogate's value is −A·ρ = −A, its gradient that of −A·log π.
     assert output.loss.item() == pytest.approx(0.0, abs=1e-10)
@@ -109,7 +115,7 @@ def test_algorithm_1_on_explicit_sequences(horizon, close):
 def test_the_teachers_scores_are_those_of_a_plain_pass():
     model, source = likely_to_close(), text()
     rlp = objective()
-    batch = rlp.think(model, source, model.read(source), RNG)
+    batch = sampled(rlp, model, source, RNG)
     logits = model.read(source).hidden_BNW @ model.head_weight_VW.T
     anchors = batch.rollout.thoughts.anchors
     for b, m in batch.real_BM.nonzero().tolist():
@@ -126,20 +132,20 @@ def test_the_ratio_is_one_on_the_first_update(monkeypatch):
     rlp, source, seen = objective(), text(), []
     monkeypatch.setattr(rlp, "policy", lambda *given: seen.append(Rlp.policy(rlp, *given)) or seen[-1])
     state = model.read(source)
-    batch = rlp.think(model, source, state, RNG)
-    metrics = rlp.score(model, state, batch, rlp.denominators(source), RNG).metrics
+    batch = sampled(rlp, model, source, RNG)
+    metrics = scored(rlp, model, state, batch, rlp.counts(source)).metrics
     drawn = batch.rollout
-    sampled = drawn.sampled_BKSM & batch.real_BM[:, None, None]
-    rolled_out, scored = drawn.logprobs_BKSM[sampled], seen[0].logprob_J
-    assert scored.dtype == torch.float32
-    assert len(scored) == len(rolled_out) == metrics["ratio"].count.item() > 100
+    where = drawn.sampled_BKSM & batch.real_BM[:, None, None]
+    rolled_out, rescored = drawn.logprobs_BKSM[where], seen[0].logprob_J
+    assert rescored.dtype == torch.float32
+    assert len(rescored) == len(rolled_out) == metrics["ratio"].count.item() > 100
     assert rolled_out.std() > 0.5
-    assert (scored - rolled_out).abs().max() <= 1e-5
+    assert (rescored - rolled_out).abs().max() <= 1e-5
     assert metrics["ratio_clipped"].sum.item() == 0
     # Both could err alike: the same tokens in fp64.
     exact = copy.deepcopy(model).double()
     exact_batch = dataclasses.replace(batch, base_BHM=batch.base_BHM.double(), reward_BKM=None, advantage_BKM=None)
-    rlp.score(exact, exact.read(source), exact_batch, rlp.denominators(source), RNG)
+    scored(rlp, exact, exact.read(source), exact_batch, rlp.counts(source))
     assert seen[1].logprob_J.dtype == torch.float64
     assert relative_error(rolled_out, seen[1].logprob_J) <= 2e-6
 
@@ -152,7 +158,7 @@ def test_the_baseline_cancels_as_published_and_not_after_a_clip():
         rlp = objective(config)
         if teacher is not None:
             rlp.teacher._model = teacher
-        return gradients(model, rlp(model, source, RNG).loss)
+        return gradients(model, step_of(rlp, model, source, RNG).loss)
 
     same = [gradient_with(teacher, SMALL) for teacher in (None, other)]
     assert max(relative_error(same[1][n], same[0][n]) for n in same[0]) <= 1e-9
@@ -164,20 +170,22 @@ def test_the_baseline_cancels_as_published_and_not_after_a_clip():
 def test_the_update_does_not_depend_on_the_cut_of_the_batch():
     model, source = likely_to_close(), text()
     config = dataclasses.replace(SMALL, next_token_weight=0.5, train_predictor=0.3, kl_weight=0.1)
-    whole = objective(config)(model, source, RNG)
+    whole = step_of(objective(config), model, source, RNG)
     truth = gradients(model, whole.loss)
-    denominators = objective(config).denominators(source)
-    parts = [objective(config)(model, source.rows(cut), RNG, denominators) for cut in (slice(0, 1), slice(1, 3))]
+    counts = objective(config).counts(source)
+    parts = [step_of(objective(config), model, source.rows(cut), RNG, counts) for cut in (slice(0, 1), slice(1, 3))]
     cut = gradients(model, sum(p.loss for p in parts))
     assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-10
-    assert denominators["anchors"].item() == 2 + 2 + 2 + 1 + 0 + 2
+    assert counts["thoughts"].item() == (2 + 2 + 2 + 1 + 0 + 2) * SMALL.thoughts
 
 
 def test_options_add_their_terms():
     """NTP mix and the dropped predictor term, by differences of gradients against explicit computations."""
     model, source = likely_to_close(), text()
-    plain = gradients(model, objective()(model, source, RNG).loss)
-    mixed = gradients(model, objective(dataclasses.replace(SMALL, next_token_weight=2.0))(model, source, RNG).loss)
+    plain = gradients(model, step_of(objective(), model, source, RNG).loss)
+    mixed = gradients(
+        model, step_of(objective(dataclasses.replace(SMALL, next_token_weight=2.0)), model, source, RNG).loss
+    )
     target_BN, valid_BN = source.targets(1)
     logits = model.read(source).hidden_BNW @ model.head_weight_VW.T
     nll = torch.nn.functional.cross_entropy(logits[valid_BN], target_BN[valid_BN])
@@ -185,14 +193,13 @@ def test_options_add_their_terms():
     for name in truth:
         assert relative_error(mixed[name] - plain.get(name, 0), truth[name]) <= 1e-9, name
     rlp = objective(dataclasses.replace(SMALL, train_predictor=1.0))
-    predictor = gradients(model, rlp(model, source, RNG).loss)
-    state = model.read(source)
-    batch = rlp.think(model, source, state, RNG)
-    thoughts, last = rlp.closed_and_continued(batch)
+    predictor = gradients(model, step_of(rlp, model, source, RNG).loss)
+    batch = sampled(rlp, model, source, RNG)
+    thoughts = rlp.thoughts_to_score(batch)
     total = 0.0
     for b, m in batch.real_BM.nonzero().tolist():
         for k in range(SMALL.thoughts):
-            length = int(last[b, k, m]) + 1
+            length = int(thoughts.lengths_BKM[b, k, m])
             cut = Thoughts(thoughts.tokens_BKSM[:, :, :length], thoughts.anchors)
             hidden = explicit_hidden(model, source, cut, b, k, m)[-1]
             total = total - (hidden @ model.head_weight_VW.T).log_softmax(-1)[batch.target_BHM[b, 0, m]]
@@ -208,9 +215,9 @@ def test_the_distance_to_another_teacher_on_explicit_sequences(horizon):
     rlp = objective(dataclasses.replace(SMALL, kl_weight=0.7, horizon=horizon))
     rlp.teacher._model = copy.deepcopy(other)
     state = model.read(source)
-    batch = rlp.think(model, source, state, RNG)
+    batch = sampled(rlp, model, source, RNG)
     assert 0.1 < batch.rollout.closed_BKM.double().mean() < 0.9
-    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    output = scored(rlp, model, state, batch, rlp.counts(source))
     # exp(d) − d − 1 of each sampled token, d = log π_teacher − log π, both tempered and without what is banned.
     thoughts, banned, total = batch.rollout.thoughts, model.banned_V.clone(), 0.0
     banned[list(CLOSE)] = False
@@ -243,8 +250,8 @@ def test_negative_rewards_count_as_0_on_explicit_sequences():
     rlp = objective(dataclasses.replace(SMALL, reward_positive=True))
     rlp.teacher._model = tiny_model(seed=5)
     state = model.read(source)
-    batch = rlp.think(model, source, state, RNG)
-    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    batch = sampled(rlp, model, source, RNG)
+    output = scored(rlp, model, state, batch, rlp.counts(source))
     truth, scores = explicit_loss(rlp, model, source, batch)
     got, expected = gradients(model, output.loss), gradients(model, truth)
     assert got.keys() == expected.keys()
@@ -263,14 +270,14 @@ def test_an_instruction_stands_before_the_thought_alone():
     """Given like the opening tag: thoughts see it, no loss is on it, and predictions without a thought lack it."""
     tokenizer = Tokenizer.from_directory(LAB)
     config = dataclasses.replace(SMALL, instruction="a+b=", horizon=2)
-    rlp = Recipe(1, config, model="lab").make_objective(tokenizer)
+    rlp = Rlp.build(config, tokenizer)
     spelled = [tokenizer.token_id(token) for token in ("a", "+", "b", "=", "<think>")]
-    assert list(rlp.open_ids) == spelled
+    assert list(rlp.template.open) == spelled
     assert rlp.longest_thought == len(spelled) + SMALL.length + 1 + 1
     model, source = tiny_model(vocab_size=62), text()
     model.ban(14, (0, 1))
     state = model.read(source)
-    batch = rlp.think(model, source, state, RNG)
+    batch = sampled(rlp, model, source, RNG)
     drawn = batch.rollout
     assert 0 < drawn.closed_BKM.sum() < drawn.closed_BKM.numel()
     assert (drawn.thoughts.tokens_BKSM[:, :, :5] == torch.tensor(spelled)[:, None]).all()
@@ -281,7 +288,7 @@ def test_an_instruction_stands_before_the_thought_alone():
         for h in range(2):
             truth = logits[b, n + h].log_softmax(-1)[source.tokens_BN[b, n + h + 1]]
             assert relative_error(batch.base_BHM[b, h, m], truth) <= 1e-12
-    output = rlp.score(model, state, batch, rlp.denominators(source), RNG)
+    output = scored(rlp, model, state, batch, rlp.counts(source))
     truth, _ = explicit_loss(rlp, model, source, batch)
     got, expected = gradients(model, output.loss), gradients(model, truth)
     assert got.keys() == expected.keys()
@@ -292,7 +299,7 @@ def test_an_instruction_stands_before_the_thought_alone():
 def test_shuffled_rewards_are_the_same_rewards():
     model, source = likely_to_close(), text()
     plain, shuffled = (
-        objective(dataclasses.replace(SMALL, shuffle_rewards=s))(model, source, RNG) for s in (False, True)
+        step_of(objective(dataclasses.replace(SMALL, shuffle_rewards=s)), model, source, RNG) for s in (False, True)
     )
     assert torch.equal(plain.record.reward_BKM, shuffled.record.reward_BKM)
     a, b = plain.record.advantage_BKM, shuffled.record.advantage_BKM
@@ -303,10 +310,10 @@ def test_shuffled_rewards_are_the_same_rewards():
 def test_unclosed_thoughts_are_paid_by_the_same_rule_or_dropped():
     model, source = likely_to_close(), text()
     score, drop = (
-        objective(dataclasses.replace(SMALL, unclosed=rule))(model, source, RNG) for rule in ("score", "drop")
+        step_of(objective(dataclasses.replace(SMALL, unclosed=rule)), model, source, RNG) for rule in ("score", "drop")
     )
     rlp = objective()
-    closed = rlp.think(model, source, model.read(source), RNG).rollout.closed_BKM
+    closed = sampled(rlp, model, source, RNG).rollout.closed_BKM
     assert 0 < closed.sum() < closed.numel()
     assert torch.equal(drop.record.advantage_BKM, score.record.advantage_BKM * closed)
     share = score.metrics["thought_closed"]
@@ -322,7 +329,7 @@ def test_positions_are_drawn_from_all_that_fit_and_no_others():
     rlp = objective(dataclasses.replace(SMALL, anchors_per_document=1, min_prefix=3, horizon=2))
     seen = set()
     for step in range(60):
-        anchors = rlp._draw_anchors(rlp.eligible(source), source, Rng(0, step)).index_BM
+        anchors = rlp.choice.choose_without_model(source, Rng(0, step)).index_BM
         assert (anchors[0] >= 0).sum() == 2
         seen |= {(b, n) for b in range(3) for n in anchors[b].tolist() if n >= 0}
     first = {(0, n) for n in (2, 3)} | {(0, 8)}
@@ -331,10 +338,10 @@ def test_positions_are_drawn_from_all_that_fit_and_no_others():
 
 def test_a_position_does_not_depend_on_the_rest_of_the_batch():
     source, rlp = text(), objective()
-    together = rlp._draw_anchors(rlp.eligible(source), source, RNG).index_BM
+    together = rlp.choice.choose_without_model(source, RNG).index_BM
     for row in range(3):
         alone = source.rows(slice(row, row + 1))
-        own = rlp._draw_anchors(rlp.eligible(alone), alone, RNG).index_BM[0]
+        own = rlp.choice.choose_without_model(alone, RNG).index_BM[0]
         assert own.tolist() == [n for n in together[row].tolist() if n >= 0]
 
 
@@ -347,7 +354,7 @@ def test_position_filters():
 
     def chosen(**changes):
         rlp = objective(dataclasses.replace(SMALL, anchors_per_document=99, **changes), marker_id=17)
-        anchors = rlp.choose_anchors(source, RNG, state, model.head_weight_VW)
+        anchors = rlp.choice.choose(source, RNG, state, model.head_weight_VW)
         return {(b, n) for b in range(3) for n in anchors.index_BM[b].tolist() if n >= 0}
 
     low, high = logprob_BN[valid_BN].quantile(0.3).item(), logprob_BN[valid_BN].quantile(0.7).item()
@@ -373,22 +380,36 @@ def test_documents_without_room_are_left_out():
     model = likely_to_close()
     source = packed_text([[2, 1], []], 4)
     rlp = objective(dataclasses.replace(SMALL, min_prefix=3))
-    assert rlp.denominators(source)["anchors"].item() == 0
-    output = rlp(model, source, RNG)
+    assert rlp.counts(source)["thoughts"].item() == 0
+    output = step_of(rlp, model, source, RNG)
     assert output.loss.item() == 0
     assert all(g.abs().max() == 0 for g in gradients(model, output.loss).values())
-    skipped = objective()(model, source, RNG).metrics["documents_skipped"]
+    skipped = step_of(objective(), model, source, RNG).metrics["documents_skipped"]
     assert (skipped.sum.item(), skipped.count.item()) == (1, 2)
     long = objective(dataclasses.replace(SMALL, horizon=4))
-    assert long.denominators(packed_text([[4], [5]], 5))["anchors"].item() == 1
+    assert long.counts(packed_text([[4], [5]], 5))["thoughts"].item() == SMALL.thoughts
 
 
 def test_settings_that_cannot_be():
-    wrong = RlpConfig(length=0, thoughts=1, temperature=0, horizon=0, discount=2, close="", anchors_per_document=0)
-    problems = wrong.problems()
-    assert len(problems) == 7
-    assert any("thoughts must be at least 2 to be compared" in p for p in problems)
+    wrong = dict(length=0, thoughts=1, temperature=0, horizon=0, discount=2, close="", anchors_per_document=0)
+    with pytest.raises(pydantic.ValidationError) as caught:
+        pydantic.TypeAdapter(RlpConfig).validate_json(json.dumps(wrong))
+    assert {error["loc"][0] for error in caught.value.errors()} == wrong.keys()
     assert RlpConfig().problems() == []
+
+
+def test_texts_that_the_tokenizer_cannot_encode():
+    tokenizer = Tokenizer.from_directory(LAB)
+    for changes, message in (
+        (dict(close="§"), "close '§' cannot be encoded by the tokenizer; choose another text"),
+        (dict(open=""), "open '' cannot be encoded by the tokenizer; choose another text"),
+        (
+            dict(positions="marker", marker="==", close="="),
+            "marker '==' must be one token, the tokenizer makes 2 of it",
+        ),
+    ):
+        with pytest.raises(SettingError, match=re.escape(message)):
+            Rlp.build(dataclasses.replace(SMALL, **changes), tokenizer)
 
 
 # The teacher
@@ -455,24 +476,26 @@ def test_a_second_update_has_true_ratios_and_the_first_ones_advantages():
     model, source = likely_to_close(), text()
     config = dataclasses.replace(SMALL, updates=2, eps_low=0.05, eps_high=0.1)
     rlp = objective(config)
-    batch = rlp.prepare(model, source, RNG)
-    counts = rlp.denominators(source, batch)
-    first = rlp(model, source, RNG, counts, batch)
-    alone = objective(SMALL)(model, source, RNG)
+    with Ledger() as sampling:
+        step = Step(rlp, model, [source], RNG)
+    (batch,) = [taken.batch for taken in step._sampled]
+    with Ledger() as updating:
+        (first,) = step.losses()
+    alone = step_of(objective(SMALL), model, source, RNG)
     assert first.loss.item() == pytest.approx(alone.loss.item(), abs=1e-12)
     assert torch.equal(first.record.advantage_BKM, alone.record.advantage_BKM)
     truth = gradients(model, alone.loss)
     assert all(relative_error(g, truth[n]) <= 1e-12 for n, g in gradients(model, first.loss).items())
     # What the step's single update would have cost, plus a reading of its own for the thoughts.
-    assert batch.flops + first.flops > alone.flops
+    assert sampling.total + updating.total > alone.flops
 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    second = rlp(model, source, RNG, counts, batch)
+    (second,) = step.losses()
     assert torch.equal(second.record.advantage_BKM, first.record.advantage_BKM)
     drawn, advantage = batch.rollout, first.record.advantage_BKM
-    banned = rlp._banned(model)
+    banned = rlp.template.banned(model.banned_V)
     total, clipped = 0.0, 0
     for b, m in batch.real_BM.nonzero().tolist():
         for k in range(config.thoughts):
@@ -485,7 +508,7 @@ def test_a_second_update_has_true_ratios_and_the_first_ones_advantages():
                 clipped += not 0.95 <= ratio <= 1.1
                 a = advantage[b, k, m]
                 total = total - torch.minimum(ratio * a, ratio.clamp(0.95, 1.1) * a) / len(own)
-    total = total / (counts["anchors"] * config.thoughts)
+    total = total / step.counts["thoughts"]
     share = second.metrics["ratio_clipped"]
     assert 0 < clipped == share.sum.item() < share.count.item()
     assert second.loss.item() == pytest.approx(total.item(), rel=1e-10)

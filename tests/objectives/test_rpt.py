@@ -6,15 +6,18 @@ Shapes as in objectives/rpt.py.
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import pydantic
 import pytest
 import torch
 
 from models.philox import Rng
 from models.rollout import Rollout
 from models.thoughts import PAD, Anchors, Text, Thoughts
+from objectives.driver import Step
 from objectives.rpt import Rpt, RptConfig
-from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_model
+from tests.helpers import explicit_hidden, packed_text, relative_error, sampled, scored, step_of, tiny_model
 
 RNG = Rng(seed=3, step=1)
 OPEN, CLOSE, BOX = (7, 8), (9,), ((11,), (12,))
@@ -94,8 +97,8 @@ def explicit_loss(rpt: Rpt, model, source: Text, batch):
 
 def test_grpo_on_explicit_sequences():
     model, source, rpt = model_of_few_words(), text(), objective()
-    batch = rpt.prepare(model, source, RNG)
-    output = rpt(model, source, RNG, rpt.denominators(source, batch), batch)
+    batch = sampled(rpt, model, source, RNG)
+    output = scored(rpt, model, model.read(source), batch, rpt.counts(source, batch))
     truth, rewards = explicit_loss(rpt, model, source, batch)
     assert 0.05 < sum(rewards.values()) / len(rewards) < 0.95
     for (b, k, m), reward in rewards.items():
@@ -159,8 +162,8 @@ def test_what_is_watched_of_a_free_response_is_its_thought(response, thought, en
     tokens = [*response.encode(), *([258] if ended else [])]
     length = len(response) + 1
     drawn = drawn_tokens([7, 8, *tokens, *[PAD] * (length - len(tokens))], [False] * (length + 2), True)
-    sampled = (drawn.thoughts.tokens_BKSM != PAD) & (torch.arange(length + 2) > 1)[:, None]
-    drawn = dataclasses.replace(drawn, sampled_BKSM=sampled, closed_BKM=drawn.closed_BKM & ended, closing=1)
+    where = (drawn.thoughts.tokens_BKSM != PAD) & (torch.arange(length + 2) > 1)[:, None]
+    drawn = dataclasses.replace(drawn, sampled_BKSM=where, closed_BKM=drawn.closed_BKM & ended, closing=1)
     table = [*(bytes([byte]) for byte in range(256)), None, None, None]
     rpt = objective(RptConfig(length=length), end=(258,), token_bytes=table)
     body = rpt.bodies(drawn)[0, 0, :, 0].tolist()
@@ -176,16 +179,16 @@ def test_a_right_prediction_is_no_leak():
     model, source = model_of_few_words(), text()
     config = RptConfig(length=4, thoughts=4, positions="random")
     rpt = objective(config, end=(13,), token_bytes=[*BYTES[:9], None, *BYTES[10:]])
-    batch = rpt.prepare(model, source, RNG)
+    batch = sampled(rpt, model, source, RNG)
     tokens = batch.rollout.thoughts.tokens_BKSM
     # Every response: a word, the closing tag, and the target itself.
     tokens[:, :, 2:] = PAD
     tokens[:, :, 2], tokens[:, :, 3], tokens[:, :, 4] = 60, 9, batch.target_BHM
-    sampled = (tokens != PAD) & (torch.arange(tokens.shape[2]) > 1)[:, None]
+    where = (tokens != PAD) & (torch.arange(tokens.shape[2]) > 1)[:, None]
     batch.rollout = dataclasses.replace(
-        batch.rollout, sampled_BKSM=sampled, closed_BKM=torch.zeros_like(batch.rollout.closed_BKM)
+        batch.rollout, sampled_BKSM=where, closed_BKM=torch.zeros_like(batch.rollout.closed_BKM)
     )
-    metrics = rpt(model, source, RNG, rpt.denominators(source, batch), batch).metrics
+    metrics = scored(rpt, model, model.read(source), batch, rpt.counts(source, batch)).metrics
     assert metrics["target_in_thought"].sum.item() == 0
     assert metrics["thought_length"].sum.item() == metrics["thought_length"].count.item() > 0
 
@@ -225,7 +228,7 @@ def test_the_continuation_ends_with_its_document_and_before_control_tokens():
     drawn = dataclasses.replace(drawn, thoughts=Thoughts(drawn.thoughts.tokens_BKSM, anchors))
     for prediction, reward in ((b"b", 1), (b"ba", 1), (b"baa", 0), (b"a", 0), (b"", 0), (None, 0)):
         assert rpt._rewards([[[prediction]]], drawn, torch.float64).item() == reward
-    assert rpt.eligible(source).tolist() == [[True, True, False, False, True, False]]
+    assert rpt.choice.eligible(source).tolist() == [[True, True, False, False, True, False]]
 
 
 # Where, and which groups
@@ -242,43 +245,45 @@ def test_hard_positions_are_the_proxys():
 
     for proxy in (None, other):
         entropy_BN = entropies(proxy or model)
-        threshold = entropy_BN[objective().eligible(source)].median().item()
+        # Between two entropies: at one, rounding would decide.
+        threshold = entropy_BN[objective().choice.eligible(source)].sort().values[10:12].mean().item()
         rpt = objective(dataclasses.replace(config, hard_entropy=threshold))
         rpt.proxy = proxy
-        batch = rpt.prepare(model, source, RNG)
+        batch = sampled(rpt, model, source, RNG)
         index_BM = batch.rollout.thoughts.anchors.index_BM
         chosen = {(b, n) for b in range(3) for n in index_BM[b].tolist() if n >= 0}
-        hard_BN = rpt.eligible(source) & (entropy_BN >= threshold)
+        hard_BN = rpt.choice.eligible(source) & (entropy_BN >= threshold)
         assert chosen == set(map(tuple, hard_BN.nonzero().tolist())) != set()
         assert rpt.other_models(model) == ([proxy] if proxy else [])
 
 
-def test_groups_without_spread_are_left_out_from_their_step_on():
+def test_zero_variance_groups_are_left_out_from_their_step_on():
     model, source = model_of_few_words(), text()
-    keep = objective(dataclasses.replace(SMALL, drop_flat_from=2))
-    before, after = keep.prepare(model, source, Rng(3, 1)), keep.prepare(model, source, Rng(3, 2))
+    keep = objective(dataclasses.replace(SMALL, drop_zero_variance_from=2))
+    before, after = sampled(keep, model, source, Rng(3, 1)), sampled(keep, model, source, Rng(3, 2))
     assert torch.equal(before.kept_BM, before.real_BM)
-    spread_BM = (after.reward_BKM.amax(1) > after.reward_BKM.amin(1)) & after.real_BM
-    assert 0 < spread_BM.sum() < after.real_BM.sum()
-    assert torch.equal(after.kept_BM, spread_BM)
-    assert keep.denominators(source, after)["anchors"] == spread_BM.sum()
-    never = objective(dataclasses.replace(SMALL, drop_flat_from=None))
+    varied_BM = (after.reward_BKM.amax(1) > after.reward_BKM.amin(1)) & after.real_BM
+    assert 0 < varied_BM.sum() < after.real_BM.sum()
+    assert torch.equal(after.kept_BM, varied_BM)
+    assert keep.counts(source, after)["thoughts"] == varied_BM.sum() * SMALL.thoughts
+    never = objective(dataclasses.replace(SMALL, drop_zero_variance_from=None))
     rng = Rng(3, 2)
-    kept, all_of_them = (gradients(model, o(model, source, rng).loss) for o in (keep, never))
-    scale = after.real_BM.sum() / spread_BM.sum()
+    kept, all_of_them = (gradients(model, step_of(o, model, source, rng).loss) for o in (keep, never))
+    scale = after.real_BM.sum() / varied_BM.sum()
     assert max(relative_error(kept[n], all_of_them[n] * scale) for n in kept) <= 1e-10
 
 
 def test_the_update_does_not_depend_on_the_cut_of_the_batch():
     model, source = model_of_few_words(), text()
-    config = dataclasses.replace(SMALL, drop_flat_from=0)
-    truth = gradients(model, objective(config)(model, source, RNG).loss)
+    config = dataclasses.replace(SMALL, drop_zero_variance_from=0)
+    truth = gradients(model, step_of(objective(config), model, source, RNG).loss)
     rpt = objective(config)
     parts = [source.rows(cut) for cut in (slice(0, 1), slice(1, 3))]
-    prepared = [rpt.prepare(model, part, RNG) for part in parts]
-    counts = [rpt.denominators(part, p) for part, p in zip(parts, prepared, strict=True)]
+    counts = [Step(rpt, model, [part], RNG).counts for part in parts]
     total = {name: counts[0][name] + counts[1][name] for name in counts[0]}
-    cut = gradients(model, sum(rpt(model, part, RNG, total, p).loss for part, p in zip(parts, prepared, strict=True)))
+    cut = gradients(model, sum(step_of(rpt, model, part, RNG, total).loss for part in parts))
+    together = Step(rpt, model, parts, RNG)
+    assert all(torch.equal(together.counts[name], total[name]) for name in total)
     assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-10
 
 
@@ -292,7 +297,7 @@ def test_a_text_without_a_position_gives_no_loss():
         (text(), dataclasses.replace(SMALL, positions="hard", hard_entropy=100.0)),
         (text(), dataclasses.replace(SMALL, min_prefix=50)),
     ):
-        output = objective(config)(model, source, RNG)
+        output = step_of(objective(config), model, source, RNG)
         assert output.loss.item() == 0
         assert all(g.abs().max() == 0 for g in gradients(model, output.loss).values())
 
@@ -300,16 +305,18 @@ def test_a_text_without_a_position_gives_no_loss():
 def test_a_document_nearly_over_can_still_be_predicted():
     """A prediction longer than what is left is wrong, not an error."""
     model, source = model_of_few_words(), packed_text([[2], [2, 2]], 4)
-    output = objective(dataclasses.replace(SMALL, answer_length=12))(model, source, RNG)
+    output = step_of(objective(dataclasses.replace(SMALL, answer_length=12)), model, source, RNG)
     assert torch.isfinite(output.loss)
-    assert objective().denominators(source)["anchors"].item() == 3
+    assert objective().counts(source)["thoughts"].item() == 3 * SMALL.thoughts
 
 
 def test_settings_that_cannot_be():
-    wrong = RptConfig(length=0, thoughts=1, answer_length=0, drop_flat_from=-1, box_open="")
-    problems = wrong.problems()
-    assert len(problems) == 5
-    assert any("use template forced" in p for p in problems)
+    wrong = dict(length=0, thoughts=1, answer_length=0, drop_zero_variance_from=-1)
+    with pytest.raises(pydantic.ValidationError) as caught:
+        pydantic.TypeAdapter(RptConfig).validate_json(json.dumps(wrong))
+    assert {error["loc"][0] for error in caught.value.errors()} == wrong.keys()
+    (problem,) = RptConfig(box_open="").problems()
+    assert "use template forced" in problem
     assert RptConfig().problems() == []
 
 
@@ -317,13 +324,13 @@ def test_free_responses_end_with_the_models_own_end():
     model, source = model_of_few_words(), text()
     config = RptConfig(length=6, thoughts=4, positions="random", temperature=2.0)
     rpt = objective(config, box=((11,), (12,)), end=(13,))
-    batch = rpt.prepare(model, source, RNG)
+    batch = sampled(rpt, model, source, RNG)
     drawn = batch.rollout
     real = batch.real_BM[:, None].expand_as(drawn.closed_BKM)
     assert 0 < drawn.closed_BKM[real].sum() < real.sum()
     tokens = drawn.thoughts.tokens_BKSM
     assert ((tokens == 13).any(dim=2) == drawn.closed_BKM)[real].all()
-    assert not drawn.answering_BKSM.any()
-    metrics = rpt(model, source, RNG).metrics
+    assert not drawn.predicting_BKSM.any()
+    metrics = step_of(rpt, model, source, RNG).metrics
     assert metrics["ratio"].sum.item() == pytest.approx(metrics["ratio"].count.item(), rel=1e-12)
     assert metrics["answered"].sum.item() < metrics["answered"].count.item()
