@@ -19,9 +19,9 @@ from torch import Tensor
 from checkpoints.run import prune, save_checkpoint
 from data_pipelines import PackedText, Tokenizer
 from models.philox import Rng
+from models.rollout import Engine
 from models.thoughts import Text
-from objectives.base import Objective
-from objectives.causal import CausalTest
+from objectives import CounterfactualTest, Objective
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.run_directory import RunDirectory
@@ -47,16 +47,16 @@ def say(message: str) -> None:
 
 
 class Records(lightning.Callback):
-    """Writes metrics.jsonl, samples.jsonl and warnings.jsonl, mirrors the metrics to the loggers, and shows progress.
+    """Writes metrics.jsonl, samples.jsonl and warnings.jsonl, hands the metrics to the loggers, and shows progress.
 
     A bar with loss and tokens per second on a terminal, plain lines elsewhere.
     """
 
-    def __init__(self, directory: RunDirectory, tokenizer: Tokenizer, counts: dict[str, int], mirrors: list[Logger]):
+    def __init__(self, directory: RunDirectory, tokenizer: Tokenizer, counts: dict[str, int], loggers: list[Logger]):
         self.directory = directory
         self.tokenizer = tokenizer
         self.counts = {f"data/{name}": count for name, count in counts.items()}
-        self.mirrors = mirrors
+        self.loggers = loggers
         self.progress: Progress | None = None
         self.watch = Watch()
         self._said = -SECONDS_A_LINE
@@ -112,8 +112,8 @@ class Records(lightning.Callback):
         for warning in self.watch.update(record):
             self.directory.append(self.directory.warnings, dataclasses.asdict(warning))
             say(f"warning, {warning.name}: {warning.message}")
-        for mirror in self.mirrors:
-            mirror.log_metrics(record, step=report.step)
+        for logger in self.loggers:
+            logger.log_metrics(record, step=report.step)
         self._write_samples(report, module)
 
     def on_train_end(self, trainer, module) -> None:
@@ -155,16 +155,18 @@ class HeldOutEvaluation(lightning.Callback):
         directory: RunDirectory,
         objective: Objective,
         text: Text,
-        mirrors: list[Logger],
+        loggers: list[Logger],
         difficulty_E: Tensor | None,
-        test: CausalTest | None,
+        test: CounterfactualTest | None,
+        engine: Engine,
     ):
         self.directory = directory
         self.objective = objective
         self.text = text
-        self.mirrors = mirrors
+        self.loggers = loggers
         self.difficulty_E = difficulty_E
         self.test = test
+        self.engine = engine
 
     def on_train_start(self, trainer, module) -> None:
         if self.difficulty_E is None:
@@ -181,7 +183,7 @@ class HeldOutEvaluation(lightning.Callback):
         rows = module.recipe.micro_batch_rows or module.recipe.rows_per_step
         # Evaluation has draws of its own: the same at every step, and none of training's.
         rng = Rng(module.recipe.seed, 2**32 - 1)
-        scores = score_held_out(self.objective, module.model, text, rng, rows, self.test)
+        scores = score_held_out(self.objective, module.model, text, rng, rows, self.test, self.engine)
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
         summary = summarise(scores, self.difficulty_E)
@@ -189,8 +191,8 @@ class HeldOutEvaluation(lightning.Callback):
             record = {"step": module.step, "tokens": module.tokens, "flops": module.flops, **summary}
             self.directory.append(self.directory.evaluations, record)
             flat = {f"held_out/{name}": value for name, value in summary.items() if isinstance(value, float)}
-            for mirror in self.mirrors:
-                mirror.log_metrics(flat, step=module.step)
+            for logger in self.loggers:
+                logger.log_metrics(flat, step=module.step)
             said = "  ".join(f"{name[9:]} {value:.4f}" for name, value in flat.items() if "nll" in name)
             say(f"held-out at step {module.step}: {said}")
 

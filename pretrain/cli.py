@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     # Imported late so that --help is quick.
-    from checkpoints.references import CheckpointError
+    from checkpoints.errors import CheckpointError
     from data_pipelines import DataError
     from pretrain.module import TrainingStopped
 

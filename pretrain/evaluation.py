@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from models.philox import Rng
+from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.base import Objective
-from objectives.causal import CausalTest
+from objectives import CounterfactualTest, Objective
 
 DECILES = 10
 RESAMPLES = 2000
@@ -29,8 +29,8 @@ INTERVAL = (0.025, 0.975)
 class HeldOutScores:
     """Scores of each evaluated token, fp64 on the CPU; those with thoughts are missing for objectives without.
 
-    document_E: int64, numbers the documents. causal_E: NLL by condition of the causal test. right_E: 1 where the
-    thought is the right one, nan where no right one is known; there causal_E["right"] has no meaning.
+    document_E: int64, numbers the documents. counterfactual_E: NLL by condition of the counterfactual test. right_E: 1
+    where the thought is the right one, nan where no right one is known; there counterfactual_E["right"] has no meaning.
     """
 
     document_E: Tensor
@@ -38,9 +38,8 @@ class HeldOutScores:
     text_correct_E: Tensor
     thought_nll_E: Tensor | None = None
     thought_correct_E: Tensor | None = None
-    causal_E: dict[str, Tensor] = field(default_factory=dict)
+    counterfactual_E: dict[str, Tensor] = field(default_factory=dict)
     right_E: Tensor | None = None
-    flops: int = 0
 
 
 @torch.no_grad()
@@ -50,11 +49,12 @@ def score_held_out(
     text: Text,
     rng: Rng,
     rows_at_once: int,
-    test: CausalTest | None = None,
+    test: CounterfactualTest | None = None,
+    engine: Engine = EAGER,
 ) -> HeldOutScores:
     """Scores of all tokens of held-out text that the objective evaluates."""
     cuts = parts_to_score(objective, text, rows_at_once)
-    scores = [objective.evaluate(model, text.rows(cut), rng, test) for cut in cuts]
+    scores = [objective.evaluate(model, text.rows(cut), rng, test, engine) for cut in cuts]
 
     def gathered(values: list[Tensor | None]) -> Tensor | None:
         picked = [v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True) if v is not None]
@@ -70,14 +70,13 @@ def score_held_out(
         required([s.text_correct_BN for s in scores]),
         gathered([s.thought_nll_BN for s in scores]),
         gathered([s.thought_correct_BN for s in scores]),
-        {c: required([s.causal_nll_BN[c] for s in scores]) for c in scores[0].causal_nll_BN},
+        {c: required([s.counterfactual_nll_BN[c] for s in scores]) for c in scores[0].counterfactual_nll_BN},
         gathered([s.right_BN for s in scores]),
-        sum(s.flops for s in scores),
     )
 
 
 def parts_to_score(objective: Objective, text: Text, rows_at_once: int) -> list[slice]:
-    """Parts of `rows_at_once` rows, or of more where these hold no two thoughts for the causal test to exchange."""
+    """Parts of `rows_at_once` rows, or of more where these hold no two thoughts to be exchanged."""
     cuts, start, end = [], 0, text.shape[0]
     for stop in range(rows_at_once, end + rows_at_once, rows_at_once):
         if objective.scored(text.rows(slice(start, stop))) > 1:
@@ -114,8 +113,8 @@ def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
 def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     """Means over all tokens and over deciles of difficulty, easiest first; ties keep the order of the text.
 
-    The causal test's conditions come with intervals: of their NLL, and of their difference to the own thought's. What
-    takes right thoughts to know is over the tokens where these are known, and left out where none is.
+    The counterfactual test's conditions come with intervals: of their NLL, and of their difference to the own
+    thought's. What takes right thoughts to know is over the tokens where these are known, and left out where none is.
     """
     order = difficulty_E.argsort(stable=True)
     summary: dict[str, Any] = {"tokens_scored": float(len(order))}
@@ -133,14 +132,14 @@ def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     known_E = ~everywhere_E if scores.right_E is None else ~scores.right_E.isnan()
     if scores.right_E is not None and known_E.any():
         summary["thought_right"] = scores.right_E[known_E].mean().item()
-    if scores.causal_E:
-        summary["causal"], summary["causal_minus_own"] = {}, {}
-        for condition, nll_E in (scores.causal_E | {"none": scores.text_nll_E}).items():
+    if scores.counterfactual_E:
+        summary["counterfactual"], summary["counterfactual_minus_own"] = {}, {}
+        for condition, nll_E in (scores.counterfactual_E | {"none": scores.text_nll_E}).items():
             where_E = known_E if condition == "right" else everywhere_E
             if not where_E.any():
                 continue
-            document_E, minus_own_E = scores.document_E[where_E], nll_E - scores.causal_E["own"]
-            summary["causal"][condition] = interval(nll_E[where_E], document_E)
+            document_E, minus_own_E = scores.document_E[where_E], nll_E - scores.counterfactual_E["own"]
+            summary["counterfactual"][condition] = interval(nll_E[where_E], document_E)
             if condition != "own":
-                summary["causal_minus_own"][condition] = interval(minus_own_E[where_E], document_E)
+                summary["counterfactual_minus_own"][condition] = interval(minus_own_E[where_E], document_E)
     return summary

@@ -16,10 +16,12 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from models.flops import Ledger
 from models.philox import Rng
+from models.rollout import Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.base import Denominators, Objective, Prepared, ThoughtRecord
+from objectives import Objective, Step, ThoughtRecord
 from pretrain.recipe import OptimizerConfig, Recipe
 from pretrain.sharding import full, reshard, shard
 
@@ -71,12 +73,13 @@ def make_optimizer(model: ThinkingModel, config: OptimizerConfig) -> torch.optim
 class PretrainModule(lightning.LightningModule):
     """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the beginning of the run and survive a resume."""
 
-    def __init__(self, model: ThinkingModel, objective: Objective, recipe: Recipe):
+    def __init__(self, model: ThinkingModel, objective: Objective, recipe: Recipe, engine: Engine):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.objective = objective
         self.recipe = recipe
+        self.engine = engine
         self.optimizer: torch.optim.AdamW | None = None
         # Called once the optimizer exists, to fill it from a checkpoint.
         self.on_optimizer: Callable[[PretrainModule], None] | None = None
@@ -110,40 +113,39 @@ class PretrainModule(lightning.LightningModule):
             group["lr"] = lr
         rows = self.recipe.micro_batch_rows or text.shape[0]
         parts = [text.rows(slice(start, start + rows)) for start in range(0, text.shape[0], rows)]
-        prepared = [self.objective.prepare(self.model, part, rng) for part in parts]
-        denominators = self._denominators(parts, prepared)
-        flops, updates = sum(p.flops for p in prepared if p is not None), self.objective.updates
         losses, norms, finite = [], [], True
         record: ThoughtRecord | None = None
         metrics: dict[str, Tensor] = {}
-        for _ in range(updates):
-            optimizer.zero_grad()
-            loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part, thoughts in zip(parts, prepared, strict=True):
-                for output in self.objective.losses(self.model, part, rng, denominators, thoughts):
+        with Ledger() as ledger:
+            step = Step(self.objective, self.model, parts, rng, self.engine)
+            counts = {name: self._sum(count) for name, count in step.counts.items()}
+            for _ in range(step.updates):
+                optimizer.zero_grad()
+                loss = torch.zeros((), dtype=torch.float64, device=self.device)
+                for output in step.losses(counts):
                     # Sharding averages gradients over ranks, but losses are already divided by the global counts.
                     self.manual_backward(output.loss * self.trainer.world_size)
-                    loss, flops = loss + output.loss.detach().double(), flops + output.flops
+                    loss = loss + output.loss.detach().double()
                     record = record or output.record
                     for name, mean in output.metrics.items():
                         pair = torch.stack([mean.sum, mean.count])
                         metrics[name] = metrics[name] + pair if name in metrics else pair
-            reshard(self.model)
-            losses.append(self._sum(loss).item())
-            norms.append(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item())
-            finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
-            if not finite:
-                break
-            optimizer.step()
-            for other in self.objective.other_models(self.model):
-                reshard(other)
-            self.objective.after_step(self.model)
+                reshard(self.model)
+                losses.append(self._sum(loss).item())
+                norms.append(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item())
+                finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
+                if not finite:
+                    break
+                optimizer.step()
+                for other in self.objective.other_models(self.model):
+                    reshard(other)
+                self.objective.after_step(self.model)
 
         self.skipped += not finite
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self.step += 1
         self.tokens += int(self._sum((text.document_BN >= 0).sum()))
-        self.flops += int(self._sum(torch.tensor(flops, device=self.device)))
+        self.flops += int(self._sum(torch.tensor(ledger.total, device=self.device)))
         self.seconds += time.perf_counter() - started
         sums = {name: self._sum(pair).tolist() for name, pair in metrics.items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
@@ -164,12 +166,6 @@ class PretrainModule(lightning.LightningModule):
                 f"{self._skipped_in_a_row} steps in a row, up to step {self.step}, had a non-finite loss or gradient; "
                 "the newest checkpoint is from before them: lower optimizer.lr or look at the data, and start again"
             )
-
-    def _denominators(self, parts: list[Text], prepared: list[Prepared | None]) -> Denominators:
-        """Counts of the whole batch, over micro-batches and ranks."""
-        counts = [self.objective.denominators(part, p) for part, p in zip(parts, prepared, strict=True)]
-        totals = {name: torch.stack([count[name] for count in counts]).sum(dim=0) for name in counts[0]}
-        return {name: self._sum(total) for name, total in totals.items()}
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

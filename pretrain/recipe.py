@@ -19,19 +19,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from data_pipelines import DataConfig, Tokenizer
-from objectives.anchored import AnchoredConfig
-from objectives.base import Objective, ObjectiveConfig, at_least
-from objectives.next_token import NextToken, NextTokenConfig
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from objectives.rlp import Rlp, RlpConfig
-from objectives.rpt import Rpt, RptConfig
+from objectives import OBJECTIVES, Objective, ObjectiveConfig, SettingError, find_objective
 
-OBJECTIVES: dict[str, tuple[type[Objective], type[ObjectiveConfig]]] = {
-    "next_token": (NextToken, NextTokenConfig),
-    "quiet_star": (QuietStar, QuietStarConfig),
-    "rlp": (Rlp, RlpConfig),
-    "rpt": (Rpt, RptConfig),
-}
+
+def at_least(least: float, **values: float | None) -> list[str]:
+    return [f"{n} must be at least {least}, got {v}" for n, v in values.items() if v is not None and v < least]
 
 
 class RecipeError(ValueError):
@@ -68,7 +60,7 @@ class EvaluationConfig:
     every: int | None = None  # steps; none: only at start and end
     rows: int = 8  # held-out rows that are scored
     objective: ObjectiveConfig | None = None  # whose evaluation; none: that of the objective that is trained
-    causal: bool = True  # also after other thoughts than the model's own: another's, shuffled, filler
+    counterfactuals: bool = True  # also after other thoughts than the model's own: another's, shuffled, filler
     filler: str = "."  # whose first token fills the latter
 
     def problems(self) -> list[str]:
@@ -131,40 +123,20 @@ class Recipe:
 
     @property
     def objective_name(self) -> str:
-        return objective_name(self.objective)
+        return self.objective.name
 
     def make_objective(self, tokenizer: Tokenizer, evaluation: bool = False) -> Objective:
         """The objective that is trained, or the one that evaluates.
 
-        Raises RecipeError if its tags or marker are nothing to the tokenizer.
+        Raises RecipeError for settings that do not fit the tokenizer.
         """
-        c = self.evaluation.objective if evaluation and self.evaluation.objective is not None else self.objective
-        if not isinstance(c, AnchoredConfig):
-            return OBJECTIVES[objective_name(c)][0](c)  # type: ignore[call-arg]
-        given = (*encode_tag(tokenizer, c.instruction), *encode_tag(tokenizer, c.open))
-        close = self._tag(tokenizer, "close", c.close)
-        self._tag(tokenizer, "open", c.open)
-        marker = encode_tag(tokenizer, c.marker)
-        if c.positions == "marker" and len(marker) != 1:
-            raise RecipeError(f"objective.marker {c.marker!r} must be one token of {self.model}, it is {len(marker)}")
-        marker_id = marker[0] if len(marker) == 1 else None
-        if isinstance(c, RlpConfig):
-            return Rlp(c, given, close, marker_id)
-        assert isinstance(c, RptConfig)
-        box = tuple(
-            self._tag(tokenizer, name, text) if text else ()
-            for name, text in (("box_open", c.box_open), ("box_close", c.box_close))
-        )
-        if c.template == "free" and tokenizer.eos_id is None:
-            raise RecipeError(f"{self.model} has no end-of-sequence token to end a response; use template forced")
-        end = (tokenizer.eos_id,) if c.template == "free" else ()
-        return Rpt(c, given, close, tokenizer.token_bytes, box, end, marker_id)  # type: ignore[arg-type]
-
-    def _tag(self, tokenizer: Tokenizer, name: str, text: str) -> tuple[int, ...]:
-        ids = encode_tag(tokenizer, text)
-        if not ids or text not in tokenizer.decode(list(ids)):
-            raise RecipeError(f"objective.{name} {text!r} cannot be written in the tokens of {self.model}")
-        return ids
+        config, where = self.objective, "objective"
+        if evaluation and self.evaluation.objective is not None:
+            config, where = self.evaluation.objective, "evaluation.objective"
+        try:
+            return find_objective(config.name).build(config, tokenizer)
+        except SettingError as error:
+            raise RecipeError(f"{where}.{error} (model {self.model})") from None
 
     def control_recipe(self, steps: int, run_dir: str) -> Recipe:
         """The control run: all the same but the objective and its steps, evaluated as often and in the same way."""
@@ -179,22 +151,12 @@ class Recipe:
         found += at_least(1, micro_batch_rows=self.micro_batch_rows)
         if self.ranks >= 1 and self.rows_per_step % self.ranks:
             found.append(f"rows_per_step {self.rows_per_step} must be a multiple of the {self.ranks} devices")
-        if isinstance(self.objective, QuietStarConfig) and self.data.length < self.objective.A + 2:
+        if self.data.length < self.objective.shortest_row:
             found.append(
-                f"data.length {self.data.length} is too short for a lookahead of {self.objective.A}; "
-                f"use at least {self.objective.A + 2}"
+                f"data.length {self.data.length} is too short for objective {self.objective.name}; "
+                f"use at least {self.objective.shortest_row}"
             )
         return found
-
-
-def objective_name(config: ObjectiveConfig) -> str:
-    return next(name for name, (_, kind) in OBJECTIVES.items() if type(config) is kind)
-
-
-def encode_tag(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """A tag's token if the vocabulary has it as one, else the tokens that spell it."""
-    whole = tokenizer.token_id(text) if text else None
-    return (whole,) if whole is not None else tuple(tokenizer.encode([text])[0])
 
 
 # Keys that name something and may also hold settings: `data: python-docs` is `data: {reference: python-docs}`.
@@ -244,12 +206,6 @@ def recipe_from_tree(tree: dict[str, Any], problems: list[str] | None = None) ->
 def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts of plain values, from which the same recipe can be built again."""
     tree = dataclasses.asdict(recipe)
-    tree["objective"] = {"name": recipe.objective_name, **tree["objective"]}
-    if recipe.control is not None:
-        tree["control"] = {"name": objective_name(recipe.control), **tree["control"]}
-    if recipe.evaluation.objective is not None:
-        name = objective_name(recipe.evaluation.objective)
-        tree["evaluation"]["objective"] = {"name": name, **tree["evaluation"]["objective"]}
     return _plain(tree)
 
 
@@ -318,11 +274,11 @@ def _build(kind: type, tree: Any, where: str, problems: list[str]) -> Any:
         return None
     tree = dict(tree)
     if kind is ObjectiveConfig:
-        name = tree.pop("name", None)
-        if name not in OBJECTIVES:
-            problems.append(f"{where} must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+        try:
+            kind = find_objective(str(tree.get("name"))).Config
+        except ValueError as error:
+            problems.append(f"{where} {error}")
             return None
-        kind = OBJECTIVES[name][1]
     hints = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in tree.keys() - fields.keys():
@@ -349,8 +305,8 @@ def _build(kind: type, tree: Any, where: str, problems: list[str]) -> Any:
 def help_on_keys() -> str:
     """Every key a recipe may have, its type and default, and the comment behind it in the source."""
     lines = _help(Recipe, "")
-    for name, (_, config) in OBJECTIVES.items():
-        lines += [f"with --objective {name}:", *_help(config, "objective.")]
+    for name, objective in OBJECTIVES.items():
+        lines += [f"with --objective {name}:", *_help(objective.Config, "objective.")]
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from objectives import find_objective
 from pretrain.recipe import Recipe, recipe_to_yaml
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import printable
@@ -35,21 +36,6 @@ HTML_THOUGHTS, HTML_CHARACTERS = 12, 2000
 # Below so many tokens a decile is too noisy to be shown beside a control, which says more.
 DECILE_TOKENS = 100
 
-SENTENCES = {
-    "next_token": "The model learns to predict the next token and does not think.",
-    "quiet_star": (
-        "At every token the model writes a short thought. Thoughts that make the tokens behind it less surprising "
-        "become likelier, and the model learns to predict with them."
-    ),
-    "rlp": (
-        "At some tokens the model thinks before the next one. A thought is paid by how much likelier it makes the true "
-        "next token, and better paid thoughts become likelier."
-    ),
-    "rpt": (
-        "At some tokens the model thinks and then says how the text goes on. A thought is paid when that is right, and "
-        "paid thoughts become likelier."
-    ),
-}
 # Name in evaluations.jsonl → how it is called.
 HELD_OUT = {
     "nll_text": "without thoughts",
@@ -155,7 +141,7 @@ class RunRecords:
         return Sheet("Held-out NLL, nats per token (lower is better)", columns, rows)
 
     def causal(self) -> Sheet | None:
-        causal, minus_own = self.after.get("causal"), self.after.get("causal_minus_own", {})
+        causal, minus_own = self.after.get("counterfactual"), self.after.get("counterfactual_minus_own", {})
         if not causal:
             return None
         rows = []
@@ -168,7 +154,7 @@ class RunRecords:
         return Sheet(title, ["", "NLL", "minus its own thought's"], rows)
 
     def causal_sentence(self) -> str | None:
-        shuffled = self.after.get("causal_minus_own", {}).get("shuffled")
+        shuffled = self.after.get("counterfactual_minus_own", {}).get("shuffled")
         if shuffled is None:
             return None
         low, high = -shuffled["high"], -shuffled["low"]
@@ -316,8 +302,8 @@ def overview(run: RunRecords) -> Figure:
     left.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
     left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
     left.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-    if run.after.get("causal"):
-        _plot_causal(right, run.after["causal"])
+    if run.after.get("counterfactual"):
+        _plot_causal(right, run.after["counterfactual"])
     else:
         name = "reward" if any(_known(record, "reward") for record in run.metrics) else "loss"
         right.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR)
@@ -425,7 +411,8 @@ def _what_it_is(run: RunRecords) -> str:
     tokens = recipe.steps * recipe.rows_per_step * recipe.data.length
     found = (
         f"{recipe.model} trained with {run.name} on {recipe.data.reference}: {recipe.steps:,} steps of "
-        f"{recipe.rows_per_step} × {recipe.data.length:,} tokens, {tokens:,} in all. {SENTENCES[run.name]} "
+        f"{recipe.rows_per_step} × {recipe.data.length:,} tokens, {tokens:,} in all. "
+        f"{find_objective(run.name).sentence} "
     )
     if run.control is not None:
         found += (

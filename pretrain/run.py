@@ -13,24 +13,24 @@ import lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from checkpoints.errors import CheckpointError
 from checkpoints.hugging_face import load_decoder, load_thinking_model
-from checkpoints.references import CheckpointError, resolve
+from checkpoints.references import resolve
 from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint
 from data_pipelines import PackedText, Tokenizer, open_data
 from data_pipelines.data_module import TextDataModule
-from models import native
+from models.flops import Ledger
 from models.philox import Rng
 from models.pointwise import compile_chains
+from models.rollout import EAGER, Engine, Native, Preferred, Recorded
+from models.rollout.native import library
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.anchored import Anchored
-from objectives.base import Objective
-from objectives.causal import CausalTest
-from objectives.quiet_star import QuietStarConfig
-from objectives.rpt import Rpt
+from objectives import CounterfactualTest, Objective, Step
+from objectives.template import encode_tag
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
 from pretrain.module import PretrainModule
-from pretrain.recipe import Recipe, RecipeError, encode_tag, objective_name
+from pretrain.recipe import Recipe, RecipeError
 from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory
 from pretrain.sharding import make_strategy
@@ -64,14 +64,14 @@ def load_reference(reference: str, dtype: torch.dtype | None, seed: int = 0) -> 
 def new_model(recipe: Recipe, objective: Objective, tokenizer: Tokenizer) -> ThinkingModel:
     """The recipe's model with the parts its objective uses; parts the model already brings are kept as they are."""
     source = load_reference(recipe.model, compute_dtype(recipe.compute_dtype), recipe.seed)
-    model = ThinkingModel(source.decoder, objective.uses_delimiters, objective.uses_mixing_head)
+    needs = objective.needs
+    model = ThinkingModel(source.decoder, needs.delimiters is not None, needs.mixing_head)
     if model.delimiters is not None:
         if source.delimiters is not None:
             model.delimiters = source.delimiters
         else:
-            assert isinstance(recipe.objective, QuietStarConfig)
-            origins = (recipe.objective.start_from, recipe.objective.end_from)
-            ids = [encode_tag(tokenizer, origin)[:1] for origin in origins]
+            assert needs.delimiters is not None
+            ids = [encode_tag(tokenizer, origin)[:1] for origin in needs.delimiters]
             if not all(ids):
                 raise RecipeError("objective.start_from and end_from cannot be empty; name a text like ---")
             model.delimiters.init_from(*(source.decoder.embed_tokens.weight[id] for (id,) in ids))
@@ -84,13 +84,14 @@ def new_model(recipe: Recipe, objective: Objective, tokenizer: Tokenizer) -> Thi
 
 
 @dataclass
-class Prepared:
+class Assembled:
     """All that a run needs, checked to fit together."""
 
     recipe: Recipe
     objective: Objective
     evaluator: Objective
-    test: CausalTest | None
+    test: CounterfactualTest | None
+    engine: Engine
     tokenizer: Tokenizer
     tokenizer_directory: Path
     data: PackedText
@@ -99,11 +100,11 @@ class Prepared:
     checkpoint: tuple[Tensors, dict] | None
 
 
-def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
+def prepare(recipe: Recipe, directory: RunDirectory | None) -> Assembled:
     """Reads tokenizer, data and model, the latter from the run's newest checkpoint if `directory` has one."""
     if recipe.compile and not torch.cuda.is_available():
         try:
-            native.library()
+            library()
         except RuntimeError as error:
             raise RecipeError(str(error)) from None
     if recipe.cuda_graphs and not torch.cuda.is_available():
@@ -116,10 +117,10 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
     data = open_data(recipe.data, tokenizer, recipe.seed)
     objective = recipe.make_objective(tokenizer)
     evaluator = recipe.make_objective(tokenizer, evaluation=True)
-    test = causal_test(recipe, tokenizer, data)
+    test = counterfactual_test(recipe, tokenizer, data)
     held_out = Text(**data.held_out_rows(recipe.evaluation.rows))
     _check_held_out(recipe, evaluator, held_out)
-    _load_proxy(objective, recipe, tokenizer)
+    _load_models(objective, recipe, tokenizer)
     newest = newest_checkpoint(directory.checkpoints) if directory is not None else None
     checkpoint = None
     if newest is None:
@@ -139,35 +140,54 @@ def prepare(recipe: Recipe, directory: RunDirectory | None) -> Prepared:
         )
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
-    model.records_steps = recipe.cuda_graphs
-    model.native_steps = recipe.compile and recipe.ranks == 1
     _check_lengths(recipe, max(objective.longest_thought, evaluator.longest_thought), model)
-    return Prepared(
-        recipe, objective, evaluator, test, tokenizer, tokenizer_directory, data, held_out, model, checkpoint
+    return Assembled(
+        recipe,
+        objective,
+        evaluator,
+        test,
+        make_engine(recipe),
+        tokenizer,
+        tokenizer_directory,
+        data,
+        held_out,
+        model,
+        checkpoint,
     )
 
 
-def causal_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> CausalTest | None:
-    """The causal test of the recipe's evaluation. Raises RecipeError if the filler is no token."""
+def make_engine(recipe: Recipe) -> Engine:
+    """What samples thoughts; what supports a request only in part is backed by the passes of training."""
+    engines: list[Engine] = []
+    if recipe.compile and recipe.ranks == 1 and not torch.cuda.is_available():
+        engines.append(Native())
+    if recipe.cuda_graphs:
+        engines.append(Recorded())
+    return Preferred(*engines, EAGER) if engines else EAGER
+
+
+def counterfactual_test(recipe: Recipe, tokenizer: Tokenizer, data: PackedText) -> CounterfactualTest | None:
+    """The counterfactual test of the recipe's evaluation. Raises RecipeError if the filler is no token."""
     config = recipe.evaluation
-    if not config.causal:
+    if not config.counterfactuals:
         return None
     filler = encode_tag(tokenizer, config.filler)
     if not filler:
         raise RecipeError("evaluation.filler is empty; name a text whose first token fills a thought, like .")
-    return CausalTest(filler[0], data.solutions(config.rows))
+    return CounterfactualTest(filler[0], data.solutions(config.rows))
 
 
-def _load_proxy(objective: Objective, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """RPT's second model, if the recipe names one; it must read the same tokens."""
-    if not (isinstance(objective, Rpt) and objective.config.proxy):
-        return
-    reference = objective.config.proxy
-    if Tokenizer.from_directory(resolve(reference)).fingerprint != tokenizer.fingerprint:
-        raise RecipeError(
-            f"objective.proxy {reference} has another tokenizer than {recipe.model}; choose one of the same family"
-        )
-    objective.proxy = load_reference(reference, compute_dtype(recipe.compute_dtype)).requires_grad_(False)
+def _load_models(objective: Objective, recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """The further models that the objective's settings name; they must read the same tokens."""
+    models = {}
+    for setting, reference in objective.needs.models.items():
+        if Tokenizer.from_directory(resolve(reference)).fingerprint != tokenizer.fingerprint:
+            raise RecipeError(
+                f"objective.{setting} {reference} has another tokenizer than {recipe.model}; "
+                "choose one of the same family"
+            )
+        models[setting] = load_reference(reference, compute_dtype(recipe.compute_dtype)).requires_grad_(False)
+    objective.use_models(models)
 
 
 def _check_lengths(recipe: Recipe, thought: int, model: ThinkingModel) -> None:
@@ -186,13 +206,9 @@ def _check_held_out(recipe: Recipe, evaluator: Objective, held_out: Text) -> Non
     if not held_out.targets(1)[1].any():
         why = f"data.held_out {recipe.data.held_out} keeps no text to predict; raise it, or give more text"
     else:
-        assert isinstance(evaluator, Anchored)
-        c, where = evaluator.config, "objective" if recipe.evaluation.objective is None else "evaluation.objective"
-        wanted = [f"min_prefix {c.min_prefix}", f"positions {c.positions}"]
-        wanted += [f"horizon {evaluator.horizon}"] if evaluator.horizon > 1 else []
-        wanted += [f"marker {c.marker!r}"] if c.positions == "marker" else []
+        where = "objective" if recipe.evaluation.objective is None else "evaluation.objective"
         why = (
-            f"no position of the {held_out.shape[0]} held-out rows fits {where}'s {', '.join(wanted)}; "
+            f"no position of the {held_out.shape[0]} held-out rows fits {where}'s {evaluator.scoring_rule()}; "
             "change these, or raise evaluation.rows"
         )
     raise RecipeError(f"no held-out token can be scored: {why}")
@@ -208,7 +224,7 @@ def fit(recipe: Recipe) -> Path:
     finished = _train(recipe, directory)
     if finished and recipe.control is not None:
         steps = equal_flops_steps(recipe, directory)
-        say(f"control: {objective_name(recipe.control)} on the same data for the same FLOPs, {steps} steps")
+        say(f"control: {recipe.control.name} on the same data for the same FLOPs, {steps} steps")
         control = recipe.control_recipe(steps, str(directory.control))
         finished = _train(control, RunDirectory(directory.control))
     if finished and is_rank_zero():
@@ -222,19 +238,20 @@ def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     """Steps of the control that cost what the run has cost, by the cost of its first."""
     assert recipe.control is not None
     control = prepare(recipe.control_recipe(1, str(directory.control)), None)
-    text, rng, objective = Text(**control.data.rows(0, recipe.rows_per_step)), Rng(recipe.seed, 0), control.objective
-    with torch.no_grad():
-        prepared = objective.prepare(control.model, text, rng)
-        update = sum(part.flops for part in objective.losses(control.model, text, rng, prepared=prepared))
-    flops = update * objective.updates + (prepared.flops if prepared is not None else 0)
-    return max(1, round(directory.read(directory.metrics)[-1]["flops"] / flops))
+    text = Text(**control.data.rows(0, recipe.rows_per_step))
+    with Ledger() as ledger:
+        step = Step(control.objective, control.model, [text], Rng(recipe.seed, 0), control.engine)
+        for _ in range(step.updates):
+            for _ in step.losses():
+                pass
+    return max(1, round(directory.read(directory.metrics)[-1]["flops"] / ledger.total))
 
 
 def _train(recipe: Recipe, directory: RunDirectory) -> bool:
     """One run; whether it came to its end."""
     directory.check(recipe)
     prepared = prepare(recipe, directory)
-    module = PretrainModule(prepared.model, prepared.objective, recipe)
+    module = PretrainModule(prepared.model, prepared.objective, recipe, prepared.engine)
     difficulty_E = None
     if prepared.checkpoint is not None:
         tensors, state = prepared.checkpoint
@@ -249,12 +266,12 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
         return True
 
-    mirrors = _mirrors(recipe, directory)
+    loggers = _loggers(recipe, directory)
     evaluation = HeldOutEvaluation(
-        directory, prepared.evaluator, prepared.held_out, mirrors, difficulty_E, prepared.test
+        directory, prepared.evaluator, prepared.held_out, loggers, difficulty_E, prepared.test, prepared.engine
     )
     checkpointing = Checkpoints(directory, prepared.data, evaluation)
-    records = Records(directory, prepared.tokenizer, prepared.data.counts, mirrors)
+    records = Records(directory, prepared.tokenizer, prepared.data.counts, loggers)
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=recipe.devices,
@@ -272,8 +289,8 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         prepared.data, recipe.steps, recipe.rows_per_step, start_step=module.step, num_workers=recipe.data_workers
     )
     trainer.fit(module, datamodule=data_module)
-    for mirror in mirrors:
-        mirror.finalize("success")
+    for logger in loggers:
+        logger.finalize("success")
     if module.step < recipe.steps:
         say(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
         return False
@@ -288,10 +305,9 @@ def dry_run(recipe: Recipe) -> None:
     rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks
     text = Text(**prepared.data.rows(0, rows)).to(device)
     started = time.perf_counter()
-    flops = 0
-    for output in prepared.objective.losses(model, text, Rng(recipe.seed, 0)):
-        output.loss.backward()
-        flops += output.flops
+    with Ledger() as ledger:
+        for output in Step(prepared.objective, model, [text], Rng(recipe.seed, 0), prepared.engine).losses():
+            output.loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -306,17 +322,17 @@ def dry_run(recipe: Recipe) -> None:
         f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
     )
     say(
-        f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {flops / 1e12:.2f} TFLOP; "
+        f"{recipe.objective_name}: one pass over {rows} rows took {seconds:.1f} s and {ledger.total / 1e12:.2f} TFLOP; "
         f"about {seconds * passes / recipe.ranks * recipe.steps / 60:.0f} minutes for the run"
     )
     say("the recipe can be run")
 
 
-def _mirrors(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
+def _loggers(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
     """Loggers that repeat metrics.jsonl elsewhere."""
-    mirrors: list[Logger] = []
+    loggers: list[Logger] = []
     if recipe.logging.csv:
-        mirrors.append(CSVLogger(str(directory.path), name="csv"))
+        loggers.append(CSVLogger(str(directory.path), name="csv"))
     mode = recipe.logging.wandb
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         log.info("wandb is not installed; metrics.jsonl has everything")
@@ -326,7 +342,7 @@ def _mirrors(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
         os.environ.setdefault("WANDB_SILENT", "true")
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False) else "offline"
-        mirrors.append(
+        loggers.append(
             WandbLogger(
                 project=recipe.logging.wandb_project,
                 name=directory.path.name,
@@ -335,7 +351,7 @@ def _mirrors(recipe: Recipe, directory: RunDirectory) -> list[Logger]:
                 resume="allow",
             )
         )
-    return mirrors
+    return loggers
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from checkpoints.references import CheckpointError
+from checkpoints.errors import CheckpointError
 from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.thoughts import Text, Thoughts
-from objectives.anchored import AnchoredConfig
-from objectives.base import TokenScores
-from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives import TokenScores, find_objective
 
 if TYPE_CHECKING:
     from pretrain.run import OpenedModel
@@ -80,27 +77,16 @@ def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperat
 
 def _evaluate(opened: OpenedModel, text: Text, length: int | None, temperature: float, rng: Rng) -> TokenScores:
     """The scores of the objective that the model was trained by, at every position where that thinks."""
-    model, recipe = opened.model, opened.recipe
-    trained = recipe.objective if recipe is not None else None
-    if isinstance(trained, AnchoredConfig):
-        assert recipe is not None
-        # A marker says where to think; any other choice of positions is training's own.
-        config = dataclasses.replace(
-            trained,
-            length=length or trained.length,
-            temperature=temperature,
-            anchors_per_document=text.shape[1],
-            min_prefix=1,
-            positions="marker" if trained.positions == "marker" else "random",
-        )
-        objective = dataclasses.replace(recipe, objective=config).make_objective(opened.tokenizer)
-        return objective.evaluate(model, text, rng)
-    if model.delimiters is None or model.mixing_head is None:
+    model = opened.model
+    if opened.recipe is not None:
+        config = opened.recipe.objective.showing(length, temperature, text.shape[1])
+    elif model.delimiters is not None and model.mixing_head is not None:
+        config = find_objective("quiet_star").Config().showing(length or DEFAULT_LENGTH, temperature, text.shape[1])
+    else:
+        config = None
+    if config is None:
         raise CheckpointError(
             "this model has no thought delimiters or mixing head; sample a run of quiet_star, or the run directory of "
             "one of rlp or rpt"
         )
-    if length is None:
-        length = trained.L if isinstance(trained, QuietStarConfig) else DEFAULT_LENGTH
-    quiet_star = QuietStar(QuietStarConfig(length=length, lookahead=1, thoughts=1))
-    return quiet_star.evaluate(model, text, rng, temperature=temperature)
+    return find_objective(config.name).build(config, opened.tokenizer).evaluate(model, text, rng)

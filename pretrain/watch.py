@@ -18,9 +18,9 @@ WATCHED = (
     "thought_distinct",
     "target_in_thought",
     "answered",
-    "flat_groups",
+    "zero_variance_groups",
     "reward",
-    "reward_spread",
+    "reward_std",
 )
 
 COLLAPSED = 0.5  # of the first window's length
@@ -113,7 +113,7 @@ class Watch:
         )
 
     def _dead_groups(self) -> str | None:
-        flat, reward, distinct = (self._recent(name) for name in ("flat_groups", "reward", "thought_distinct"))
+        flat, reward, distinct = (self._recent(name) for name in ("zero_variance_groups", "reward", "thought_distinct"))
         if flat is None or flat < NEARLY_ALL:
             return None
         known = [f"mean reward {reward:+.3f}"] if reward is not None else []
@@ -126,7 +126,7 @@ class Watch:
         )
 
     def _flat_reward(self) -> str | None:
-        reward, spread, flat = (self._recent(name) for name in ("reward", "reward_spread", "flat_groups"))
+        reward, spread, flat = (self._recent(name) for name in ("reward", "reward_std", "zero_variance_groups"))
         if reward is None or spread is None or flat is None or flat > MOST or spread >= FLAT_SPREAD * abs(reward):
             return None
         return (

@@ -42,7 +42,7 @@ RLP = [
     "--objective.anchors_per_document",
     "2",
 ]
-# Two updates a step, and groups without spread left out from the third on.
+# Two updates a step, and zero-variance groups left out from the third on.
 RPT = [
     *(
         "--objective",
@@ -56,7 +56,7 @@ RPT = [
     ),
     *("--objective.length", "4", "--objective.thoughts", "6", "--objective.answer_length", "2"),
     *("--objective.anchors_per_document", "4", "--objective.hard_entropy", "0.1", "--objective.updates", "2"),
-    *("--objective.drop_flat_from", "3", "--objective.temperature", "1.5"),
+    *("--objective.drop_zero_variance_from", "3", "--objective.temperature", "1.5"),
 ]
 OBJECTIVES = {"next_token": ["--objective", "next_token"], "quiet_star": QUIET, "rlp": RLP, "rpt": RPT}
 

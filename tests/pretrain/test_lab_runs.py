@@ -1,4 +1,4 @@
-"""Runs in the lab: with a control, with the causal test, and the mistakes one can make with tags."""
+"""Runs in the lab: with a control, with the counterfactual test, and the mistakes one can make with tags."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from checkpoints.references import LAB
 from data_pipelines import open_data
-from models import native
-from models.native import NativeStep
 from models.philox import Rng
+from models.rollout import native
+from models.rollout.native import NativeStep
 from models.thoughts import PAD, Text
 from pretrain.cli import main
 from pretrain.recipe import load_recipe, recipe_from_tree, recipe_to_tree
@@ -93,17 +93,17 @@ def test_a_run_that_is_to_compile_takes_a_compiler(tmp_path, monkeypatch, capsys
     assert len(message.splitlines()) == 1
 
 
-def test_the_causal_test_is_in_every_evaluation(quickstart):
+def test_the_counterfactual_test_is_in_every_evaluation(quickstart):
     for record in lines(quickstart / "evaluations.jsonl"):
-        assert set(record["causal"]) == {"own", "other", "shuffled", "filler", "right", "none"}
-        assert set(record["causal_minus_own"]) == {"other", "shuffled", "filler", "right", "none"}
-        assert record["causal"]["own"]["nll"] == pytest.approx(record["nll_thought"])
-        assert record["causal"]["none"]["nll"] == pytest.approx(record["nll_text"])
-        for condition, found in record["causal"].items():
+        assert set(record["counterfactual"]) == {"own", "other", "shuffled", "filler", "right", "none"}
+        assert set(record["counterfactual_minus_own"]) == {"other", "shuffled", "filler", "right", "none"}
+        assert record["counterfactual"]["own"]["nll"] == pytest.approx(record["nll_thought"])
+        assert record["counterfactual"]["none"]["nll"] == pytest.approx(record["nll_text"])
+        for condition, found in record["counterfactual"].items():
             assert found["low"] <= found["nll"] <= found["high"], condition
             if condition != "own":
-                difference = found["nll"] - record["causal"]["own"]["nll"]
-                assert record["causal_minus_own"][condition]["nll"] == pytest.approx(difference)
+                difference = found["nll"] - record["counterfactual"]["own"]["nll"]
+                assert record["counterfactual_minus_own"][condition]["nll"] == pytest.approx(difference)
         # Four sums with spaces between them are seven tokens, and a thought has four at most.
         assert record["thought_right"] == 0
 
@@ -141,9 +141,9 @@ def test_a_finished_run_goes_on_to_its_control(quickstart, tmp_path, capsys):
     assert (copy / "metrics.jsonl").read_text() == before
 
 
-def test_without_the_causal_test(tmp_path):
-    assert fit("lab-rpt", tmp_path / "run", "--evaluation.causal", "false") == 0
-    assert "causal" not in lines(tmp_path / "run" / "evaluations.jsonl")[-1]
+def test_without_the_counterfactual_test(tmp_path):
+    assert fit("lab-rpt", tmp_path / "run", "--evaluation.counterfactuals", "false") == 0
+    assert "counterfactual" not in lines(tmp_path / "run" / "evaluations.jsonl")[-1]
 
 
 @pytest.mark.parametrize(
