@@ -309,8 +309,12 @@ class Decoder(nn.Module):
 
     def read(self, text: Text) -> TextState:
         """One causal pass over packed text, documents apart. Raises ValueError for rows the model cannot hold."""
+        return self.read_embedded(self.embed(text.tokens_BN), text)
+
+    def read_embedded(self, x_BNW: Tensor, text: Text) -> TextState:
+        """The same with the tokens of `text` given as embeddings."""
         self.check_positions(text.shape[1])
-        x = self.embed(text.tokens_BN)
+        x = x_BNW
         cos, sin = self.rotation_at(text.position_BN, x.dtype)
         keys, values = [], []
 

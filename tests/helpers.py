@@ -67,19 +67,8 @@ def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: i
     start = int(text.document_start_BN[row, anchor]) if anchor >= 0 else 0
     tokens = torch.cat([text.tokens_BN[row, start : anchor + 1], thoughts.tokens_BKSM[row, k, :, m]])
     sequence = Text.from_rows(tokens[None])
-    embeddings = model.embed_thoughts(tokens[None, None, :, None])[0, 0, :, 0]
-
-    class Embedded(Decoder):
-        def embed(self, _):
-            return embeddings[None]
-
-    decoder = model.decoder
-    original = decoder.__class__
-    decoder.__class__ = Embedded
-    try:
-        return decoder.read(sequence).hidden_BNW[0, anchor + 1 - start :]
-    finally:
-        decoder.__class__ = original
+    embeddings_BNW = model.embed_thoughts(tokens[None, None, :, None])[:, 0, :, 0]
+    return model.decoder.read_embedded(embeddings_BNW, sequence).hidden_BNW[0, anchor + 1 - start :]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from models.thoughts import Anchors
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
+from objectives.rpt import Rpt, RptConfig
 from objectives.template import Template
 from tests.helpers import packed_text, sampled, step_of, tiny_model
 
