@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.references import CheckpointError, resolve
+from checkpoints.errors import CheckpointError
+from checkpoints.references import resolve
 from models.decoder import Decoder, DecoderConfig
 from models.rope import SCALINGS, inverse_frequencies
 from models.thinking import ThinkingModel
@@ -39,7 +40,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-PARTS = ("delimiters", "mixing_head")
+THINKING_PARTS = ("delimiters", "mixing_head")
 FORMAT = 1  # of thinking.json
 
 
@@ -234,13 +235,13 @@ def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = Non
             f"{directory}/thinking.json has format {described.get('format')!r}, not {FORMAT}; export the run again"
         )
     parts = described.get("parts", [])
-    model = ThinkingModel(decoder, **{part: part in parts for part in PARTS})
+    model = ThinkingModel(decoder, **{part: part in parts for part in THINKING_PARTS})
     try:
         with safe_open(directory / "thinking.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{directory}/thinking.safetensors cannot be read ({error}); export again") from None
-    wanted = {n: p.shape for n, p in model.named_parameters() if n.startswith(PARTS)}
+    wanted = {n: p.shape for n, p in model.named_parameters() if n.startswith(THINKING_PARTS)}
     found = {n: t.shape for n, t in tensors.items()}
     if wanted != found:
         raise CheckpointError(f"{directory}/thinking.safetensors does not hold what thinking.json says; export again")
@@ -275,9 +276,11 @@ def export(
         save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
         (made / "config.json").write_text(json.dumps(config_to_hf(decoder.config, dtype, **ids), indent=2))
         (made / "generation_config.json").write_text(json.dumps(ids, indent=2))
-        parts = [part for part in PARTS if getattr(model, part) is not None]
+        parts = [part for part in THINKING_PARTS if getattr(model, part) is not None]
         if parts:
-            thinking = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(PARTS)}
+            thinking = {
+                n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(THINKING_PARTS)
+            }
             save_file(thinking, made / "thinking.safetensors", metadata={"format": "pt"})
             (made / "thinking.json").write_text(json.dumps({"format": FORMAT, "parts": parts}, indent=2))
         for name in TOKENIZER_FILES:

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from checkpoints.errors import CheckpointError
+
 ACCEPTED = (
     "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, lab, "
     "random:PATH, random:lab"
@@ -17,10 +19,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
 # Folders hold other formats, consolidated files the same weights once more.
 HUB_SKIPPED = ["*/*", "consolidated*"]
-
-
-class CheckpointError(ValueError):
-    """A model or checkpoint that cannot be used; the message is one line that says which and what to do."""
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:

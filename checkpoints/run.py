@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.references import CheckpointError
+from checkpoints.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 MANIFEST, STATE = "manifest.json", "state.json"

@@ -17,8 +17,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from checkpoints import smollm2
+from checkpoints.errors import CheckpointError
 from checkpoints.hugging_face import config_from_hf, config_to_hf, export, load_decoder, load_thinking_model
-from checkpoints.references import CheckpointError, resolve
+from checkpoints.references import resolve
 from models.decoder import Decoder
 from models.thinking import ThinkingModel
 from tests.helpers import tiny_config, tiny_model
@@ -327,8 +328,8 @@ def hub(folder: Path):
 def load_from_hub(endpoint: str, reference: str, home: Path, **more: str) -> subprocess.CompletedProcess:
     """Loads a model in a process of its own, since the hub's client reads its settings once."""
     code = f"""
+from checkpoints.errors import CheckpointError
 from checkpoints.hugging_face import load_decoder
-from checkpoints.references import CheckpointError
 try:
     print("weights", load_decoder({reference!r}).norm.weight.sum().item())
 except CheckpointError as error:

@@ -21,7 +21,7 @@ from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.next_token import NextToken
-from tests.helpers import relative_error
+from tests.helpers import relative_error, step_of
 
 LOGITS, GRADIENTS = 1e-5, 1e-4
 SIZES = dict(
@@ -88,7 +88,7 @@ def test_logits_and_gradients(case, tmp_path):
     logits = decoder.read(Text.from_rows(tokens())).hidden_BNW @ decoder.head_weight_VW.T
     assert relative_error(logits, truth) <= LOGITS
     F.cross_entropy(truth[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()).backward()
-    NextToken()(ThinkingModel(decoder), Text.from_rows(tokens()), Rng(0, 0)).loss.backward()
+    step_of(NextToken(), ThinkingModel(decoder), Text.from_rows(tokens()), Rng(0, 0)).loss.backward()
     gradients = {n.removeprefix("model."): p.grad for n, p in reference.named_parameters()}
     assert gradients.keys() == {n for n, _ in decoder.named_parameters()}
     errors = {n: relative_error(p.grad, gradients[n]) for n, p in decoder.named_parameters()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from checkpoints.references import CheckpointError
+from checkpoints.errors import CheckpointError
 from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint, prune, save_checkpoint
 
 
