@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from data_pipelines.config import DataError
-from data_pipelines.packing import PackedText
+from data_pipelines.rows import PackedText
 
 
 class _Steps(Dataset[dict[str, Tensor]]):

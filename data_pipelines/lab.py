@@ -29,7 +29,7 @@ import tokenizers
 from torch import Tensor
 
 from data_pipelines.config import DataError
-from data_pipelines.packing import PackedText, packed_rows
+from data_pipelines.rows import PackedText, packed_rows
 from data_pipelines.sources import COUNTS
 from data_pipelines.tokenizer import Tokenizer
 

@@ -13,19 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from data_pipelines.config import DataConfig, DataError
-from data_pipelines.corpus import Corpus, end_of_document, tokenised
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.corpus import Corpus
+from data_pipelines.rows import PackedText, packed_rows
 
 Fragment = tuple[int, int]  # start and stop in the corpus' tokens
 
@@ -56,67 +51,6 @@ class _Line:
             end, stop = int(self.end_D[document]), int(self.stop_D[document])
             yield stop - (end - first), stop - max(end - last, 0)
             first, document = end, document + 1
-
-
-class PackedText(ABC):
-    """Training rows by random access, and held-out rows.
-
-    Rows are dicts that hold, all int64:
-        tokens_BN: token ids.
-        document_BN: the document or fragment of its row that a token is of, from 0; -1 is padding, behind all others.
-        position_BN: place within the document or fragment, from 0.
-        sample_id_B: r of each row.
-
-    Attributes:
-        length: N.
-        seed: of the training rows.
-        tokens_per_epoch: tokens of all training documents, `math.inf` if none ever comes again.
-        counts: how many documents were what; keys are `sources.COUNTS`.
-        fingerprint: hex digest of all that the rows depend on; two with the same one yield the same rows.
-    """
-
-    length: int
-    seed: int
-    tokens_per_epoch: float
-    counts: Counter[str]
-    fingerprint: str
-
-    @abstractmethod
-    def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """Training rows `first` to `first + count`, a pure function of the fingerprint and those numbers."""
-
-    @abstractmethod
-    def held_out_rows(self, limit: int) -> dict[str, Tensor]:
-        """The first `limit` held-out rows, or as many as there are."""
-
-    def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
-        """For text that knows them: right thoughts at (sample id, position) of the first `limit` held-out rows."""
-        return {}
-
-    def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
-        """The rows of a training step, counted from 0."""
-        return self.rows(step * rows_per_step, rows_per_step)
-
-
-def packed_rows(first: int, rows: Sequence[Iterable[Sequence[int] | np.ndarray]], length: int) -> dict[str, Tensor]:
-    """Rows `first` on, each of the token ids of its documents, which together are at most `length` long."""
-    shape = (len(rows), length)
-    tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    document_BN = np.full(shape, -1)
-    for row, documents in enumerate(rows):
-        at = 0
-        for index, ids in enumerate(documents):
-            part = np.s_[row, at : at + len(ids)]
-            tokens_BN[part] = ids
-            document_BN[part] = index
-            position_BN[part] = np.arange(len(ids))
-            at += len(ids)
-    return {
-        "tokens_BN": torch.from_numpy(tokens_BN),
-        "document_BN": torch.from_numpy(document_BN),
-        "position_BN": torch.from_numpy(position_BN),
-        "sample_id_B": torch.arange(first, first + len(rows)),
-    }
 
 
 class CorpusText(PackedText):
@@ -191,23 +125,3 @@ def _split(corpus: Corpus, share: float) -> tuple[_Line, _Line]:
         return _Line.of(start_D, stop_D), held_out
     held_D = np.isin(text_D, chosen)
     return _Line.of(start_D[~held_D], stop_D[~held_D]), _Line.of(start_D[held_D], stop_D[held_D])
-
-
-def open_data(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    cache_dir: Path | None = None,
-) -> PackedText:
-    """The text of a configuration: tokenised (or found in the cache) and packed, or made by the lab.
-
-    Raises DataError for settings, sources or a cache that the user has to mend.
-    """
-    if problems := config.problems():
-        raise DataError("; ".join(problems))
-    if config.reference.partition(":")[0] == "lab":
-        from data_pipelines.lab import LabConfig, LabText  # here, since the lab builds on this module
-
-        end_id = end_of_document(config, tokenizer)
-        return LabText(LabConfig.parse(config.reference), tokenizer, end_id, config.length, seed)
-    return CorpusText(tokenised(config, tokenizer, cache_dir), config.length, config.held_out, seed)

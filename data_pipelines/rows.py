@@ -1,0 +1,75 @@
+"""Rows of packed text: what every kind of text provides, and the form it provides them in.
+
+Shapes: B rows, N tokens of a row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PackedText(ABC):
+    """Training rows by random access, and held-out rows.
+
+    Rows are dicts that hold, all int64:
+        tokens_BN: token ids.
+        document_BN: the document or fragment of its row that a token is of, from 0; -1 is padding, behind all others.
+        position_BN: place within the document or fragment, from 0.
+        sample_id_B: r of each row.
+
+    Attributes:
+        length: N.
+        seed: of the training rows.
+        tokens_per_epoch: tokens of all training documents, `math.inf` if none ever comes again.
+        counts: how many documents were what; keys are `sources.COUNTS`.
+        fingerprint: hex digest of all that the rows depend on; two with the same one yield the same rows.
+    """
+
+    length: int
+    seed: int
+    tokens_per_epoch: float
+    counts: Counter[str]
+    fingerprint: str
+
+    @abstractmethod
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        """Training rows `first` to `first + count`, a pure function of the fingerprint and those numbers."""
+
+    @abstractmethod
+    def held_out_rows(self, limit: int) -> dict[str, Tensor]:
+        """The first `limit` held-out rows, or as many as there are."""
+
+    def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        """For text that knows them: right thoughts at (sample id, position) of the first `limit` held-out rows."""
+        return {}
+
+    def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
+        """The rows of a training step, counted from 0."""
+        return self.rows(step * rows_per_step, rows_per_step)
+
+
+def packed_rows(first: int, rows: Sequence[Iterable[Sequence[int] | np.ndarray]], length: int) -> dict[str, Tensor]:
+    """Rows `first` on, each of the token ids of its documents, which together are at most `length` long."""
+    shape = (len(rows), length)
+    tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    document_BN = np.full(shape, -1)
+    for row, documents in enumerate(rows):
+        at = 0
+        for index, ids in enumerate(documents):
+            part = np.s_[row, at : at + len(ids)]
+            tokens_BN[part] = ids
+            document_BN[part] = index
+            position_BN[part] = np.arange(len(ids))
+            at += len(ids)
+    return {
+        "tokens_BN": torch.from_numpy(tokens_BN),
+        "document_BN": torch.from_numpy(document_BN),
+        "position_BN": torch.from_numpy(position_BN),
+        "sample_id_B": torch.arange(first, first + len(rows)),
+    }
