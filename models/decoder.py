@@ -150,7 +150,7 @@ class ThoughtCache:
     length: tokens written.
     """
 
-    # Of what attention is given, how much is filled, where only the device knows; None if all of it is.
+    # How much of the buffers is filled, where only the device knows; None if attention gets just what is filled.
     filled_1: Tensor | None = None
 
     def __init__(self, config: DecoderConfig, B: int, K: int, T: int, M: int, like: Tensor):
@@ -182,8 +182,8 @@ class ThoughtCache:
 class RecordableCache(ThoughtCache):
     """The buffers of another cache, one token after the other, with the number of tokens held on the device.
 
-    What a step does is then the same at every length, so that it can be recorded once and replayed. Attention is given
-    the whole buffers and `filled_1`.
+    What a step does is then the same at every length, so that it can be recorded once and replayed. Attention gets the
+    whole buffers and `filled_1`.
     """
 
     def __init__(self, cache: ThoughtCache):
@@ -357,7 +357,7 @@ class Decoder(nn.Module):
         self, block: nn.Module, x_W: Tensor, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            # No random state to restore: nothing in a block draws.
+            # No random state to restore: no block uses random numbers.
             return checkpoint(block, x_W, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
         return block(x_W, cos, sin, attend)
 

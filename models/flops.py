@@ -27,8 +27,8 @@ _open: list[Ledger] = []
 class Ledger:
     """Adds up the FLOPs of all that is done within it, by what they were spent on.
 
-    `text`: reading; `rollout`: sampling thoughts, with the draws; `thoughts`: passes over whole thoughts; `vocabulary`:
-    log-probs, entropies and predictions; `mixing`: the mixing head. Ledgers may be nested: each counts.
+    `text`: reading; `rollout`: sampling thoughts, the head included; `thoughts`: passes over whole thoughts;
+    `vocabulary`: log-probs, entropies and predictions; `mixing`: the mixing head. Ledgers may be nested: each counts.
     """
 
     def __init__(self) -> None:
@@ -93,11 +93,11 @@ def count_think(decoder: Decoder, anchors: Anchors, K: int, S: int) -> None:
 
 
 def count_rollout(decoder: Decoder, anchors: Anchors, K: int, S: int, steps: int) -> None:
-    """S tokens of each thought went through the model, and one was drawn for each thought at every step."""
+    """S tokens of each thought went through the model, and one was sampled for each thought at every step."""
     if _open:
         c = decoder.config
-        draws = 2 * c.vocab_size * c.width * anchors.index_BM.numel() * K * steps
-        _spend("rollout", _thinking(c, anchors, K, S) + draws)
+        head = 2 * c.vocab_size * c.width * anchors.index_BM.numel() * K * steps
+        _spend("rollout", _thinking(c, anchors, K, S) + head)
 
 
 def count_vocabulary(rows: int, head_weight_VW: Tensor) -> None:

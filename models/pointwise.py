@@ -1,7 +1,7 @@
-"""The chains of pointwise operations between matrix products and attention.
+"""Chains of elementwise ops: norms, rotary embedding, gating, and the merge of two attention parts.
 
-As they stand each operation is a pass over memory. `compile_chains` makes one pass of each chain with torch.compile,
-forward and backward. The products and attention between them are kernels already and are left as they are.
+Uncompiled, each op is a pass over memory. `compile_chains` fuses each chain with torch.compile, forward and backward.
+Matrix products and attention are single kernels already and are not compiled.
 
 Shapes: R rows (tokens), W any width, H heads, D head size; `_` leading axes of any number.
 """
@@ -21,7 +21,7 @@ _compiled: dict[Callable, Callable] = {}
 
 
 def compile_chains(on: bool = True) -> None:
-    """From here on the chains run compiled, or not, in this process; each compiles at its first use, in seconds.
+    """Switches fused chains on or off for this process; each is compiled at its first use, which takes seconds.
 
     On CPU that takes a C++ compiler; torch raises where it finds none.
     """

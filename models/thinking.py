@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models import flops
 from models.decoder import Decoder, TextState, ThoughtCache
+from models.flops import count_mixing, count_read, count_think
 from models.precision import Linear
 from models.thoughts import END, START, Anchors, Text, Thoughts
 
@@ -65,7 +65,7 @@ class MixingHead(nn.Module):
     def forward(self, text_W: Tensor, thought_W: Tensor) -> Tensor:
         """Broadcasting hidden states [..., W] → w [...], fp32."""
         W = text_W.shape[-1]
-        flops.count_mixing(W, text_W.numel() // W, thought_W.numel() // W)
+        count_mixing(W, text_W.numel() // W, thought_W.numel() // W)
         first = (self.from_text(text_W) + self.from_thought(thought_W)).relu()
         second = self.hidden(first).relu()
         return self.out(second.to(self.out.weight.dtype))[..., 0]
@@ -97,7 +97,7 @@ class ThinkingModel(nn.Module):
 
     def read(self, text: Text) -> TextState:
         """See Decoder.read."""
-        flops.count_read(self.decoder, text)
+        count_read(self.decoder, text)
         return self.decoder.read(text)
 
     def embed_thoughts(self, tokens_BKSM: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class ThinkingModel(nn.Module):
 
     def think(self, thoughts: Thoughts, state: TextState) -> Tensor:
         """Hidden states [B, K, S, M, W] of whole thoughts in one differentiable pass; see Decoder.think."""
-        flops.count_think(self.decoder, thoughts.anchors, *thoughts.tokens_BKSM.shape[1:3])
+        count_think(self.decoder, thoughts.anchors, *thoughts.tokens_BKSM.shape[1:3])
         return self.decoder.think(self.embed_thoughts(thoughts.tokens_BKSM), thoughts.anchors, state)
 
     def continue_thoughts(self, tokens_BKSM: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache) -> Tensor:

@@ -65,10 +65,13 @@ class AnchoredConfig(ObjectiveConfig):
     eps_low: float = setting(0.2, "ratios below 1 − ε_low are clipped", ge=0)
     eps_high: float = setting(0.2, "ratios above 1 + ε_high are clipped", ge=0)
     anchors_at_once: int | None = setting(
-        None, "anchors of a row whose thoughts are held with gradient at once; default: all", ge=1
+        None, "anchors of a row whose thoughts are held with gradient at once; default: all", free=True, ge=1
     )
     sampled_at_once: int | None = setting(
-        None, "anchors of a row whose thoughts are sampled at once; default: as many as anchors_at_once", ge=1
+        None,
+        "anchors of a row whose thoughts are sampled at once; default: anchors_at_once",
+        free=True,
+        ge=1,
     )
     updates: int = setting(1, "optimizer steps on the same thoughts, all with the first one's rewards", ge=1)
     shuffle_rewards: bool = setting(False, "a control: rewards are dealt out at random within their group")

@@ -29,12 +29,15 @@ from objectives.metrics import METRICS, Means, Metric
 # Settings
 
 
-def setting(default: Any, description: str, **constraints: float) -> Any:
+def setting(default: Any, description: str, free: bool = False, **constraints: float) -> Any:
     """A field of a configuration: its default, what `--help` says, and pydantic's constraints (ge, gt, le, lt).
 
+    free: it changes nothing that a step computes, and may differ between a run and its continuation.
     Plain dataclasses, so that objectives can be used where pydantic is not installed; recipes validate them with it.
     """
-    return field(default=default, metadata={"description": description, **constraints})
+    return field(
+        default=default, metadata={"description": description, "json_schema_extra": {"free": free}, **constraints}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective is to be given.
+    """What an objective needs besides a decoder.
 
     delimiters: texts whose first token's embedding the start and the end of a thought begin as; None: no delimiters.
     models: references of further models by the setting that names them, which must read the same tokens.
@@ -217,7 +220,7 @@ class Objective(ABC):
 
     @classmethod
     def build(cls, config: Any, vocabulary: Vocabulary) -> Self:
-        """The objective for a tokenizer. Raises SettingError for settings that the tokenizer cannot serve."""
+        """The objective for a tokenizer. Raises SettingError for settings that do not fit it."""
         return cls(config)  # type: ignore[call-arg]
 
     @property
@@ -225,7 +228,7 @@ class Objective(ABC):
         return Needs()
 
     def use_models(self, models: Mapping[str, ThinkingModel]) -> None:  # noqa: B027 - most need none
-        """Takes the models that `needs` asked for, by setting."""
+        """Receives the models that `needs` names, by setting."""
 
     @property
     def longest_thought(self) -> int:

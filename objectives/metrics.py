@@ -1,7 +1,7 @@
 """Metrics: how they add up over ranks and micro-batches, and what each name means.
 
 `METRICS` is the one table of names. Reports and the page objectives/README.md read it (`python -m objectives.metrics`
-prints the page's tables); an objective of one's own brings its names in its `metrics`.
+prints the page's table); an objective of one's own brings its names in its `metrics`.
 
 Shapes: B rows, M anchors of a row, K thoughts of an anchor, L tokens of a body, S all tokens of a thought, H tokens of
 the horizon, J sampled tokens of all.
@@ -54,9 +54,10 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "nll_text": Metric("loss without thoughts, nats per token", "−log p(x_{t+1} | x_≤t), mean over scored tokens"),
+    "nll_text": Metric("loss without thoughts, nats per token", "−log p(next token), mean over scored tokens"),
     "nll_thought": Metric(
-        "loss after a thought, nats per token", "−log p(x_{t+1} | x_≤t, c); Quiet-STaR: of the mixed prediction"
+        "loss after a thought, nats per token",
+        "the same after the thought; Quiet-STaR: of the mixed prediction",
     ),
     "reward": Metric(
         "reward before clipping", "Quiet-STaR: Σ_s CE_text − CE_mixed; RLP: information gain; RPT: 1 if right"
@@ -131,7 +132,11 @@ def policy_metrics(logprob_J: Tensor, old_J: Tensor, eps_low: float, eps_high: f
     }
 
 
-def table(metrics: Mapping[str, Metric], names: Sequence[str]) -> str:
-    """A Markdown table of these names."""
-    rows = [f"| `{name}` | {metrics[name].meaning} | {metrics[name].formula} |" for name in names]
+def table(metrics: Mapping[str, Metric] = METRICS) -> str:
+    """A Markdown table of names, meanings and formulas."""
+    rows = [f"| `{name}` | {metric.meaning} | {metric.formula} |" for name, metric in metrics.items()]
     return "\n".join(["| name | meaning | formula |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())

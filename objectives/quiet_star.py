@@ -73,13 +73,18 @@ class QuietStarConfig(ObjectiveConfig):
     thought_nll_weight: float = setting(0.5, "of the mixed predictions' cross-entropy", ge=0)
     variant: Literal["paper", "public_code"] = setting("paper", "whom to follow where paper and public code differ")
     anchors_at_once: int | None = setting(
-        None, "positions of a row whose thoughts are held with gradient at once; default: all", ge=1
+        None, "positions of a row whose thoughts are held with gradient at once; default: all", free=True, ge=1
     )
     sampled_at_once: int | None = setting(
-        None, "positions of a row whose thoughts are sampled at once; default: as many as anchors_at_once", ge=1
+        None,
+        "positions of a row whose thoughts are sampled at once; default: anchors_at_once",
+        free=True,
+        ge=1,
     )
-    start_from: str = setting("---", "text whose first token's embedding the start of a thought begins as (appendix A)")
-    end_from: str = setting("---", "likewise its end")
+    start_from: str = setting(
+        "---", "text whose first token's embedding the start of a thought begins as (appendix A)", min_length=1
+    )
+    end_from: str = setting("---", "likewise its end", min_length=1)
 
     @property
     def L(self) -> int:
@@ -98,7 +103,8 @@ class QuietStarConfig(ObjectiveConfig):
         return self.A + 2
 
     def showing(self, length: int | None, temperature: float, positions: int) -> ObjectiveConfig:
-        variant = "paper" if temperature == 0 else "public_code"
+        # The paper's evaluation is greedy, the code's samples.
+        variant: Literal["paper", "public_code"] = "paper" if temperature == 0 else "public_code"
         return QuietStarConfig(
             length=length or self.L, lookahead=1, thoughts=1, temperature=temperature, variant=variant
         )

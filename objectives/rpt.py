@@ -10,8 +10,8 @@ For a batch of documents:
     from some step on, groups whose rewards are all the same are left out          DAPO, 2503.14476
 
 A model that follows instructions writes tags and box by itself (template `free`; the last box behind the closing tag
-counts). A base model is given them (template `forced`): it writes the thought and what is in the box. With an empty
-box the prediction is simply the next `answer_length` tokens.
+counts). A base model has them forced upon it (template `forced`): it writes the thought and what is in the box. With an
+empty box the prediction is simply the next `answer_length` tokens.
 
 objectives/naive/rpt.py is the same as a plain loop.
 

@@ -2,8 +2,8 @@
 
 `reference` is the definition; `aten` the flash kernels inside torch; `flex` torch's FlexAttention; `flash` the kernels
 of the flash-attn packages; `triton` this project's own. The choice is, in this order: the argument, the environment
-variable FORETHOUGHT_ATTENTION, `aten` where it serves the call, else `reference`. A backend that was asked for and
-cannot serve raises; what is chosen is logged once.
+variable FORETHOUGHT_ATTENTION, `aten` where it supports the call, else `reference`. Asking for a backend that does not
+support a call raises; the choice is logged once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def thought_attention(
     k_text and v_text [B, N, G, D]. → [B, K, S, M, H, D] in q's dtype. Differentiable in all five.
 
     filled_1: int32 [1], how many of the T tokens there are yet, of which q is the newest (S = 1): a number that the
-    host never sees, so that a recorded call serves every length. Without gradient.
+    host never sees, so that a recorded call works at every length. Without gradient.
     """
     arguments = q_BKSMHD, k_BKTMGD, v_BKTMGD, k_text_BNGD, v_text_BNGD
     chosen = _choose(*arguments, anchors=anchors, backend=backend, filled=filled_1 is not None)
@@ -57,7 +57,7 @@ def thought_attention(
 
 
 def asked_backend(backend: str | None = None) -> str | None:
-    """The backend that the argument or the environment asks for. Raises ValueError for one that does not exist."""
+    """The backend named by the argument or the environment, if any. Raises ValueError for one that does not exist."""
     asked = backend or os.environ.get("FORETHOUGHT_ATTENTION") or None
     if asked is not None and asked not in BACKENDS:
         raise ValueError(f"attention backend {asked!r} is not one of {', '.join(BACKENDS)}")
@@ -76,10 +76,10 @@ def _choose(
     asked = asked_backend(backend)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
     chosen = asked or "aten"
-    served, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)
-    if not served and asked is not None:
+    supported, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)
+    if not supported and asked is not None:
         raise ValueError(f"attention backend {asked!r} cannot serve this call: {reason}; unset it or use 'reference'")
-    if not served:
+    if not supported:
         chosen = "reference"
     _say_once(chosen, reason)
     return BACKENDS[chosen]

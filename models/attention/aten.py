@@ -16,8 +16,8 @@ from models.thoughts import Anchors
 def supports(
     q: Tensor, k: Tensor, anchors: Anchors | None, differentiable: bool, filled: bool = False
 ) -> tuple[bool, str]:
-    """Whether these kernels serve such a call, and why not: thoughts q [B, K, S, M, H, D] and k [B, K, T, M, G, D] at
-    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without; `differentiable` if a gradient may be asked for,
+    """Whether these kernels support a call, and why not: thoughts q [B, K, S, M, H, D] and k [B, K, T, M, G, D] at
+    `anchors`, or text q [B, N, H, D] and k [B, N, G, D] without; `differentiable` if a gradient may be needed,
     `filled` if the number of own tokens is on the device."""
     if anchors is not None and q.shape[2] not in (1, k.shape[2]):
         S, T = q.shape[2], k.shape[2]

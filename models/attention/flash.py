@@ -1,6 +1,6 @@
 """Attention of text and thoughts from the kernels of the flash-attn packages, for CUDA: merged.py says how.
 
-The first that is installed and fits the GPU serves:
+It uses the first of these that is installed and supports the GPU:
 
 | package | compute capability | reached through |
 |---|---|---|
@@ -8,8 +8,8 @@ The first that is installed and fits the GPU serves:
 | FlashAttention-4 (`flash-attn-4`) | 9.0 and 10.0 | torch's flash operator, which torch reroutes |
 | flash-attn 2 (`flash-attn`, 2.8 or later) | 8.0 and above | its own functions |
 
-Rerouting holds for the process: once `flash` has served a call by FlashAttention-3 or -4, so do `aten` and torch's
-scaled dot product attention.
+Rerouting holds for the process: once `flash` has run FlashAttention-3 or -4, `aten` and torch's scaled dot product
+attention run it too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def supports(
     if q.device.type != "cuda":
         return False, f"the flash-attn packages run on CUDA, not on {q.device.type}"
     if filled:
-        return False, "the flash-attn packages are told the number of own tokens by the host"
-    served, reason = aten.supports(q, k, anchors, differentiable)
-    if not served:
+        return False, "the flash-attn packages take the number of own tokens from the host"
+    supported, reason = aten.supports(q, k, anchors, differentiable)
+    if not supported:
         return False, reason
     package = _package(q.device, q.shape[-1])
     if package is None:

@@ -1,7 +1,7 @@
 """Attention of thoughts from the Triton kernels of this project, for CUDA and, in fp32 and fp16, Triton's interpreter.
 
-Text attends to itself through the flash kernels of `aten`, and so does the text part of a dense rollout step. Which
-kernel serves a call of thoughts:
+Text attention uses the flash kernels of `aten`, and so does the text part of a dense rollout step. The kernel that
+runs thought attention:
 
 | anchors | call | forward | backward |
 |---|---|---|---|
@@ -9,7 +9,7 @@ kernel serves a call of thoughts:
 | everywhere | newest token | `aten` for the text, then `kernels.step` | none |
 | a few | any | `kernels.decode` | `aten`, part by part, given the merged output and log-sum-exp |
 
-Shapes as in reference.py. Triton is optional: nothing of it is imported before a call is served.
+Shapes as in reference.py. Triton is optional: it is not imported before the first call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def supports(
     if anchors is None:
         return aten.supports(q, k, anchors, differentiable)
     if filled and anchors.dense:
-        return False, "the triton kernel for a step at every position is told the number of own tokens by the host"
+        return False, "the triton kernel for a step at every position takes the number of own tokens from the host"
     if q.shape[-1] not in HEAD_SIZES:
         return False, f"the triton kernels take head sizes {', '.join(map(str, HEAD_SIZES))}, not {q.shape[-1]}"
     S, T, group = q.shape[2], k.shape[2], q.shape[4] // k.shape[4]

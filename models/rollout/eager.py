@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from models import flops
 from models.decoder import ThoughtCache
+from models.flops import count_rollout
 from models.logprobs import sample_tokens
 from models.rollout.request import NextTokens, Rollout, RolloutRequest
 from models.thoughts import PAD, Thoughts
@@ -136,7 +136,7 @@ def _sample(request: RolloutRequest, step: NextTokens) -> Rollout:
         if may_end_early and since == LOOK_EVERY - 1 and model.all_agree((phase_BKM == ENDED).all()):
             S = s + 1
             break
-    flops.count_rollout(model.decoder, anchors, K, S - 1, S - P)
+    count_rollout(model.decoder, anchors, K, S - 1, S - P)
     thoughts = Thoughts(tokens_BKSM, anchors)
     return Rollout(thoughts, sampled_BKSM, logprobs_BKSM, closed_BKM, predicting_BKSM, predicted_BKM, len(close)).slots(
         S

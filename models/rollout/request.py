@@ -1,4 +1,4 @@
-"""What a rollout is asked for, what it gives, and what an engine is.
+"""The request for a rollout, its result, and the protocol of engines.
 
 Shapes: B rows, M anchors, K thoughts, S all tokens of a thought.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,8 @@ class Engine(Protocol):
     thought, token), so that a thought is the same in whatever batch, chunk or rank it is sampled.
     """
 
-    reproducible: ClassVar[bool]
+    @property
+    def reproducible(self) -> bool: ...
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         """Whether the request can be sampled, and if not, why."""
