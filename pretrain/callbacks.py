@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -17,13 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from checkpoints.run import prune, save_checkpoint
-from data_pipelines import PackedText, Tokenizer
+from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.rollout import Engine
 from models.thoughts import Text
 from objectives import CounterfactualTest, Objective
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
+from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.state import run_state
@@ -52,8 +54,16 @@ class Records(lightning.Callback):
     A bar with loss and tokens per second on a terminal, plain lines elsewhere.
     """
 
-    def __init__(self, directory: RunDirectory, tokenizer: Tokenizer, counts: dict[str, int], loggers: list[Logger]):
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: LoggingConfig,
+        tokenizer: Tokenizer,
+        counts: dict[str, int],
+        loggers: list[Logger],
+    ):
         self.directory = directory
+        self.config = config
         self.tokenizer = tokenizer
         self.counts = {f"data/{name}": count for name, count in counts.items()}
         self.loggers = loggers
@@ -73,7 +83,7 @@ class Records(lightning.Callback):
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
             self.progress.start()
-            self._task = self.progress.add_task("step", total=module.recipe.steps, completed=module.step, status="")
+            self._task = self.progress.add_task("step", total=module.steps, completed=module.step, status="")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         report: StepReport = module.report
@@ -85,8 +95,8 @@ class Records(lightning.Callback):
         status = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
         if self.progress is not None:
             self.progress.update(self._task, completed=report.step, status=status)
-        steps = module.recipe.steps
-        if report.step % module.recipe.logging.every and report.step != steps:
+        steps = module.steps
+        if report.step % self.config.every and report.step != steps:
             return
         if self.progress is None and (report.seconds >= self._said + SECONDS_A_LINE or report.step == steps):
             self._said = report.seconds
@@ -129,12 +139,12 @@ class Records(lightning.Callback):
 
     def _write_samples(self, report: StepReport, module: PretrainModule) -> None:
         """A few thoughts of the step, drawn evenly from all of them: not the best ones."""
-        if report.record is None or not module.recipe.logging.samples:
+        if report.record is None or not self.config.samples:
             return
         anchors = report.record.thoughts.anchors
         places = anchors.predicting_BM.nonzero().tolist()
         draw = random.Random(report.step)
-        for row, anchor in draw.sample(places, min(module.recipe.logging.samples, len(places))):
+        for row, anchor in draw.sample(places, min(self.config.samples, len(places))):
             k = draw.randrange(report.record.reward_BKM.shape[1])
             self.directory.append(
                 self.directory.samples,
@@ -153,16 +163,20 @@ class HeldOutEvaluation(lightning.Callback):
     def __init__(
         self,
         directory: RunDirectory,
+        every: int | None,
         objective: Objective,
         text: Text,
+        rows_at_once: int,
         loggers: list[Logger],
         difficulty_E: Tensor | None,
         test: CounterfactualTest | None,
         engine: Engine,
     ):
         self.directory = directory
+        self.every = every
         self.objective = objective
         self.text = text
+        self.rows_at_once = rows_at_once
         self.loggers = loggers
         self.difficulty_E = difficulty_E
         self.test = test
@@ -173,17 +187,16 @@ class HeldOutEvaluation(lightning.Callback):
             self._evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        every, last = module.recipe.evaluation.every, module.step == module.recipe.steps
-        if last or (every is not None and module.step % every == 0):
+        last = module.step == module.steps
+        if last or (self.every is not None and module.step % self.every == 0):
             self._evaluate(trainer, module)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
         # Every rank scores all rows: a sharded model needs them all for each pass.
         text = self.text.to(module.device)
-        rows = module.recipe.micro_batch_rows or module.recipe.rows_per_step
         # Evaluation has draws of its own: the same at every step, and none of training's.
-        rng = Rng(module.recipe.seed, 2**32 - 1)
-        scores = score_held_out(self.objective, module.model, text, rng, rows, self.test, self.engine)
+        rng = Rng(module.seed, 2**32 - 1)
+        scores = score_held_out(self.objective, module.model, text, rng, self.rows_at_once, self.test, self.engine)
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
         summary = summarise(scores, self.difficulty_E)
@@ -200,12 +213,19 @@ class HeldOutEvaluation(lightning.Callback):
 class Checkpoints(lightning.Callback):
     """Saves every so often, at the end, and when the process is told to stop; then stops it at the step's boundary.
 
-    Saving inside a signal handler can hang, so the handler only raises a flag.
+    Saving inside a signal handler can hang, so the handler only raises a flag. constants: see `run_state`.
     """
 
-    def __init__(self, directory: RunDirectory, data: PackedText, evaluation: HeldOutEvaluation):
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: CheckpointConfig,
+        constants: Mapping[str, Any],
+        evaluation: HeldOutEvaluation,
+    ):
         self.directory = directory
-        self.data = data
+        self.config = config
+        self.constants = constants
         self.evaluation = evaluation
         self.asked_to_stop = False
         self._previous: dict[int, Any] = {}
@@ -220,11 +240,11 @@ class Checkpoints(lightning.Callback):
         self.asked_to_stop = True
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        config, last = module.recipe.checkpoint, module.step == module.recipe.steps
+        config, last = self.config, module.step == module.steps
         # One rank told to stop is all told to stop.
         stop = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
         if last or stop or (config.every is not None and module.step % config.every == 0):
-            tensors, state = run_state(module, self.data.fingerprint, self.evaluation.difficulty_E)
+            tensors, state = run_state(module, self.constants, self.evaluation.difficulty_E)
             if trainer.is_global_zero:
                 save_checkpoint(self.directory.checkpoints, module.step, tensors, state)
                 prune(self.directory.checkpoints, config.keep)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import add_arguments
-from pretrain.recipe import RecipeError, help_on_keys, load_recipe, shipped
+from pretrain.recipe import RecipeError
+from pretrain.recipe_files import help_on_keys, load_recipe, shipped
 
 
 def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
@@ -37,7 +38,7 @@ def export(checkpoint: str, out: str) -> None:
     uses lie beside the plain language model in files of their own.
     """
     from checkpoints.hugging_face import export as write
-    from pretrain.run import open_model
+    from pretrain.opening import open_model
 
     opened = open_model(checkpoint)
     write(opened.model, Path(out), opened.tokenizer_directory)
@@ -49,7 +50,7 @@ def sample(model: str, text: str, length: int | None, temperature: float, seed: 
 
     Beside each thought: the probability of the token that really follows, without and with the thought.
     """
-    from pretrain.run import open_model
+    from pretrain.opening import open_model
     from pretrain.samples import print_thoughts
 
     print_thoughts(open_model(model), text, length, temperature, seed)

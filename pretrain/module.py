@@ -22,7 +22,7 @@ from models.rollout import Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives import Objective, Step, ThoughtRecord
-from pretrain.recipe import OptimizerConfig, Recipe
+from pretrain.recipe import OptimizerConfig
 from pretrain.sharding import full, reshard, shard
 
 
@@ -71,15 +71,27 @@ def make_optimizer(model: ThinkingModel, config: OptimizerConfig) -> torch.optim
 
 
 class PretrainModule(lightning.LightningModule):
-    """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the beginning of the run and survive a resume."""
+    """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the beginning of the run and survive a resume.
 
-    def __init__(self, model: ThinkingModel, objective: Objective, recipe: Recipe, engine: Engine):
+    rows_at_once: rows that go through the model at once; None: all of the rank's.
+    """
+
+    def __init__(
+        self,
+        model: ThinkingModel,
+        objective: Objective,
+        engine: Engine,
+        config: OptimizerConfig,
+        steps: int,
+        seed: int,
+        rows_at_once: int | None = None,
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.objective = objective
-        self.recipe = recipe
         self.engine = engine
+        self.config, self.steps, self.seed, self.rows_at_once = config, steps, seed, rows_at_once
         self.optimizer: torch.optim.AdamW | None = None
         # Called once the optimizer exists, to fill it from a checkpoint.
         self.on_optimizer: Callable[[PretrainModule], None] | None = None
@@ -97,21 +109,21 @@ class PretrainModule(lightning.LightningModule):
             self._sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.optimizer = make_optimizer(self.model, self.recipe.optimizer)
+        self.optimizer = make_optimizer(self.model, self.config)
         if self.on_optimizer is not None:
             self.on_optimizer(self)
         return self.optimizer
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         started = time.perf_counter()
-        config, text = self.recipe.optimizer, Text(**batch)
-        rng = Rng(self.recipe.seed, self.step)
-        lr = learning_rate(config, self.step + 1, self.recipe.steps)
+        config, text = self.config, Text(**batch)
+        rng = Rng(self.seed, self.step)
+        lr = learning_rate(config, self.step + 1, self.steps)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows = self.recipe.micro_batch_rows or text.shape[0]
+        rows = self.rows_at_once or text.shape[0]
         parts = [text.rows(slice(start, start + rows)) for start in range(0, text.shape[0], rows)]
         losses, norms, finite = [], [], True
         record: ThoughtRecord | None = None

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from objectives import find_objective
-from pretrain.recipe import Recipe, recipe_to_yaml
+from pretrain.recipe import Recipe
+from pretrain.recipe_files import recipe_to_yaml
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import printable
 
@@ -100,7 +101,7 @@ class RunRecords:
     """The records of a run, and of its control if that came to its end."""
 
     def __init__(self, directory: RunDirectory, recipe: Recipe):
-        self.directory, self.recipe, self.name = directory, recipe, recipe.objective_name
+        self.directory, self.recipe, self.name = directory, recipe, recipe.objective.name
         self.metrics = directory.read(directory.metrics)
         self.evaluations = directory.read(directory.evaluations)
         self.samples = directory.read(directory.samples)

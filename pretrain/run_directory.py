@@ -1,36 +1,35 @@
 """The files of a run.
 
 recipe.yaml, tokenizer/, metrics.jsonl, evaluations.jsonl, samples.jsonl, warnings.jsonl, checkpoints/, report.html and
-report.png, and control/, a run of its own.
+report.png, lock, and control/, a run of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pretrain.recipe import Recipe, RecipeError, recipe_from_tree, recipe_to_tree, recipe_to_yaml
+from pretrain.recipe import Recipe, RecipeError, free_keys
+from pretrain.recipe_files import read_yaml, recipe_from_tree, recipe_to_tree, recipe_to_yaml
 
-# What may differ between a run and its continuation: nothing that changes what a step computes.
-FREE_KEYS = (
-    "steps",
-    "control",
-    "run_dir",
-    "micro_batch_rows",
-    "activation_checkpointing",
-    "objective.anchors_at_once",
-    "devices",
-    "nodes",
-    "data_workers",
-    "evaluation",
-    "checkpoint",
-    "logging",
-)
+log = logging.getLogger(__name__)
+# Old names in the records of older runs.
+RENAMED = {
+    "flat_groups": "zero_variance_groups",
+    "reward_spread": "reward_std",
+    "causal": "counterfactual",
+    "causal_minus_own": "counterfactual_minus_own",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -48,10 +47,27 @@ class RunDirectory:
         self.warnings = self.path / "warnings.jsonl"
         self.control = self.path / "control"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from running here; makes the directory, and removes it if nothing came to be in it.
+
+        A record lock: it goes with the process, however that ends, and no process forked from it holds it. No other
+        code of the process may open the file: closing it would free the lock. Raises RecipeError if it is taken.
+        """
+        path = self.path / "lock"
+        handle = _lock(path)
+        try:
+            yield
+        finally:
+            if list(self.path.iterdir()) == [path]:
+                path.unlink()
+                self.path.rmdir()
+            os.close(handle)
+
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError naming what differs if the directory holds a run of another recipe."""
         if self.recipe.exists():
-            differing = _differences(yaml.safe_load(self.recipe.read_text()), recipe_to_tree(recipe))
+            differing = _differences(recipe_to_tree(self.load_recipe()), recipe_to_tree(recipe), free_keys(recipe))
             if differing:
                 raise RecipeError(
                     f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
@@ -68,7 +84,15 @@ class RunDirectory:
         _write_durably(self.recipe, recipe_to_yaml(recipe))
 
     def load_recipe(self) -> Recipe:
-        return recipe_from_tree(yaml.safe_load(self.recipe.read_text()))
+        """Raises RecipeError, in one line, for a recipe that cannot be read."""
+        try:
+            return recipe_from_tree(read_yaml(self.recipe.read_text(encoding="utf-8")))
+        except (RecipeError, yaml.YAMLError) as error:
+            first, *more = str(error).removeprefix("the recipe cannot be run:\n  - ").splitlines()
+            others = f" and {len(more)} more" if more else ""
+            raise RecipeError(
+                f"{self.recipe} cannot be read ({first}{others}); restore it, or choose another --run-dir"
+            ) from None
 
     def rewind(self, step: int) -> None:
         """Drops records of steps after `step`: the continuation will write them again."""
@@ -82,7 +106,9 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+        """The records of a file, those of older runs by today's names."""
+        records = [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+        return [{RENAMED.get(name, name): value for name, value in record.items()} for record in records]
 
 
 def _complete_lines(path: Path) -> list[str]:
@@ -100,15 +126,39 @@ def _write_durably(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+def _lock(path: Path) -> int:
+    """The open handle of a lock file that this process has locked. Raises RecipeError if another one has."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 100).decode(errors="replace").strip()
+            os.close(handle)
+            raise RecipeError(
+                f"{path.parent} is in use by another run ({owner or 'unknown'}); "
+                "wait until it has ended, stop it, or choose another --run-dir"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s); see to it that only one run uses it", path.parent, error.strerror)
+        # One that was removed before it could be locked locks nothing.
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return handle
+        os.close(handle)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], free: Set[str], where: str = "") -> list[str]:
     differing = []
     for key in sorted(old.keys() | new.keys()):
         path = f"{where}.{key}" if where else key
-        if path in FREE_KEYS:
+        if path in free:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            differing += _differences(a, b, path)
+            differing += _differences(a, b, free, path)
         elif a != b:
             differing.append(path)
     return differing

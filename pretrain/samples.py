@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,9 +14,7 @@ from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.thoughts import Text, Thoughts
 from objectives import TokenScores, find_objective
-
-if TYPE_CHECKING:
-    from pretrain.run import OpenedModel
+from pretrain.opening import OpenedModel
 
 CONTEXT_TOKENS = 24
 CONTINUATION_TOKENS = 6

@@ -19,15 +19,19 @@ from models.decoder import Decoder, DecoderConfig
 from models.thinking import ThinkingModel
 from pretrain import __version__
 from pretrain.module import PretrainModule
-from pretrain.recipe import recipe_to_tree
 from pretrain.sharding import full, placed_like
 
 Tensors = dict[str, dict[str, Tensor]]
 COUNTERS = ("step", "tokens", "flops", "seconds", "skipped")
 
 
-def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tensor | None) -> tuple[Tensors, dict]:
-    """(groups of whole tensors, JSON-able state) of a run between two steps; all ranks must call it."""
+def run_state(
+    module: PretrainModule, constants: Mapping[str, Any], difficulty_E: Tensor | None
+) -> tuple[Tensors, dict[str, Any]]:
+    """(groups of whole tensors, JSON-able state) of a run between two steps; all ranks must call it.
+
+    constants: JSON-able values of the whole run.
+    """
     assert module.optimizer is not None
     # First of all: it makes a sharded model show its shards, the parameters that the optimizer knows.
     weights = {name: full(tensor) for name, tensor in module.model.state_dict().items()}
@@ -54,11 +58,10 @@ def run_state(module: PretrainModule, data_fingerprint: str, difficulty_E: Tenso
         "decoder": dataclasses.asdict(model.decoder.config),
         "delimiters": model.delimiters is not None,
         "mixing_head": model.mixing_head is not None,
-        "recipe": recipe_to_tree(module.recipe),
-        "data_fingerprint": data_fingerprint,
         "numpy_position": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
         "python_random": list(random.getstate()),
         "version": __version__,
+        **constants,
     }
     return tensors, state
 

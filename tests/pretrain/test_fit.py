@@ -23,11 +23,13 @@ from checkpoints.run import find_checkpoint, load_checkpoint
 from data_pipelines import Tokenizer, open_data
 from models.philox import Rng
 from models.thoughts import Text
-from objectives.quiet_star import QuietStar
+from objectives import Step
+from pretrain.assembly import make_objective
 from pretrain.cli import main
 from pretrain.module import learning_rate
-from pretrain.recipe import OptimizerConfig, load_recipe
-from pretrain.run import open_model
+from pretrain.opening import open_model
+from pretrain.recipe import OptimizerConfig
+from pretrain.recipe_files import load_recipe
 from tests.helpers import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +103,7 @@ def test_a_run_and_what_it_leaves(objective, tiny_run, run_directory, capsys):
     for sample in samples:
         assert {"step", "text", "thought", "continues", "reward", "advantage"} <= sample.keys()
     again = load_recipe(str(run_directory / "recipe.yaml"))
-    assert (again.steps, again.objective_name) == (3, objective)
+    assert (again.steps, again.objective.name) == (3, objective)
 
 
 @pytest.mark.parametrize("objective", ["next_token", "rlp"])
@@ -226,15 +228,13 @@ def test_what_sets_the_memory_may_change_within_a_run(tiny_run, tmp_path):
 
 
 def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_directory, monkeypatch, capsys):
-    original = QuietStar.__call__
+    class Poisoned(Step):
+        def losses(self, counts=None):
+            for output in super().losses(counts):
+                output.loss = output.loss * (float("nan") if self.rng.step in (1, 4, 5, 6) else 1)
+                yield output
 
-    def poisoned(self, model, text, rng, denominators=None, prepared=None):
-        output = original(self, model, text, rng, denominators, prepared)
-        if rng.step in (1, 4, 5, 6):
-            output.loss = output.loss * float("nan")
-        return output
-
-    monkeypatch.setattr(QuietStar, "__call__", poisoned)
+    monkeypatch.setattr("pretrain.module.Step", Poisoned)
     arguments = [*QUIET, "--steps", "9", "--optimizer.max_skipped", "3", "--checkpoint.every", "2"]
     assert fit(tiny_run, *arguments) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -426,7 +426,7 @@ def test_evaluation_matches_the_objective(tiny_run, run_directory):
     opened = open_model(str(run_directory))
     data = open_data(opened.recipe.data, opened.tokenizer, 0)
     held_out = Text(**data.held_out_rows(2))
-    scores = opened.recipe.make_objective(opened.tokenizer).evaluate(opened.model, held_out, Rng(0, 0))
+    scores = make_objective(opened.recipe, opened.tokenizer).evaluate(opened.model, held_out, Rng(0, 0))
     expected = scores.thought_nll_BN[scores.valid_BN].double().mean().item()
     assert lines(run_directory / "evaluations.jsonl")[-1]["nll_thought"] == pytest.approx(expected, rel=1e-5)
 
@@ -437,9 +437,9 @@ def test_a_control_is_evaluated_like_what_it_controls(tiny_run, run_directory):
     assert fit(tiny_run, *OBJECTIVES["next_token"], *like, "--evaluation.objective.thoughts", "3", "--steps", "1") == 0
     first = lines(run_directory / "evaluations.jsonl")[0]
     opened = open_model(str(run_directory))
-    evaluator = opened.recipe.make_objective(opened.tokenizer, evaluation=True)
+    evaluator = make_objective(opened.recipe, opened.tokenizer, evaluation=True)
     held_out = Text(**open_data(opened.recipe.data, opened.tokenizer, 0).held_out_rows(2))
-    anchors = evaluator.denominators(held_out)["anchors"].item()
+    anchors = evaluator.scored(held_out)
     assert first["tokens_scored"] == anchors
     assert first["nll_thought"] != first["nll_text"]
-    assert opened.recipe.objective_name == "next_token"
+    assert opened.recipe.objective.name == "next_token"

@@ -14,9 +14,10 @@ from models.philox import Rng
 from models.rollout import native
 from models.rollout.native import NativeStep
 from models.thoughts import PAD, Text
+from pretrain.assembly import make_objective
 from pretrain.cli import main
-from pretrain.recipe import load_recipe, recipe_from_tree, recipe_to_tree
-from pretrain.run import open_model
+from pretrain.opening import open_model
+from pretrain.recipe_files import load_recipe, recipe_from_tree, recipe_to_tree
 from tests.pretrain.test_fit import lines
 
 SMALL = [
@@ -60,7 +61,7 @@ def test_the_control_spends_as_much_on_the_same_problems(quickstart):
     one_step = control[0]["flops"]
     assert abs(control[-1]["flops"] - main_run[-1]["flops"]) <= one_step
     recipe = load_recipe(str(quickstart / "control" / "recipe.yaml"))
-    assert (recipe.objective_name, recipe.control) == ("next_token", None)
+    assert (recipe.objective.name, recipe.control) == ("next_token", None)
     assert recipe.optimizer == load_recipe(str(quickstart / "recipe.yaml")).optimizer
     ours, theirs = (lines(d / "evaluations.jsonl") for d in (quickstart, quickstart / "control"))
     # Before the first step both are the same model, put to the same test.
@@ -115,7 +116,7 @@ def test_right_thoughts_are_counted(tmp_path):
     before = lines(tmp_path / "run" / "evaluations.jsonl")[0]
     opened, recipe = open_model("lab"), load_recipe(str(tmp_path / "run" / "recipe.yaml"))
     text = Text(**open_data(recipe.data, opened.tokenizer, 0).held_out_rows(8))
-    objective = recipe.make_objective(opened.tokenizer, evaluation=True)
+    objective = make_objective(recipe, opened.tokenizer, evaluation=True)
     thoughts = objective.evaluate(opened.model, text, Rng(recipe.seed, 2**32 - 1)).thoughts
     right = []
     for b, m in (thoughts.anchors.index_BM >= 0).nonzero().tolist():
@@ -149,10 +150,18 @@ def test_without_the_counterfactual_test(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "arguments", "part"),
     [
-        ("quickstart", ["--objective.open", "'{'"], "objective.open '{' cannot be written in the tokens of random:lab"),
-        ("quickstart", ["--objective.close", "é"], "objective.close 'é' cannot be written"),
-        ("quickstart", ["--objective.marker", "=="], "objective.marker '==' must be one token of random:lab, it is 2"),
-        ("lab-rpt", ["--objective.box_open", "\\boxed{"], "objective.box_open '\\\\boxed{' cannot be written"),
+        ("quickstart", ["--objective.open", "'{'"], "objective.open '{' cannot be encoded by the tokenizer"),
+        (
+            "quickstart",
+            ["--objective.close", "é"],
+            "objective.close 'é' cannot be encoded by the tokenizer; choose another text (model random:lab)",
+        ),
+        (
+            "quickstart",
+            ["--objective.marker", "=="],
+            "objective.marker '==' must be one token, the tokenizer makes 2 of it",
+        ),
+        ("lab-rpt", ["--objective.box_open", "\\boxed{"], "objective.box_open '\\\\boxed{' cannot be encoded"),
         ("quickstart", ["--evaluation.filler", "''"], "evaluation.filler is empty"),
         ("quickstart", ["--data.length", "8"], "raise it"),
         (
@@ -178,7 +187,7 @@ def test_settings_are_checked_together(tmp_path, capsys):
     assert main(["fit", "quickstart", "--run-dir", str(tmp_path / "run"), *more]) == 1
     message = capsys.readouterr().err
     assert message.count("  - ") == 3
-    assert "thoughts must be at least 2 to be compared with each other" in message
+    assert "objective.thoughts must be at least 2, got 1 (G, thoughts of an anchor, which are compared" in message
 
 
 def test_a_proxy_reads_the_same_tokens(tmp_path, tiny_directory, capsys):
@@ -195,7 +204,10 @@ def test_a_free_response_needs_an_end(tmp_path, capsys):
     free = ["--objective.template", "free", "--objective.box_open", "':'", "--objective.box_close", "'>'"]
     more = [*free, "--model", f"random:{directory}", "--data.end_of_document", "<|endoftext|>"]
     assert fit("lab-rpt", tmp_path / "run", *more) == 1
-    assert "has no end-of-sequence token" in capsys.readouterr().err
+    assert (
+        "objective.template free takes an end-of-sequence token to end a response; use template forced"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_control_survives_yaml():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import yaml
 
@@ -11,9 +9,8 @@ from objectives.next_token import NextTokenConfig
 from objectives.quiet_star import QuietStarConfig
 from objectives.rlp import RlpConfig
 from objectives.rpt import RptConfig
-from pretrain.recipe import (
-    Recipe,
-    RecipeError,
+from pretrain.recipe import Recipe, RecipeError, keys
+from pretrain.recipe_files import (
     help_on_keys,
     load_recipe,
     recipe_from_tree,
@@ -119,17 +116,17 @@ logging: 5
         "steps must be at least 1, got -3",
         "unknown key 'stpes'; did you mean 'steps'?",
         "unknown key 'objective.thougts'; did you mean 'thoughts'?",
-        "objective: length must be at least 1, got 0",
+        "objective.length must be at least 1, got 0 (L, sampled tokens of a thought",
         "objective.variant must be one of paper, public_code, got 'codes'",
         "data.length must be a whole number, got 'one'",
-        "rows_per_step 3 must be a multiple of the 2 devices",
+        "rows_per_step 3 must be a multiple of the 2 devices; use 4",
         "optimizer.lr must be a number, got 'fast'",
         "optimizer.betas must be a list of 2 values, got [0.9]",
-        "optimizer: clip and eps must be above 0",
+        "optimizer.clip must be above 0, got -1 (largest global gradient norm)",
         "logging must be a mapping of keys to values, got 5",
         "seed must be a whole number, got 'x'",
         "'oops' is neither a key nor its value; write --key value",
-        "evaluation: rows must be at least 1, got 0",
+        "evaluation.rows must be at least 1, got 0",
     ):
         assert part in message, part
     assert message.count("\n  - ") == 14
@@ -141,7 +138,10 @@ logging: 5
         ("objective: next_token", "steps is missing"),
         ("steps: 3", "objective is missing"),
         ("{steps: 3, objective: sorcery}", "objective must be one of next_token, quiet_star"),
-        ("{steps: 3, objective: quiet_star, data: {length: 5}}", "too short for a lookahead of 4; use at least 6"),
+        (
+            "{steps: 3, objective: quiet_star, data: {length: 5}}",
+            "data.length 5 is too short for objective quiet_star with these settings; use at least 6",
+        ),
         ("steps: 3\nobjective: [", "is not valid YAML"),
         ("just words", "must be a mapping"),
         ("{steps: true, objective: next_token}", "steps must be a whole number, got True"),
@@ -171,15 +171,17 @@ def test_unknown_recipe_and_bad_overrides():
 def test_every_key_is_explained():
     text = help_on_keys()
 
-    def keys(kind, prefix):
-        for spec in dataclasses.fields(kind):
-            default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else None
-            if dataclasses.is_dataclass(default):
-                yield from keys(type(default), f"{prefix}{spec.name}.")
-            else:
-                yield prefix + spec.name
+    def paths(kind, prefix):
+        for key in keys(kind).values():
+            if prefix + key.name == "objective.name":
+                continue
+            assert key.description or prefix == "data.", prefix + key.name
+            yield from paths(key.kind, f"{prefix}{key.name}.") if key.kind else [prefix + key.name]
 
-    for key in [*keys(Recipe, ""), *keys(QuietStarConfig, "objective.")]:
-        assert f"--{key} " in text, key
-    assert "--optimizer.lr float (default 1e-06)" in text
+    for name in [*paths(Recipe, ""), *paths(QuietStarConfig, "objective.")]:
+        assert f"--{name} " in text, name
+    assert "--optimizer.lr float (default 1e-06): peak learning rate" in text
+    assert "--optimizer.betas [float, float] (default [0.9, 0.999])" in text
+    assert "--evaluation.every int (default null)" in text
     assert "--data REF" in text
+    assert "--objective.variant paper|public_code (default paper): whom to follow" in text

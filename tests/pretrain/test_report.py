@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from data_pipelines import DataConfig
 from objectives.next_token import NextTokenConfig
 from objectives.quiet_star import QuietStarConfig
 from objectives.rlp import RlpConfig
-from pretrain.recipe import OBJECTIVES, Recipe, recipe_to_yaml
-from pretrain.report import SENTENCES, print_report, write_report
+from pretrain.recipe import Recipe
+from pretrain.recipe_files import recipe_to_yaml
+from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory
 
 HOSTILE = "<script>alert('thought')</script> & [bold]more[/bold] :smile:\n\x1b[31m\ud800"
-CAUSAL = {
+COUNTERFACTUAL = {
     "own": {"nll": 0.125, "low": 0.1, "high": 0.15},
     "other": {"nll": 2.5, "low": 2.4, "high": 2.6},
     "shuffled": {"nll": 1.875, "low": 1.775, "high": 2.025},
@@ -80,13 +80,13 @@ def make_plain(path: Path, steps: int = 4, **more) -> tuple[RunDirectory, Recipe
 
 def make_thinking(path: Path, **more) -> tuple[RunDirectory, Recipe, float]:
     recipe = Recipe(steps=20, objective=RlpConfig(length=8, thoughts=4), data=DataConfig(reference="lab:chain=4"))
-    causal = {"causal": CAUSAL, "causal_minus_own": MINUS_OWN}
+    counterfactual = {"counterfactual": COUNTERFACTUAL, "counterfactual_minus_own": MINUS_OWN}
     shares = [{"accuracy_thought": 0.25, "thought_right": 0.125}, {"accuracy_thought": 0.75, "thought_right": 0.5}]
     return make(
         path,
         recipe,
         metrics=[metrics(step, reward=step / 8, thought_length=7.0) for step in range(1, 21)],
-        evaluations=[evaluation(0, 2.5, 1.5, **shares[0]), evaluation(20, 3.0, 0.125, **shares[1], **causal)],
+        evaluations=[evaluation(0, 2.5, 1.5, **shares[0]), evaluation(20, 3.0, 0.125, **shares[1], **counterfactual)],
         samples=[sample(step, HOSTILE) for step in range(1, 21)],
         warnings=[{"step": 20, "name": "leakage", "message": "75% of thoughts <contain> the token"}],
         **more,
@@ -95,7 +95,7 @@ def make_thinking(path: Path, **more) -> tuple[RunDirectory, Recipe, float]:
 
 def with_control(run: tuple[RunDirectory, Recipe, float], steps: int = 40, reached: int = 40) -> None:
     directory, recipe, _ = run
-    control = replace(recipe, objective=NextTokenConfig(), steps=steps)
+    control = recipe.replaced(objective=NextTokenConfig(), steps=steps)
     evaluations = [evaluation(0, 2.5, 1.5), evaluation(reached, 2.3125, 2.4375, accuracy_thought=0.0625)]
     make(directory.control, control, metrics=[metrics(reached, flops=2_100_000_000_000)], evaluations=evaluations)
 
@@ -110,10 +110,6 @@ def rows(page: str) -> list[list[str]]:
     """The cells of every table row of a page."""
     lines = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     return [[unescape(cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", line, re.DOTALL)] for line in lines]
-
-
-def test_every_objective_is_explained():
-    assert SENTENCES.keys() == OBJECTIVES.keys()
 
 
 def test_the_terminal_compares_with_the_control(tmp_path, capsys):
@@ -215,7 +211,7 @@ def test_the_page_of_a_run_that_does_not_think(tmp_path):
 def test_sampling_is_offered_with_a_text_to_think_about(tmp_path, capsys):
     directory, recipe, seconds = make_plain(tmp_path / "a run")
     assert "forethought sample" not in printed((directory, recipe, seconds), capsys)
-    quiet_star, marker = (replace(recipe, objective=o) for o in (QuietStarConfig(), RlpConfig(positions="marker")))
+    quiet_star, marker = (recipe.replaced(objective=o) for o in (QuietStarConfig(), RlpConfig(positions="marker")))
     command = f"forethought sample '{tmp_path / 'a run'}' --text"
     assert f"{command} 'The capital of France is'" in printed((directory, quiet_star, seconds), capsys)
     assert f"{command} 'The capital of France is'" in printed((directory, marker, seconds), capsys)

@@ -13,8 +13,8 @@ LONG = 3 * WINDOW
 HEALTHY = {
     "loss": 0.1,
     "reward": 0.3,
-    "reward_spread": 0.4,
-    "flat_groups": 0.1,
+    "reward_std": 0.4,
+    "zero_variance_groups": 0.1,
     "thought_length": 40.0,
     "thought_closed": 0.8,
     "thought_distinct": 0.9,
@@ -50,9 +50,13 @@ def names(records: list[dict]) -> list[str]:
         ("leakage", {"target_in_thought": (0.1, 0.9)}, "of thoughts contain the token"),
         ("leakage", {"target_in_thought": 0.95}, "95% of thoughts contain the token"),
         ("leakage", {"target_in_thought": 0.95, "thought_length": None}, "95% of thoughts contain the token"),
-        ("dead_groups", {"flat_groups": 0.97}, "(mean reward +0.300, 90% of thoughts distinct)"),
-        ("dead_groups", {"flat_groups": 1.0, "reward": None, "thought_distinct": None}, "over 20 records, which"),
-        ("flat_reward", {"reward": 0.82, "reward_spread": 0.008}, "differ by 0.0080 only, around a mean of +0.820"),
+        ("dead_groups", {"zero_variance_groups": 0.97}, "(mean reward +0.300, 90% of thoughts distinct)"),
+        (
+            "dead_groups",
+            {"zero_variance_groups": 1.0, "reward": None, "thought_distinct": None},
+            "over 20 records, which",
+        ),
+        ("flat_reward", {"reward": 0.82, "reward_std": 0.008}, "differ by 0.0080 only, around a mean of +0.820"),
         ("unclosed_thoughts", {"thought_closed": 0.02}, "2% of thoughts ended by themselves"),
         ("unopened_tags", {"answered": 0.04}, "4% of thoughts opened"),
     ],
@@ -80,7 +84,7 @@ def test_a_run_that_has_few_of_the_metrics_gives_none():
 
 
 def test_thoughts_that_grow_and_improve_are_no_failure():
-    assert names(run(thought_length=(20.0, 200.0), reward=(-0.5, 2.0), reward_spread=(1.0, 0.2))) == []
+    assert names(run(thought_length=(20.0, 200.0), reward=(-0.5, 2.0), reward_std=(1.0, 0.2))) == []
 
 
 def test_a_token_named_as_often_as_at_first_is_no_leak():
@@ -92,7 +96,7 @@ def test_a_token_named_as_often_as_at_first_is_no_leak():
 
 def test_a_solved_task_is_no_flat_reward():
     """Spread and flat groups as a solved task of the lab has them."""
-    assert names(run(flat_groups=0.88, reward=3.1, reward_spread=0.05)) == []
+    assert names(run(zero_variance_groups=0.88, reward=3.1, reward_std=0.05)) == []
 
 
 def test_a_window_must_be_full_and_two_must_not_overlap():

@@ -1,0 +1,218 @@
+"""From a recipe to all that a run needs: the one place where parts are built and checked to fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoints.references import resolve
+from checkpoints.run import load_checkpoint, newest_checkpoint
+from data_pipelines import PackedText, Tokenizer, open_data
+from models.pointwise import compile_chains
+from models.rollout import EAGER, Engine, Native, Preferred, Recorded
+from models.rollout.native import library
+from models.thinking import ThinkingModel
+from models.thoughts import Text
+from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingError, find_objective
+from objectives.base import Needs
+from objectives.template import encode_tag
+from pretrain.opening import compute_dtype, load_reference
+from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
+from pretrain.state import Tensors, model_from_state
+
+
+@dataclass
+class Assembled:
+    """What a run needs. evaluator: the objective that scores held-out text. checkpoint: what `model` is from, if the
+    run is continued."""
+
+    objective: Objective
+    evaluator: Objective
+    test: CounterfactualTest | None
+    engine: Engine
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    data: PackedText
+    held_out: Text
+    model: ThinkingModel
+    checkpoint: tuple[Tensors, dict] | None
+
+
+def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
+    """The parts of a recipe; the model is that of the newest of a run's `checkpoints`, if there is one.
+
+    Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
+    """
+    engine = make_engine(recipe.compile, recipe.cuda_graphs, recipe.ranks)
+    compile_chains(recipe.compile and torch.cuda.is_available())
+    dtype = compute_dtype(recipe.compute_dtype)
+    directory = resolve(recipe.model)
+    tokenizer = Tokenizer.from_directory(directory)
+    data = open_data(recipe.data, tokenizer, recipe.seed)
+
+    objectives = {
+        key: build_objective(key, config, tokenizer, recipe.model) for key, config in recipe.objectives.items()
+    }
+    objective = objectives["objective"]
+    # A second one of the same kind: what it keeps is its own.
+    evaluator = objectives.get("evaluation.objective") or make_objective(recipe, tokenizer, evaluation=True)
+    test = counterfactual_test(recipe.evaluation, tokenizer, data)
+    held_out = Text(**data.held_out_rows(recipe.evaluation.rows))
+    _check_held_out(recipe, evaluator, held_out)
+    _check_other_models(objectives, tokenizer, recipe.model)
+
+    newest = newest_checkpoint(checkpoints) if checkpoints is not None else None
+    checkpoint = None
+    if newest is None:
+        source = load_reference(recipe.model, directory, dtype, recipe.seed)
+        model = _with_parts(source, (objective.needs, evaluator.needs), tokenizer, recipe.seed)
+    else:
+        checkpoint = load_checkpoint(newest)
+        if checkpoint[1]["data_fingerprint"] != data.fingerprint:
+            raise RecipeError(
+                f"the data is not what {newest} was trained on, so the run cannot be continued exactly; "
+                "restore the data or choose another --run-dir"
+            )
+        model = model_from_state(*checkpoint, dtype)
+    _check_sizes(recipe, objectives, tokenizer, model)
+    model.ban(tokenizer.size, tokenizer.control_ids)
+    model.decoder.activation_checkpointing = recipe.activation_checkpointing
+    _give_other_models((objective, evaluator), dtype)
+    return Assembled(
+        objective=objective,
+        evaluator=evaluator,
+        test=test,
+        engine=engine,
+        tokenizer=tokenizer,
+        tokenizer_directory=directory,
+        data=data,
+        held_out=held_out,
+        model=model,
+        checkpoint=checkpoint,
+    )
+
+
+def make_engine(compile: bool, cuda_graphs: bool, ranks: int) -> Engine:
+    """What samples thoughts; requests that a faster engine does not support go to the eager one.
+
+    Raises RecipeError for keys that this machine cannot serve.
+    """
+    engines: list[Engine] = []
+    cuda = torch.cuda.is_available()
+    if compile and not cuda:
+        try:
+            library()
+        except RuntimeError as error:
+            raise RecipeError(str(error)) from None
+        if ranks == 1:
+            engines.append(Native())
+    if cuda_graphs:
+        if not cuda:
+            raise RecipeError("cuda_graphs takes a CUDA device and there is none; leave the key out")
+        if ranks > 1:
+            raise RecipeError(
+                "cuda_graphs cannot record a model that is sharded; leave the key out or train on one device"
+            )
+        engines.append(Recorded())
+    return Preferred(*engines, EAGER) if engines else EAGER
+
+
+def make_objective(recipe: Recipe, tokenizer: Tokenizer, evaluation: bool = False) -> Objective:
+    """The objective that is trained, or the one that evaluates. Raises RecipeError."""
+    if evaluation and recipe.evaluation.objective is not None:
+        return build_objective("evaluation.objective", recipe.evaluation.objective, tokenizer, recipe.model)
+    return build_objective("objective", recipe.objective, tokenizer, recipe.model)
+
+
+def build_objective(key: str, config: ObjectiveConfig, tokenizer: Tokenizer, model: str) -> Objective:
+    """An objective for the tokenizer of the model reference `model`.
+
+    key: where the recipe has `config`. Raises RecipeError for settings that do not fit the tokenizer.
+    """
+    try:
+        return find_objective(config.name).build(config, tokenizer)
+    except SettingError as error:
+        raise RecipeError(f"{key}.{error} (model {model})") from None
+
+
+def counterfactual_test(config: EvaluationConfig, tokenizer: Tokenizer, data: PackedText) -> CounterfactualTest | None:
+    """Raises RecipeError if the filler is no token."""
+    if not config.counterfactuals:
+        return None
+    filler = encode_tag(tokenizer, config.filler)
+    if not filler:
+        raise RecipeError("evaluation.filler is empty; name a text whose first token fills a thought, like .")
+    return CounterfactualTest(filler[0], data.solutions(config.rows))
+
+
+def _with_parts(source: ThinkingModel, needs: tuple[Needs, ...], tokenizer: Tokenizer, seed: int) -> ThinkingModel:
+    """The model with the parts that its objectives need; parts that it already brings are kept as they are."""
+    delimiters = next((n.delimiters for n in needs if n.delimiters is not None), None)
+    model = ThinkingModel(source.decoder, delimiters is not None, any(n.mixing_head for n in needs))
+    if model.delimiters is not None and source.delimiters is not None:
+        model.delimiters = source.delimiters
+    elif model.delimiters is not None:
+        assert delimiters is not None
+        ids = [encode_tag(tokenizer, origin)[:1] for origin in delimiters]
+        if not all(ids):
+            raise RecipeError(f"no token spells {delimiters}, which thought delimiters begin as; name texts like ---")
+        model.delimiters.init_from(*(source.decoder.embed_tokens.weight[id] for (id,) in ids))
+    if model.mixing_head is not None and source.mixing_head is not None:
+        model.mixing_head = source.mixing_head
+    elif model.mixing_head is not None:
+        model.mixing_head.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def _check_other_models(objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: str) -> None:
+    """The further models that settings name must read the same tokens."""
+    for key, objective in objectives.items():
+        for setting, reference in objective.needs.models.items():
+            if Tokenizer.from_directory(resolve(reference)).fingerprint != tokenizer.fingerprint:
+                raise RecipeError(
+                    f"{key}.{setting} {reference} has another tokenizer than {model}; choose one of the same family"
+                )
+
+
+def _give_other_models(objectives: tuple[Objective, ...], dtype: torch.dtype | None) -> None:
+    """Loads each of the further models once."""
+    references = dict.fromkeys(name for objective in objectives for name in objective.needs.models.values())
+    loaded = {name: load_reference(name, resolve(name), dtype).requires_grad_(False) for name in references}
+    for objective in objectives:
+        objective.use_models({setting: loaded[name] for setting, name in objective.needs.models.items()})
+
+
+def _check_sizes(
+    recipe: Recipe, objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: ThinkingModel
+) -> None:
+    config = model.decoder.config
+    if tokenizer.size > config.vocab_size:
+        raise RecipeError(
+            f"the tokenizer of {recipe.model} has {tokenizer.size} tokens, its model only {config.vocab_size} "
+            "embeddings; choose another model"
+        )
+    limit = min(config.max_positions, config.sliding_window or config.max_positions)
+    thought = max(objective.longest_thought for objective in objectives.values())
+    if recipe.data.length + thought > limit:
+        way = f"set data.length to at most {limit - thought}" if limit - thought > 1 else "make thoughts shorter"
+        raise RecipeError(
+            f"data.length {recipe.data.length} and thoughts of {thought} tokens exceed the {limit} positions of "
+            f"{recipe.model}; {way}"
+        )
+
+
+def _check_held_out(recipe: Recipe, evaluator: Objective, held_out: Text) -> None:
+    if evaluator.scored(held_out):
+        return
+    if not held_out.targets(1)[1].any():
+        why = f"data.held_out {recipe.data.held_out} keeps no text to predict; raise it, or give more text"
+    else:
+        where = "objective" if recipe.evaluation.objective is None else "evaluation.objective"
+        why = (
+            f"no position of the {held_out.shape[0]} held-out rows fits {where}'s {evaluator.scoring_rule()}; "
+            "change these, or raise evaluation.rows"
+        )
+    raise RecipeError(f"no held-out token can be scored: {why}")

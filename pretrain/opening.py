@@ -1,0 +1,68 @@
+"""Models opened for use: by reference, or as a run has left them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoints.errors import CheckpointError
+from checkpoints.hugging_face import load_decoder, load_thinking_model
+from checkpoints.references import resolve
+from checkpoints.run import find_checkpoint, load_checkpoint
+from data_pipelines import Tokenizer
+from models.thinking import ThinkingModel
+from pretrain.recipe import Recipe
+from pretrain.run_directory import RunDirectory
+from pretrain.state import model_from_state
+
+
+def compute_dtype(setting: str) -> torch.dtype | None:
+    """The dtype of activations: None leaves that of the masters. `auto` is bf16 where the hardware multiplies it."""
+    if setting == "auto":
+        if torch.cuda.is_available():
+            bf16 = torch.cuda.is_bf16_supported()
+        else:
+            capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        return torch.bfloat16 if bf16 else None
+    return torch.bfloat16 if setting == "bf16" else None
+
+
+def load_reference(reference: str, directory: Path, dtype: torch.dtype | None, seed: int = 0) -> ThinkingModel:
+    """The model of a reference that was resolved to `directory`, with the thinking parts it brings.
+
+    Raises CheckpointError.
+    """
+    if reference.startswith("random:"):
+        return ThinkingModel(load_decoder(reference, dtype, seed=seed))
+    return load_thinking_model(directory, dtype)
+
+
+@dataclass
+class OpenedModel:
+    """A model for use after training, with its tokenizer and, from a run, its recipe."""
+
+    model: ThinkingModel
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    recipe: Recipe | None
+
+
+def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
+    """A run directory, a checkpoint of one, or any model reference. Raises CheckpointError or DataError."""
+    path = Path(reference)
+    if (path / "recipe.yaml").exists() or (path / "state.json").exists():
+        checkpoint = find_checkpoint(path)
+        directory = RunDirectory(checkpoint.parent.parent)
+        if not directory.recipe.exists():
+            raise CheckpointError(f"{checkpoint} lies in no run directory (no {directory.recipe}); move it back")
+        model = model_from_state(*load_checkpoint(checkpoint), dtype)
+        tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
+    else:
+        tokenizer_directory, recipe = resolve(reference), None
+        model = load_reference(reference, tokenizer_directory, dtype)
+    tokenizer = Tokenizer.from_directory(tokenizer_directory)
+    model.ban(tokenizer.size, tokenizer.control_ids)
+    return OpenedModel(model, tokenizer, tokenizer_directory, recipe)
