@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The error this package raises."""
 
 
 class CheckpointError(ValueError):

@@ -1,7 +1,7 @@
 """Import from and export to Hugging Face directories.
 
-A plain language model is what any engine loads: config.json, model.safetensors, tokenizer. The parts that only thinking
-uses (delimiters, mixing head) lie beside it in thinking.safetensors, described by thinking.json.
+The language model is stored as any engine can load it: config.json, model.safetensors, tokenizer. The parts used only
+for thinking (delimiters, mixing head) are stored next to it in thinking.safetensors, described by thinking.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# What transformers takes for a key that config.json lacks, where that is not what it takes for Llama.
+# What transformers assumes for keys missing from config.json, where it differs from its defaults for Llama.
 ABSENT: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32},
@@ -45,7 +45,7 @@ FORMAT = 1  # of thinking.json
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a config.json of transformers 4 or 5 describes. Raises CheckpointError for any other model."""
+    """The config of the decoder that a config.json of transformers 4 or 5 describes. Raises CheckpointError."""
     family = hf.get("model_type")
     if family not in ARCHITECTURES:
         raise CheckpointError(f"model_type {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
@@ -83,17 +83,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
             family=family,
             initializer_range=hf.get("initializer_range", 0.02),
         )
-        # Only to find out whether the rope's settings are all there.
+        # Called only to check that all RoPE settings are there.
         inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions)
     except KeyError as error:
-        raise CheckpointError(f"the model's config.json lacks {error}; fetch the model again") from None
+        raise CheckpointError(f"the model's config.json is missing {error}; fetch the model again") from None
     except ValueError as error:
-        raise CheckpointError(f"the model's config.json contradicts itself: {error}; fetch the model again") from None
+        raise CheckpointError(f"the model's config.json is inconsistent: {error}; fetch the model again") from None
     return config
 
 
 def _sliding_window(hf: Mapping[str, Any]) -> int | None:
-    """The window of those layers that have one; None where no layer has."""
+    """The window of the layers that have one; None if no layer does."""
     if hf["model_type"] == "mistral":
         return hf["sliding_window"]
     if hf["model_type"] == "llama" or not hf.get("use_sliding_window", False):
@@ -106,7 +106,7 @@ def _sliding_window(hf: Mapping[str, Any]) -> int | None:
 def config_to_hf(config: DecoderConfig, dtype: torch.dtype = torch.float32, **token_ids: int | None) -> dict[str, Any]:
     """config.json for transformers 4 and 5; `token_ids` are bos_token_id and the like.
 
-    Rope is written in both forms: readers of the older one would otherwise fall back to a theta of 10000.
+    RoPE is written in both forms: readers of the older one would otherwise fall back to a theta of 10000.
     """
     rope = dict(config.rope_scaling) or {"rope_type": "default"}
     hf: dict[str, Any] = {
@@ -145,7 +145,7 @@ def config_to_hf(config: DecoderConfig, dtype: torch.dtype = torch.float32, **to
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError for a file that is absent or no JSON object."""
+    """Reads a JSON object. Raises CheckpointError if the file is missing or contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,16 +153,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise CheckpointError(f"{path} is not valid JSON; fetch the model again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; fetch the model again")
+        raise CheckpointError(f"{path} is not a JSON object; fetch the model again")
     return content
 
 
 def load_decoder(
     reference: str | Path, compute_dtype: torch.dtype | None = None, cache_dir: Path | None = None, seed: int = 0
 ) -> Decoder:
-    """A decoder with fp32 masters from a model reference; random weights drawn from `seed` for `random:PATH`.
+    """Loads a decoder with fp32 master weights; for `random:PATH`, samples its weights with `seed`.
 
-    Raises CheckpointError, naming every tensor that is missing, unexpected or of the wrong shape.
+    Raises CheckpointError naming every tensor that is missing, unexpected or of the wrong shape.
     """
     directory = resolve(reference, cache_dir)
     path = Path(str(reference).removeprefix("random:"))
@@ -186,13 +186,13 @@ def load_decoder(
         elif tensor.shape != wanted[name]:
             problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(wanted[name])}")
         else:
-            # A copy, because what safetensors reads is a view of the file for as long as it lives.
+            # Copied, because safetensors returns views of the memory-mapped file.
             tensors[name] = tensor.to(torch.float32, copy=True)
     problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
-        raise CheckpointError(f"the weights in {directory} do not fit its config.json: {'; '.join(problems)}")
+        raise CheckpointError(f"the weights in {directory} do not match its config.json: {'; '.join(problems)}")
     decoder.load_state_dict(tensors, assign=True)
-    # Not in any file, and on the meta device so far.
+    # Not in any file, and still on the meta device.
     decoder.inverse_frequencies, _ = inverse_frequencies(
         config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
     )
@@ -200,22 +200,22 @@ def load_decoder(
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all safetensors files of a model, one at a time."""
+    """Yields (name, tensor) from all safetensors files of a model, one at a time."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} names no files; fetch the model again")
+            raise CheckpointError(f"{index} lists no files; fetch the model again")
         files = sorted(set(weight_map.values()))
     elif (directory / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
         raise CheckpointError(
-            f"{directory} has no model.safetensors; other formats are not read: convert the model to safetensors first"
+            f"{directory} has no model.safetensors; other formats are not supported, so convert it first"
         )
     for name in files:
         if Path(name).name != name or not (directory / name).exists():
-            raise CheckpointError(f"{directory} lacks {name}, which its index names; fetch the model again")
+            raise CheckpointError(f"{directory} has no file {name}, which its index lists; fetch the model again")
         try:
             with safe_open(directory / name, "pt") as file:
                 for key in file.keys():  # noqa: SIM118
@@ -225,7 +225,7 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = None) -> ThinkingModel:
-    """The model of a directory with the thinking parts that lie beside it, if any. Raises CheckpointError."""
+    """The model in a directory, with its thinking parts if it has any. Raises CheckpointError."""
     decoder = load_decoder(directory, compute_dtype)
     if not (directory / "thinking.json").exists():
         return ThinkingModel(decoder)
@@ -244,7 +244,7 @@ def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = Non
     wanted = {n: p.shape for n, p in model.named_parameters() if n.startswith(THINKING_PARTS)}
     found = {n: t.shape for n, t in tensors.items()}
     if wanted != found:
-        raise CheckpointError(f"{directory}/thinking.safetensors does not hold what thinking.json says; export again")
+        raise CheckpointError(f"{directory}/thinking.safetensors does not match thinking.json; export again")
     model.load_state_dict(tensors, strict=False)
     return model
 
@@ -255,14 +255,14 @@ def export(
     tokenizer_directory: Path | None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a Hugging Face directory; nothing is there until all of it is. Raises CheckpointError if something is.
+    """Writes a Hugging Face directory atomically. Raises CheckpointError if the directory is not empty.
 
-    The language model is stored in `dtype`, the parts that only thinking uses in their own.
+    The language model is stored in `dtype`, the parts used only for thinking in their own dtype.
     """
     if isinstance(model, Decoder):
         model = ThinkingModel(model)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} is not empty; choose another place to export to")
+        raise CheckpointError(f"{directory} is not empty; choose another directory to export to")
     directory.parent.mkdir(parents=True, exist_ok=True)
     decoder = model.decoder
     weights = {
@@ -292,7 +292,7 @@ def export(
 
 
 def _token_ids(tokenizer_directory: Path | None) -> dict[str, int]:
-    """bos, eos and pad ids, of the tokens that tokenizer_config.json names."""
+    """The bos, eos and pad ids of the tokens named in tokenizer_config.json."""
     if tokenizer_directory is None or not (tokenizer_directory / "tokenizer_config.json").exists():
         return {}
     names = read_json(tokenizer_directory / "tokenizer_config.json")

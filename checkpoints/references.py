@@ -1,4 +1,4 @@
-"""From a model reference to a local directory of safetensors, configuration and tokenizer."""
+"""Turns a model reference into a local directory with safetensors, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ACCEPTED = (
     "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, lab, "
     "random:PATH, random:lab"
 )
-# The model that recipe lab-base makes, with the tokenizer of the lab's data.
+# The model trained by the recipe lab-base, with the tokenizer for the lab's data.
 LAB = Path(__file__).parent / "lab"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# Weights only as safetensors; nothing that would have to be unpickled or executed.
+# Weights only as safetensors: nothing that has to be unpickled or executed.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
-# Folders hold other formats, consolidated files the same weights once more.
+# Subfolders hold other formats; consolidated files duplicate the weights.
 HUB_SKIPPED = ["*/*", "consolidated*"]
 
 
@@ -27,9 +27,9 @@ def cache_root(cache_dir: Path | None = None) -> Path:
 
 
 def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
-    """A directory with config.json, safetensors and tokenizer.json, fetched if need be.
+    """A directory with config.json, safetensors and tokenizer.json, downloaded if necessary.
 
-    For `random:PATH` the directory that holds the configuration. Raises CheckpointError.
+    For `random:PATH`, the directory that contains the configuration. Raises CheckpointError.
     """
     reference = str(reference)
     path = Path(reference.removeprefix("random:"))
@@ -40,7 +40,9 @@ def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
     if reference.startswith("random:"):
         if path.is_file():
             return path.parent
-        raise CheckpointError(f"{reference}: {path} does not exist; name a config.json or a directory that holds one")
+        raise CheckpointError(
+            f"{reference}: {path} does not exist; give a config.json or a directory with one"
+        )
     if reference == "smollm2-135m":
         from checkpoints.smollm2 import smollm2_directory
 
@@ -53,7 +55,7 @@ def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
 def _from_hub(reference: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    # HTTPError is that of whichever client the hub's library is built on.
+    # HTTPError comes from whichever HTTP client huggingface_hub is built on.
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,
@@ -71,14 +73,14 @@ def _from_hub(reference: str) -> Path:
         raise CheckpointError(f"no model {reference!r}; give {ACCEPTED}") from None
     except RevisionNotFoundError:
         raise CheckpointError(
-            f"the hub's model {name!r} has no revision {revision!r}; give a branch, tag or commit that it has"
+            f"{name!r} on the hub has no revision {revision!r}; give an existing branch, tag or commit"
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"the hub has no model {name!r} that you may read; check the name, or log in with `hf auth login`"
+            f"no model {name!r} on the hub that you have access to; check the name, or log in with `hf auth login`"
         ) from None
     except (HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"cannot fetch {reference!r} from the hub ({type(error).__name__}); "
-            "connect to the network, or give a local directory as --model"
+            "check the network connection, or give a local directory as --model"
         ) from None

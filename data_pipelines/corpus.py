@@ -1,4 +1,4 @@
-"""All documents of a reference as one flat array of token ids, made once and kept on disk.
+"""All documents of a reference as one flat array of token ids, built once and cached on disk.
 
 Suffixes: D documents, T tokens.
 """
@@ -22,7 +22,7 @@ from data_pipelines.config import DataConfig, DataError
 from data_pipelines.sources import Documents
 from data_pipelines.tokenizer import Tokenizer
 
-_FORMAT = 1  # raise it when the same sources would give other tokens, so that no old cache is read
+_FORMAT = 1  # bump it when the same sources would give different tokens, so that no old cache is used
 _BATCH_CHARACTERS = 1 << 20
 
 
@@ -33,8 +33,8 @@ class Corpus:
         tokens_T: uint32 ids, the documents end to end; document d is `tokens_T[offsets[d] : offsets[d + 1]]`.
         offsets: int64, D + 1.
         hash_D: uint64, of each document's text; equal texts have equal hashes.
-        counts: how many documents were what; keys are `sources.COUNTS`.
-        fingerprint: hex digest of all the above arrays: equal wherever and whenever the same corpus is made.
+        counts: how many documents were of each kind in `sources.COUNTS`.
+        fingerprint: hex digest of the arrays above; the same corpus has the same one on every machine.
     """
 
     def __init__(self, directory: Path):
@@ -51,15 +51,15 @@ class Corpus:
             raise DataError(f"the token cache {directory} is damaged ({error}); delete it") from error
 
     def __reduce__(self) -> tuple[type[Corpus], tuple[Path]]:
-        return Corpus, (self.directory,)  # a pickled memory map would carry its data to every worker
+        return Corpus, (self.directory,)  # a pickled memory map would copy its data to every worker
 
 
 def tokenised(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None) -> Corpus:
-    """The corpus of a reference, from the cache or made anew.
+    """The corpus of a reference, from the cache or newly built.
 
-    A document is [bos, if the tokenizer adds it] + its tokens + [the end-of-document token]. The cache lies
-    in `cache_dir`, else `$FORETHOUGHT_CACHE`, else `~/.cache/forethought`; it is made anew when a file's
-    name, size or time of change is another. Raises DataError for broken or empty sources, an unknown
+    A document is [bos, if the tokenizer adds it] + its tokens + [the end-of-document token]. The cache is
+    in `cache_dir`, else `$FORETHOUGHT_CACHE`, else `~/.cache/forethought`; it is rebuilt when a file's
+    name, size or modification time changes. Raises DataError for broken or empty sources, an unknown
     end-of-document token, or a cache that cannot be written.
     """
     end_id = end_of_document(config, tokenizer)
@@ -80,22 +80,22 @@ def end_of_document(config: DataConfig, tokenizer: Tokenizer) -> int:
     token = config.end_of_document
     end_id = tokenizer.eos_id if token is None else tokenizer.token_id(token)
     if end_id is None:
-        lacks = "names no eos token" if token is None else f"has no token {token!r}"
-        raise DataError(f"the tokenizer {lacks}; set data.end_of_document to a token of its vocabulary")
+        lacks = "has no eos token" if token is None else f"has no token {token!r}"
+        raise DataError(f"the tokenizer {lacks}; set data.end_of_document to a token in its vocabulary")
     return end_id
 
 
 def _make(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: int) -> None:
-    """Writes a corpus under a temporary name, then renames it, so that no directory is ever half made."""
+    """Writes a corpus under a temporary name, then renames it, so that no directory is ever incomplete."""
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
         _write(temporary, documents, tokenizer, end_id)
         temporary.rename(directory)
     except OSError as error:
-        if not directory.exists():  # else another process was faster, with the same result
+        if not directory.exists():  # else another process finished first, with the same result
             raise DataError(
-                f"the token cache {directory.parent} cannot be written ({error}); free space there, or set "
+                f"the token cache {directory.parent} cannot be written ({error}); free up space, or set "
                 "FORETHOUGHT_CACHE to another directory"
             ) from error
     finally:
@@ -110,7 +110,7 @@ def _write(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: 
     with (directory / "tokens.npy").open("wb") as file:
         _header(file, 0)
         for text, ids in _encoded(documents, tokenizer):
-            if not ids:  # a normaliser left nothing
+            if not ids:  # the normaliser removed everything
                 counts["empty"] += 1
                 continue
             data = np.array([*prefix, *ids, end_id], dtype="<u4").tobytes()
@@ -124,7 +124,7 @@ def _write(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: 
         _header(file, offsets[-1])
     if not counts["documents"]:
         found = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
-        raise DataError(f"{documents.config.reference!r} holds no usable document ({found}); name other data")
+        raise DataError(f"{documents.config.reference!r} has no usable documents ({found}); choose other data")
     for name, array in (("offsets", np.array(offsets, "<i8")), ("hashes", np.array(hashes, "<u8"))):
         np.save(directory / f"{name}.npy", array, allow_pickle=False)
         digest.update(array.tobytes())
@@ -133,12 +133,12 @@ def _write(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: 
 
 
 def _header(file: BinaryIO, length: int) -> None:
-    """A `.npy` header of uint32s; numpy pads it so that one for another length takes the same room."""
+    """Writes a `.npy` header for uint32s; numpy pads it, so its size does not depend on the length."""
     np.lib.format.write_array_header_1_0(file, {"descr": "<u4", "fortran_order": False, "shape": (length,)})
 
 
 def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    """Each text with its token ids, many texts at a time for the tokenizer's threads."""
+    """Yields each text with its token ids, encoding many at a time to use the tokenizer's threads."""
     limit = documents.config.max_document_characters
     for texts in _batches(text for _, text in documents):
         parts = [_parts(text, limit) for text in texts]
@@ -162,7 +162,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _parts(text: str, limit: int) -> list[str]:
-    """Cuts a text into parts of at most `limit` characters, before a whitespace where there is one."""
+    """Cuts a text into parts of at most `limit` characters, before whitespace where possible."""
     parts, start = [], 0
     while len(text) - start > limit:
         cut = max(text.rfind(space, start + 1, start + limit + 1) for space in " \n\t")

@@ -12,7 +12,7 @@ from data_pipelines.rows import PackedText
 
 
 class _Steps(Dataset[dict[str, Tensor]]):
-    """One rank's rows of each step from `start` to `stop`."""
+    """One rank's rows for each step from `start` to `stop`."""
 
     def __init__(self, packed: PackedText, start: int, stop: int, rows_per_step: int, rank: int, world: int):
         self.packed = packed
@@ -29,10 +29,10 @@ class _Steps(Dataset[dict[str, Tensor]]):
 
 
 class TextDataModule(LightningDataModule):
-    """Yields for each step in [start_step, steps) the rows [rank·B/W, (rank + 1)·B/W) of the step's B.
+    """For each step in [start_step, steps), yields the rows [rank·B/W, (rank + 1)·B/W) of the step's B.
 
-    There is no state to save: rows are a pure function of (data, seed, step), so a run continues from its
-    step number, whatever workers had prepared when it stopped, on any number W of ranks that divides B.
+    There is no state to save: rows are a pure function of (data, seed, step), so a run resumes from its
+    step number, whatever workers had prefetched when it stopped, on any number W of ranks that divides B.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Raises DataError if the ranks cannot share the rows of a step equally."""
-        # Ranks that hold parts of one model read the same rows; the strategy counts replicas of the data.
+        """Raises DataError if a step's rows cannot be divided evenly among the ranks."""
+        # Ranks that shard one model read the same rows; the strategy counts data-parallel replicas.
         replicas = self.trainer.distributed_sampler_kwargs if self.trainer else None
         rank, world = (replicas["rank"], replicas["num_replicas"]) if replicas else (0, 1)
         if self.rows_per_step % world:
@@ -64,8 +64,8 @@ class TextDataModule(LightningDataModule):
         return DataLoader(
             steps,
             batch_size=None,
-            # In a distributed run Lightning would replace any other sampler by one that deals out the steps.
+            # In a distributed run Lightning would replace any other sampler with one that splits the steps among ranks.
             sampler=DistributedSampler(steps, num_replicas=1, rank=0, shuffle=False),
             num_workers=self.num_workers,
-            generator=torch.Generator(),  # else each iterator draws a seed from the global one
+            generator=torch.Generator(),  # else each iterator takes a seed from the global generator
         )

@@ -1,4 +1,4 @@
-"""The lab: generated problems in which it can be seen within minutes whether thinking is learned.
+"""The lab: generated problems that show within minutes whether a model learns to think.
 
 A document is one short problem, a chain of steps whose last result is the answer:
 
@@ -6,9 +6,9 @@ A document is one short problem, a chain of steps whose last result is the answe
     worked      3+5+9+2=<think>8 7 9</think>9
     garbage     3+5+9+2=<think>4 0 7</think>9
 
-A small model cannot do all steps at once, so that it is at chance where an answer follows `=`, but near certain where
-it follows right steps. Trained on a mixture with garbage it writes right steps after a think tag only sometimes: a
-skill that is there, waiting for an objective to reward it.
+A small model cannot do all steps at once: it is at chance where the answer follows `=` directly, but nearly certain
+where it follows correct steps. Trained on a mixture with garbage, it writes correct steps after a think tag only some
+of the time: the skill is there, waiting for an objective to reward it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from data_pipelines.tokenizer import Tokenizer
 
 MARKER, OPEN, CLOSE, END_OF_DOCUMENT = "=", "<think>", "</think>", "<|endoftext|>"
 HELD_OUT_ONE_IN = 20
-_VERSION = 1  # raise it when the same configuration would give other documents
+_VERSION = 1  # bump it when the same configuration would give different documents
 
 Draw = Callable[[int], int]  # draw(n) is uniform over 0 … n − 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt: the text up to the marker. steps: what a right thought says. answer: the last step."""
+    """prompt: the text up to the marker. steps: what a correct thought says. answer: the last step."""
 
     task: str
     prompt: str
@@ -57,12 +57,12 @@ def _sum(draw: Draw, chain: int) -> tuple[str, list[str]]:
 
 
 def _arithmetic(draw: Draw, chain: int) -> tuple[str, list[str]]:
-    """`3+5*9-2`: modulo 10 and from left to right, whatever the operators."""
+    """`3+5*9-2`: modulo 10, left to right without operator precedence."""
     value = draw(10)
     prompt, steps = str(value), []
     for _ in range(chain):
         sign = "+-*"[draw(3)]
-        # Factors prime to 10: any other would lose digits, and make some answers likelier than others.
+        # Factors coprime to 10: any other would merge digits, and make some answers likelier than others.
         operand = (3, 7, 9)[draw(3)] if sign == "*" else draw(10)
         value = _ARITHMETIC[sign](value, operand) % 10
         prompt += f"{sign}{operand}"
@@ -71,7 +71,7 @@ def _arithmetic(draw: Draw, chain: int) -> tuple[str, list[str]]:
 
 
 def _substitution(draw: Draw, chain: int) -> tuple[str, list[str]]:
-    """`cmtk`: the symbol c goes through the fixed SUBSTITUTIONS m, t and k."""
+    """`cmtk`: the symbol c passed through the fixed SUBSTITUTIONS m, t and k."""
     symbol = _SYMBOLS[draw(10)]
     prompt, steps = symbol, []
     for _ in range(chain):
@@ -83,7 +83,7 @@ def _substitution(draw: Draw, chain: int) -> tuple[str, list[str]]:
 
 
 def _boolean(draw: Draw, chain: int) -> tuple[str, list[str]]:
-    """`1&0^1`: a circuit of gates from left to right. Its last gates often decide: chance is below ln 2."""
+    """`1&0^1`: gates, left to right. The last ones often decide the answer: loss at chance is below ln 2."""
     value = draw(2)
     prompt, steps = str(value), []
     for _ in range(chain):
@@ -95,7 +95,7 @@ def _boolean(draw: Draw, chain: int) -> tuple[str, list[str]]:
 
 
 def _pointer(draw: Draw, chain: int) -> tuple[str, list[str]]:
-    """`07 13 … 92:4>>`: 0 points to 7, …; where do two hops from 4 lead? All ten digits are one cycle."""
+    """`07 13 … 92:4>>`: 0 points to 7, …; where do two hops from 4 lead? The ten digits form one cycle."""
     cycle = list(range(10))
     for last in range(9, 0, -1):
         other = draw(last + 1)
@@ -109,7 +109,7 @@ _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _BOOLEAN = {"&": operator.and_, "|": operator.or_, "^": operator.xor}
 _SYMBOLS = "abcdefghij"
 _SUBSTITUTION_NAMES = "klmnopqrst"
-# What each of a … j becomes; no two commute.
+# What a … j are mapped to; no two commute.
 SUBSTITUTIONS = {
     "k": "gijhfdaebc",
     "l": "eicgfjahbd",
@@ -123,7 +123,7 @@ SUBSTITUTIONS = {
     "t": "bjegcidahf",
 }
 
-# Each task with the values that its steps and answers take.
+# Each task with the values that its steps and answers can take.
 _TASKS: dict[str, tuple[Callable[[Draw, int], tuple[str, list[str]]], str]] = {
     "sum": (_sum, "0123456789"),
     "arithmetic": (_arithmetic, "0123456789"),
@@ -135,7 +135,7 @@ TASKS = tuple(_TASKS)
 
 _OPERATORS = "+-*&|^>" + _SUBSTITUTION_NAMES
 _CAPITALS = "ABCDEFG" + _SUBSTITUTION_NAMES.upper()
-# Surface forms of a prompt; no two tasks or forms share a prompt that means different things.
+# Surface forms of a prompt; no prompt means different things in different tasks or forms.
 _FORMATS: dict[str, Callable[[str], str]] = {
     "plain": str,
     "letters": lambda prompt: prompt.translate(str.maketrans(_OPERATORS, _CAPITALS)),  # 3A5A9
@@ -146,25 +146,25 @@ FORMATS = tuple(_FORMATS)
 
 @dataclass(frozen=True)
 class LabConfig:
-    """What the documents are. Of several tasks or formats, each document draws one."""
+    """What the documents are. Of several tasks or formats, one is sampled per document."""
 
     tasks: tuple[str, ...] = ("sum",)
     chain: tuple[int, int] = (4, 4)  # fewest and most steps of a problem
-    worked: float = 0.0  # share of the documents that have a thought
-    garbage: float = 0.5  # share of those thoughts whose steps are random, though the true answer follows
+    worked: float = 0.0  # fraction of the documents that have a thought
+    garbage: float = 0.5  # fraction of those thoughts whose steps are random; the correct answer still follows
     format: tuple[str, ...] = ("plain",)
 
     @classmethod
     def parse(cls, reference: str) -> LabConfig:
-        """From `lab` or, say, `lab:tasks=sum+boolean,chain=4-6,worked=0.5`. Raises DataError with every mistake."""
+        """From `lab` or, say, `lab:tasks=sum+boolean,chain=4-6,worked=0.5`. Raises DataError listing every mistake."""
         values: dict[str, Any] = {}
         mistakes = []
         for setting in filter(None, reference.partition(":")[2].split(",")):
             name, _, value = setting.partition("=")
             if name not in _READERS:
-                mistakes.append(f"there is no setting {name!r}, only {', '.join(_READERS)}")
+                mistakes.append(f"unknown setting {name!r}; settings are {', '.join(_READERS)}")
             elif name in values:
-                mistakes.append(f"{name} is given twice; join several with + as in tasks=sum+boolean")
+                mistakes.append(f"{name} is given twice; join values with +, as in tasks=sum+boolean")
             else:
                 read, example = _READERS[name]
                 try:
@@ -182,15 +182,15 @@ class LabConfig:
         for name, known in (("tasks", TASKS), ("format", FORMATS)):
             given = getattr(self, name)
             if unknown := [value for value in given if value not in known]:
-                found.append(f"{name} has no {' or '.join(map(repr, unknown))}, only {', '.join(known)}")
+                found.append(f"{name} cannot be {' or '.join(map(repr, unknown))}; choose from {', '.join(known)}")
             elif len(set(given)) < len(given):
-                found.append(f"{name} names one twice; name each once")
+                found.append(f"{name} lists one twice; list each once")
         fewest, most = self.chain
         if not 2 <= fewest <= most:
-            found.append(f"chain is {fewest}-{most}; it is a range of at least 2 steps, like 4-6")
+            found.append(f"chain is {fewest}-{most}; it must be a range of at least 2 steps, fewest first, like 4-6")
         for name in ("worked", "garbage"):
             if not 0 <= getattr(self, name) <= 1:
-                found.append(f"{name} is {getattr(self, name)}; it is a share between 0 and 1")
+                found.append(f"{name} is {getattr(self, name)}; it must be a fraction between 0 and 1")
         return found
 
 
@@ -216,19 +216,19 @@ assert list(_READERS) == [field.name for field in fields(LabConfig)]
 def generate(config: LabConfig, seed: int, index: int, held_out: bool = False) -> Problem:
     """Problem `index` of a seed, for training or held out: a pure function of its arguments.
 
-    About one prompt in twenty is held out, chosen by its hash: no seed, format or mixture of tasks has a problem for
-    training that is held out for another.
+    About one prompt in twenty is held out, chosen by its hash: what is held out for one seed, format or task mixture is
+    never a training problem of another.
     """
     return _problem(config, _draw(seed, index), held_out)
 
 
 def problems(config: LabConfig, seed: int, count: int, held_out: bool = True) -> list[Problem]:
-    """Problems 0 to `count` of a seed, to evaluate on."""
+    """The first `count` problems of a seed, to evaluate on."""
     return [generate(config, seed, index, held_out) for index in range(count)]
 
 
 def document(config: LabConfig, seed: int, index: int, held_out: bool = False) -> str:
-    """The text of document `index`: what `generate` gives for it, worked or not, without the end-of-document token."""
+    """The text of document `index`: the problem from `generate`, worked or not, without the end-of-document token."""
     draw = _draw(seed, index)
     problem = _problem(config, draw, held_out)
     steps = problem.steps
@@ -241,7 +241,7 @@ def document(config: LabConfig, seed: int, index: int, held_out: bool = False) -
 
 
 def _draw(seed: int, index: int) -> Draw:
-    # Raw words: unlike a Generator's numbers, they stay the same from one numpy version to the next.
+    # Raw words: unlike a Generator's numbers, they are the same in every numpy version.
     word = np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw
     return lambda n: word() * n >> 64
 
@@ -263,11 +263,11 @@ def _problem(config: LabConfig, draw: Draw, held_out: bool) -> Problem:
 
 
 class LabText(PackedText):
-    """Rows that hold as many whole documents as fit, and padding behind them. No row ever comes again.
+    """Rows of as many whole documents as fit, then padding. No row ever repeats.
 
-    Held-out rows are the same for every seed and all of them unworked: what is evaluated is the answer. With a
-    tokenizer other than the lab's, an answer may be several tokens.
-    Raises DataError if a row has no room for the longest document.
+    Held-out rows are the same for every seed, and all unworked: it is the answer that is evaluated. With a tokenizer
+    other than the lab's, an answer may be several tokens.
+    Raises DataError if the longest document does not fit into a row.
     """
 
     def __init__(self, config: LabConfig, tokenizer: Tokenizer, end_id: int, length: int, seed: int):
@@ -295,7 +295,7 @@ class LabText(PackedText):
         return packed_rows(0, rows, self.length)
 
     def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
-        """The steps of each held-out problem, at the place of its marker."""
+        """The steps of each held-out problem, at its marker."""
         marker_id, found = self._tokenizer.encode([MARKER])[0][-1], {}
         for row in range(limit):
             start = 0
@@ -306,13 +306,13 @@ class LabText(PackedText):
         return found
 
     def _documents(self, seed: int, row: int, held_out: bool = False) -> Iterator[tuple[int, list[int]]]:
-        """(index, token ids) of the documents of a row; indices start at row · length: no row has that many."""
+        """(index, token ids) of a row's documents; indices start at row · length, so no two rows share one."""
         config = replace(self.config, worked=0.0) if held_out else self.config
-        room = self.length
+        remaining = self.length
         for index in count(row * self.length):
             ids = self._encode(document(config, seed, index, held_out))
-            room -= len(ids)
-            if room < 0:
+            remaining -= len(ids)
+            if remaining < 0:
                 return
             yield index, ids
 
@@ -322,7 +322,7 @@ class LabText(PackedText):
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Writes the lab's tokenizer, a token for each character and tag, as `tokenizer.json` and its settings."""
+    """Writes the lab's tokenizer, one token per character or tag: `tokenizer.json` and `tokenizer_config.json`."""
     characters = " 0123456789:<" + MARKER + _SYMBOLS + _OPERATORS + _CAPITALS
     unknown = "<|unknown|>"
     vocabulary = {token: id for id, token in enumerate([unknown, *characters])}

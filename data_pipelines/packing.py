@@ -1,9 +1,9 @@
-"""Rows of packed text at any place of an endless stream.
+"""Random access to the rows of an endless stream of packed text.
 
-The documents of an epoch, in an order drawn from (seed, epoch), are laid end to end, and so are the epochs.
-Row r is tokens r·N to (r + 1)·N of that: nothing is dropped at the end of an epoch, and a row can be had
-without those before it. Of a document that does not fit into a row, each row holds a fragment, which is a
-document of its own to the model.
+The documents of an epoch, shuffled by (seed, epoch), are concatenated, and so are the epochs. Row r is tokens
+r·N to (r + 1)·N of that stream: nothing is dropped at the end of an epoch, and a row can be built without
+those before it. A document that does not fit into a row is split into fragments, each of which the model
+sees as a document of its own.
 
 Suffixes: B rows, N tokens of a row, D documents, T tokens.
 """
@@ -22,12 +22,12 @@ from torch import Tensor
 from data_pipelines.corpus import Corpus
 from data_pipelines.rows import PackedText, packed_rows
 
-Fragment = tuple[int, int]  # start and stop in the corpus' tokens
+Fragment = tuple[int, int]  # start and stop among the corpus's tokens
 
 
 @dataclass(frozen=True)
 class _Line:
-    """Documents laid end to end: each is `start_D` to `stop_D` of the corpus, and ends at `end_D` here."""
+    """Concatenated documents: each is tokens `start_D` to `stop_D` of the corpus and ends at `end_D` here."""
 
     start_D: np.ndarray
     stop_D: np.ndarray
@@ -45,7 +45,7 @@ class _Line:
         return _Line.of(self.start_D[order_D], self.stop_D[order_D])
 
     def between(self, first: int, last: int) -> Iterator[Fragment]:
-        """The fragments that tokens `first` to `last` of the line consist of."""
+        """The fragments that make up tokens `first` to `last` of the line."""
         document = int(np.searchsorted(self.end_D, first, side="right"))
         while first < last:
             end, stop = int(self.end_D[document]), int(self.stop_D[document])
@@ -54,7 +54,7 @@ class _Line:
 
 
 class CorpusText(PackedText):
-    """Rows of a corpus."""
+    """Rows packed from a corpus."""
 
     def __init__(self, corpus: Corpus, length: int, held_out: float, seed: int):
         self.corpus = corpus
@@ -90,7 +90,7 @@ class CorpusText(PackedText):
     def _line(self, epoch: int) -> _Line:
         if self._epoch[0] != epoch:
             key = np.array([self.seed, epoch], np.uint64)
-            # Raw words: unlike Generator.permutation, they stay the same from one numpy version to the next.
+            # Raw words: unlike Generator.permutation, they are the same in every numpy version.
             words_D = np.random.Philox(key=key).random_raw(len(self._train.end_D))
             self._epoch = (epoch, self._train.permuted(np.argsort(words_D, kind="stable")))
         return self._epoch[1]
@@ -99,9 +99,9 @@ class CorpusText(PackedText):
 def _split(corpus: Corpus, share: float) -> tuple[_Line, _Line]:
     """Training and held-out documents.
 
-    Held out are documents in the order of their hashes until they hold `share` of the tokens: equal texts
-    together, and none that would make them more than half of all. If every document is too large for that,
-    as a single one is, the tail of the longest is held out.
+    Documents are held out in the order of their hashes until they contain `share` of the tokens. Equal texts
+    stay together, and texts that would bring the total above half of all tokens are skipped. If every text is
+    too large for that, as when there is only one, the tail of the longest document is held out.
     """
     start_D, stop_D = corpus.offsets[:-1], corpus.offsets[1:]
     size_D = stop_D - start_D

@@ -15,20 +15,20 @@ from torch import Tensor
 
 
 class PackedText(ABC):
-    """Training rows by random access, and held-out rows.
+    """Random access to training rows, and held-out rows.
 
     Rows are dicts that hold, all int64:
         tokens_BN: token ids.
-        document_BN: the document or fragment of its row that a token is of, from 0; -1 is padding, behind all others.
-        position_BN: place within the document or fragment, from 0.
-        sample_id_B: r of each row.
+        document_BN: which document or fragment of its row a token belongs to, from 0; -1 is padding, always last.
+        position_BN: position within the document or fragment, from 0.
+        sample_id_B: the number of each row.
 
     Attributes:
         length: N.
         seed: of the training rows.
-        tokens_per_epoch: tokens of all training documents, `math.inf` if none ever comes again.
-        counts: how many documents were what; keys are `sources.COUNTS`.
-        fingerprint: hex digest of all that the rows depend on; two with the same one yield the same rows.
+        tokens_per_epoch: tokens of all training documents, `math.inf` if none ever repeats.
+        counts: how many documents were of each kind in `sources.COUNTS`.
+        fingerprint: hex digest of everything the rows depend on; equal fingerprints mean equal rows.
     """
 
     length: int
@@ -39,23 +39,23 @@ class PackedText(ABC):
 
     @abstractmethod
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """Training rows `first` to `first + count`, a pure function of the fingerprint and those numbers."""
+        """Training rows `first` to `first + count`, a pure function of the fingerprint and these numbers."""
 
     @abstractmethod
     def held_out_rows(self, limit: int) -> dict[str, Tensor]:
         """The first `limit` held-out rows, or as many as there are."""
 
     def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
-        """For text that knows them: right thoughts at (sample id, position) of the first `limit` held-out rows."""
+        """Correct thoughts, where known, by (sample id, index in the row), for the first `limit` held-out rows."""
         return {}
 
     def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
-        """The rows of a training step, counted from 0."""
+        """The rows of a training step; steps are counted from 0."""
         return self.rows(step * rows_per_step, rows_per_step)
 
 
 def packed_rows(first: int, rows: Sequence[Iterable[Sequence[int] | np.ndarray]], length: int) -> dict[str, Tensor]:
-    """Rows `first` on, each of the token ids of its documents, which together are at most `length` long."""
+    """Packs rows, numbered from `first`: each is the token ids of its documents, at most `length` in all."""
     shape = (len(rows), length)
     tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     document_BN = np.full(shape, -1)

@@ -1,8 +1,8 @@
-"""Documents of a data reference, one after another, in the same order every time.
+"""Documents of a data reference, one at a time, always in the same order.
 
-Whatever a document holds is dealt with and counted. What cannot be read as documents at all (invalid JSON, a
-truncated file, a missing column) is a broken row or file: an error that names it, or counted too where
-`skip_broken` allows. Nothing that is read is ever unpickled or executed.
+Whatever a document contains is handled and counted. What cannot be read as documents at all (invalid JSON, a
+truncated file, a missing column) is a broken row or file: an error that names it or, with `skip_broken`,
+skipped and counted. Nothing that is read is ever unpickled or executed.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from data_pipelines.config import DataConfig, DataError
 PYTHON_DOCS = "python-docs"
 _TEXT = (".txt", ".md", ".text")
 _SUFFIXES = (*_TEXT, ".jsonl", *(f"{suffix}.gz" for suffix in (*_TEXT, ".jsonl")), ".parquet")
-# Parts of the standard library's folder that are not its own, or test it.
+# Folders inside the standard library's that are not part of it, or only test it.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 COUNTS = (
-    "documents",  # that hold text, whatever else is counted of them
+    "documents",  # contain text, whatever else is counted about them
     "empty",  # skipped: no text, or only whitespace
-    "binary",  # skipped: holds NUL
-    "not_utf8",  # read with U+FFFD in place of what is not
+    "binary",  # skipped: contains NUL
+    "not_utf8",  # read with U+FFFD in place of invalid bytes
     "enormous",  # longer than max_document_characters: tokenised in pieces
-    "control_text",  # spells control tokens: read as ordinary text
+    "control_text",  # contains control tokens as text: read as ordinary text
     "broken",  # rows and files skipped because they cannot be read
 )
 
 
 class Documents:
-    """The documents of a reference as `(name, text)`. Iterate once: `counts` is filled on the way.
+    """The documents of a reference as `(name, text)`. Iterate once: `counts` is filled along the way.
 
     Attributes:
-        files: the files that are read, in order.
-        counts: how many documents were what; keys are COUNTS.
+        files: the files to read, in order.
+        counts: how many documents were of each kind in COUNTS.
 
-    Raises DataError for a reference that names nothing readable, and while iterating for what is broken.
+    Raises DataError for a reference with nothing to read and, while iterating, for anything broken.
     """
 
     def __init__(self, config: DataConfig):
@@ -89,9 +89,9 @@ class Documents:
                 if not isinstance(row, dict):
                     self._broken(name, "is not a JSON object")
                 elif field not in row:
-                    self._broken(name, f"has no field {field!r} but {sorted(row)}", "set data.text_field")
+                    self._broken(name, f"has no field {field!r}, only {sorted(row)}", "set data.text_field")
                 elif not isinstance(row[field], str):
-                    self._broken(name, f"holds no string in field {field!r}")
+                    self._broken(name, f"has no string in field {field!r}")
                 elif text := self._text(row[field]):
                     yield name, text
 
@@ -105,14 +105,14 @@ class Documents:
             table = pq.ParquetFile(file)
             columns = table.schema_arrow.names
             if field not in columns:
-                self._broken(str(file), f"has no column {field!r} but {columns}", "set data.text_field")
+                self._broken(str(file), f"has no column {field!r}, only {columns}", "set data.text_field")
                 return
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                # As bytes: pyarrow promises UTF-8 of a string column but does not check it.
+                # As bytes: pyarrow assumes that string columns are UTF-8 but does not check.
                 for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
                     number += 1
                     if raw is None:
-                        self._broken(f"{file}, row {number}", f"holds no string in column {field!r}")
+                        self._broken(f"{file}, row {number}", f"has no string in column {field!r}")
                     elif text := self._text(raw):
                         yield f"{file}, row {number}", text
         except pa.ArrowException as error:
@@ -124,7 +124,7 @@ class Documents:
             self.counts["binary"] += 1
             return None
         try:
-            # A JSON string can escape half of a surrogate pair, which is no character.
+            # A JSON string can escape half of a surrogate pair, which is not a character.
             text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw.encode().decode()
         except UnicodeError:
             self.counts["not_utf8"] += 1
@@ -139,8 +139,8 @@ class Documents:
 
     def _broken(self, where: str, what: str, way_out: str = "repair it") -> None:
         if not self.config.skip_broken:
-            what = " ".join(what.split())  # messages of libraries may span lines
-            raise DataError(f"{where} {what}; {way_out}, or set data.skip_broken to leave out what is broken")
+            what = " ".join(what.split())  # libraries' messages may span lines
+            raise DataError(f"{where} {what}; {way_out}, or set data.skip_broken to skip what is broken")
         self.counts["broken"] += 1
 
 
@@ -160,7 +160,7 @@ def _find(reference: str) -> list[Path]:
     if not files:
         problem = "is neither a known name nor an existing path"
         if found or path.is_dir():
-            problem = "holds no file of a known kind"
+            problem = "matches no file of a supported type"
         accepted = f"{PYTHON_DOCS}, lab, lab:SETTINGS, or a file, directory or glob of {' '.join(_SUFFIXES)}"
         raise DataError(f"data reference {reference!r} {problem}; accepted are {accepted}")
     return files
@@ -182,10 +182,10 @@ def _python_docs(files: list[Path]) -> Iterator[tuple[str, str]]:
     yield from sorted(topics.items())
     for file in files:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in others' strings
+            warnings.simplefilter("ignore")  # about escapes in others' strings
             try:
                 tree = ast.parse(file.read_bytes())
-            except (SyntaxError, ValueError):  # somebody's template, not a module of this Python
+            except (SyntaxError, ValueError):  # a template, not a module of this Python
                 continue
         parts = file.relative_to(_standard_library()).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -195,7 +195,7 @@ def _python_docs(files: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Qualified names and docstrings of a module, class or function and of all defined within, in order."""
+    """Qualified names and docstrings of a module, class or function and everything in it, in order."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node)
         if docstring:

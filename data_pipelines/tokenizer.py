@@ -1,4 +1,4 @@
-"""Text to token ids and back, such that no text can ever become a control token."""
+"""Text to token ids and back; no text ever becomes a control token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from data_pipelines.config import DataError
 
 
 class Tokenizer:
-    """A `tokenizer.json` with what its sibling files say about special tokens.
+    """A `tokenizer.json`, with the special tokens declared by the files next to it.
 
     Attributes:
         size: the largest id it can emit, plus 1.
         bos_id, eos_id: ids of the tokens that begin and end a sequence, None where there is none.
-        add_bos: whether a sequence is to begin with `bos_id`.
+        add_bos: whether a sequence should begin with `bos_id`.
         control_ids: sorted ids of the special added tokens and of bos, eos and pad.
         fingerprint: sha256 of `tokenizer.json`, in hex.
     """
@@ -48,7 +48,7 @@ class Tokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._control_texts = [text for id in control if (text := tokenizer.id_to_token(id))]
-        # The id of unknown characters is the honest encoding of them, though files list it as special.
+        # Unknown characters are rightly encoded as the unknown token, even if it is listed as special.
         self._forbidden = control - ({_unknown_id(serialized)} - {self.bos_id, self.eos_id})
 
     @classmethod
@@ -70,12 +70,12 @@ class Tokenizer:
         try:
             return cls(file.read_bytes(), settings)
         except OSError as error:
-            raise DataError(f"no tokenizer at {file} ({error.strerror}); name another directory") from error
+            raise DataError(f"no tokenizer at {file} ({error.strerror}); choose another directory") from error
         except ValueError as error:
             raise DataError(f"{file} is broken ({error}); restore it") from error
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, no special tokens added; what spells a control token is ordinary text."""
+        """Token ids of each text, without added special tokens; control tokens in it are encoded as ordinary text."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         rows = [encoding.ids for encoding in encodings]
         return [
@@ -84,11 +84,11 @@ class Tokenizer:
         ]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens spelled out."""
+        """The text of token ids, special tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token given by its exact name, None if there is no such token."""
+        """The id of the token that is exactly this text, None if there is none."""
         return self._tokenizer.token_to_id(token)
 
     @cached_property
@@ -114,15 +114,15 @@ class Tokenizer:
         return [stands_for(id) for id in range(self.size)]
 
     def has_control_text(self, text: str) -> bool:
-        """Whether the text spells a control token."""
+        """Whether the text contains the text of a control token."""
         return any(token in text for token in self._control_texts)
 
     def _encode_apart(self, text: str) -> list[int]:
-        """Encodes a text by parts that split the control tokens within.
+        """Encodes a text in parts, cut inside the control tokens that it contains.
 
-        `encode_special_tokens` only stops the search for added special tokens. A vocabulary may hold them as
-        ordinary pieces too, as those of Unigram and WordLevel do, or name as eos a token that is not special.
-        A control token of a single character cannot be split and is left out.
+        `encode_special_tokens` only stops the search for added special tokens. They may be ordinary entries of
+        the vocabulary too, as with Unigram and WordLevel, or the eos may be a token that is not special.
+        A control token of a single character cannot be split and is dropped.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
@@ -135,9 +135,9 @@ class Tokenizer:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies, those of GPT-2 and after.
+    """The byte that each character of a byte-level vocabulary stands for, as in GPT-2 and later models.
 
-    Printable bytes of Latin-1 stand for themselves, the others for the characters from 256 on, in their order.
+    Printable Latin-1 characters stand for themselves, those from 256 on for the other bytes in order.
     """
     itself = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in itself]
@@ -156,5 +156,5 @@ def _token_id(tokenizer: tokenizers.Tokenizer, token: str | dict[str, Any] | Non
 def _unknown_id(serialized: bytes) -> int | None:
     model = json.loads(serialized)["model"]
     vocabulary = model.get("vocab")
-    # Unigram lists its pieces, and numbers them by their order.
+    # Unigram lists its pieces in the order of their ids.
     return vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else model.get("unk_id")

@@ -169,5 +169,5 @@ def test_finding_a_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path) == older
     with pytest.raises(CheckpointError, match="step-00000010 cannot be used"):
         find_checkpoint(newer)
-    with pytest.raises(CheckpointError, match="holds no valid checkpoint"):
+    with pytest.raises(CheckpointError, match="has no valid checkpoint"):
         find_checkpoint(tmp_path / "checkpoints")

@@ -78,7 +78,7 @@ def test_bos_and_another_end_of_document(config, cache, tmp_path):
     tokenizer = Tokenizer.from_directory(directory)
     corpus = tokenised(DataConfig(config.reference, end_of_document="<end>"), tokenizer, cache)
     assert texts(corpus, tokenizer) == [f"<s>{ROWS[n]}<end>" for n in (0, 2, 4, 5)]
-    with pytest.raises(DataError, match=r"^the tokenizer names no eos token; set data.end_of_document"):
+    with pytest.raises(DataError, match=r"^the tokenizer has no eos token; set data.end_of_document"):
         tokenised(config, tokenizer, cache)
     with pytest.raises(DataError, match=r"^the tokenizer has no token '<fin>'; set data.end_of_document"):
         tokenised(DataConfig(config.reference, end_of_document="<fin>"), tokenizer, cache)
@@ -153,7 +153,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, cache, tokenizer):
 
 def test_no_usable_document(tmp_path, cache, tokenizer):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n{"text": "\\u0000"}\n')
-    with pytest.raises(DataError, match=r"holds no usable document \(1 empty, 1 binary\); name other data$"):
+    with pytest.raises(DataError, match=r"has no usable documents \(1 empty, 1 binary\); choose other data$"):
         tokenised(DataConfig(str(tmp_path)), tokenizer, cache)
 
 

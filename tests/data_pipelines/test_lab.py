@@ -263,9 +263,15 @@ def test_every_mistake_of_a_reference_is_reported(lab_tokenizer):
     with pytest.raises(DataError) as caught:
         opened(lab_tokenizer, wrong)
     message = str(caught.value)
-    for part in ("no 'chess', only sum,", "chain is 6-4", "worked is 1.5", "garbage is nan", "format names one twice"):
+    for part in (
+        "tasks cannot be 'chess'; choose from sum,",
+        "chain is 6-4",
+        "worked is 1.5",
+        "garbage is nan",
+        "format lists one twice",
+    ):
         assert part in message
-    assert "no setting 'noise', only tasks, chain" in message
+    assert "unknown setting 'noise'; settings are tasks, chain" in message
     assert "worked is given twice" in message
     assert "\n" not in message
 

@@ -95,10 +95,10 @@ TRUNCATED = gzip.compress(jsonl(*({"text": f"row {n} {n**50}"} for n in range(20
 BROKEN_ROWS = {
     "no field": (
         {"body": "x", "id": 1},
-        r"x.jsonl, line 2 has no field 'text' but \['body', 'id'\]; set data.text_field",
+        r"x.jsonl, line 2 has no field 'text', only \['body', 'id'\]; set data.text_field",
     ),
-    "number": ({"text": 1}, r"x.jsonl, line 2 holds no string in field 'text'; repair it"),
-    "null": ({"text": None}, r"x.jsonl, line 2 holds no string"),
+    "number": ({"text": 1}, r"x.jsonl, line 2 has no string in field 'text'; repair it"),
+    "null": ({"text": None}, r"x.jsonl, line 2 has no string"),
     "list": (["text"], r"x.jsonl, line 2 is not a JSON object"),
     "invalid": (b'{"text": "x"\n', r"x.jsonl, line 2 is not valid JSON \(Expecting"),
     "nested": (
@@ -147,9 +147,9 @@ def test_rows_before_a_truncation_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message", "kept"),
     [
-        ({"body": ["x"]}, r"x.parquet has no column 'text' but \['body'\]; set data.text_field", []),
+        ({"body": ["x"]}, r"x.parquet has no column 'text', only \['body'\]; set data.text_field", []),
         ({"text": [1, 2]}, r"x.parquet cannot be read \(Unsupported cast", []),
-        ({"text": ["x", None, "y"]}, r"x.parquet, row 2 holds no string in column 'text'", ["x", "y"]),
+        ({"text": ["x", None, "y"]}, r"x.parquet, row 2 has no string in column 'text'", ["x", "y"]),
     ],
 )
 def test_broken_parquet(tmp_path, table, message, kept):
@@ -170,7 +170,7 @@ def test_unknown_reference_says_what_is_accepted(reference):
 def test_folder_without_readable_files(tmp_path):
     (tmp_path / "x.csv").write_text("a,b")
     for reference in (tmp_path, tmp_path / "x.csv"):
-        with pytest.raises(DataError, match=r"holds no file of a known kind; accepted are .*\.parquet"):
+        with pytest.raises(DataError, match=r"matches no file of a supported type; accepted are .*\.parquet"):
             read(reference)
 
 
