@@ -40,9 +40,7 @@ def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
     if reference.startswith("random:"):
         if path.is_file():
             return path.parent
-        raise CheckpointError(
-            f"{reference}: {path} does not exist; give a config.json or a directory with one"
-        )
+        raise CheckpointError(f"{reference}: {path} does not exist; give a config.json or a directory with one")
     if reference == "smollm2-135m":
         from checkpoints.smollm2 import smollm2_directory
 
