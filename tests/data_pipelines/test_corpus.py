@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from data_pipelines import DataConfig, DataError, Tokenizer, open_data
 from data_pipelines.corpus import tokenised
@@ -26,7 +27,7 @@ ROWS = [
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ROWS))
-    return DataConfig(str(tmp_path / "x.jsonl"), max_document_characters=20)
+    return DataConfig(reference=str(tmp_path / "x.jsonl"), max_document_characters=20)
 
 
 @pytest.fixture
@@ -64,10 +65,10 @@ def test_enormous_documents_are_cut_before_whitespace(tmp_path, cache, tokenizer
     text = "word " * 50 + "y" * 60 + "\n\nend"
     (tmp_path / "x.txt").write_text(text)
     reference = str(tmp_path / "x.txt")
-    cut = tokenised(DataConfig(reference, max_document_characters=16), tokenizer, cache)
+    cut = tokenised(DataConfig(reference=reference, max_document_characters=16), tokenizer, cache)
     assert texts(cut, tokenizer) == [text + "<|endoftext|>"]
     assert (cut.counts["documents"], cut.counts["enormous"]) == (1, 1)
-    whole = tokenised(DataConfig(reference), tokenizer, cache)
+    whole = tokenised(DataConfig(reference=reference), tokenizer, cache)
     words = tokenizer.encode(["word" + " word" * 49])[0]
     assert cut.tokens_T[: len(words)].tolist() == whole.tokens_T[: len(words)].tolist() == words
     assert whole.counts["enormous"] == 0
@@ -76,12 +77,12 @@ def test_enormous_documents_are_cut_before_whitespace(tmp_path, cache, tokenizer
 def test_bos_and_another_end_of_document(config, cache, tmp_path):
     directory = save(byte_level("<s>", "<end>"), tmp_path / "tokenizer", bos_token="<s>", add_bos_token=True)
     tokenizer = Tokenizer.from_directory(directory)
-    corpus = tokenised(DataConfig(config.reference, end_of_document="<end>"), tokenizer, cache)
+    corpus = tokenised(DataConfig(reference=config.reference, end_of_document="<end>"), tokenizer, cache)
     assert texts(corpus, tokenizer) == [f"<s>{ROWS[n]}<end>" for n in (0, 2, 4, 5)]
     with pytest.raises(DataError, match=r"^the tokenizer has no eos token; set data.end_of_document"):
         tokenised(config, tokenizer, cache)
     with pytest.raises(DataError, match=r"^the tokenizer has no token '<fin>'; set data.end_of_document"):
-        tokenised(DataConfig(config.reference, end_of_document="<fin>"), tokenizer, cache)
+        tokenised(DataConfig(reference=config.reference, end_of_document="<fin>"), tokenizer, cache)
 
 
 def test_cached_corpus_is_the_fresh_one(config, cache, tokenizer, monkeypatch):
@@ -118,7 +119,7 @@ def test_fingerprint_is_of_the_content_not_of_the_file(config, cache, tokenizer,
     first = tokenised(config, tokenizer, cache)
     os.rename(config.reference, tmp_path / "moved.jsonl")
     os.utime(tmp_path / "moved.jsonl", (0, 0))
-    moved = tokenised(DataConfig(str(tmp_path / "moved.jsonl"), max_document_characters=20), tokenizer, cache)
+    moved = tokenised(DataConfig(reference=str(tmp_path / "moved.jsonl"), max_document_characters=20), tokenizer, cache)
     assert moved.directory != first.directory
     assert moved.fingerprint == first.fingerprint
 
@@ -129,7 +130,7 @@ CHANGES = [{"max_document_characters": 2}, {"end_of_document": "<|startofthought
 @pytest.mark.parametrize("change", CHANGES)
 def test_settings_that_change_tokens_have_a_cache_of_their_own(config, cache, tokenizer, change):
     first = tokenised(config, tokenizer, cache)
-    second = tokenised(DataConfig(**{**vars(config), **change}), tokenizer, cache)
+    second = tokenised(DataConfig(**{**config.model_dump(), **change}), tokenizer, cache)
     assert second.directory != first.directory
     assert second.fingerprint != first.fingerprint
 
@@ -143,18 +144,18 @@ def test_concurrent_builders_agree(config, cache, tokenizer):
 
 def test_a_failed_build_leaves_nothing(tmp_path, cache, tokenizer):
     (tmp_path / "x.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
-    config = DataConfig(str(tmp_path / "x.jsonl"))
+    config = DataConfig(reference=str(tmp_path / "x.jsonl"))
     with pytest.raises(DataError, match="line 2"):
         tokenised(config, tokenizer, cache)
     assert list((cache / "corpora").iterdir()) == []
-    skipping = tokenised(DataConfig(config.reference, skip_broken=True), tokenizer, cache)
+    skipping = tokenised(DataConfig(reference=config.reference, skip_broken=True), tokenizer, cache)
     assert (skipping.counts["documents"], skipping.counts["broken"]) == (1, 1)
 
 
 def test_no_usable_document(tmp_path, cache, tokenizer):
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n{"text": "\\u0000"}\n')
     with pytest.raises(DataError, match=r"has no usable documents \(1 empty, 1 binary\); choose other data$"):
-        tokenised(DataConfig(str(tmp_path)), tokenizer, cache)
+        tokenised(DataConfig(reference=str(tmp_path)), tokenizer, cache)
 
 
 def test_damaged_cache_is_named(config, cache, tokenizer):
@@ -178,15 +179,25 @@ def test_pickles_without_its_tokens(config, cache, tokenizer):
     assert pickle.loads(pickled).tokens_T.tolist() == corpus.tokens_T.tolist()
 
 
-def test_settings_are_all_reported_at_once(tokenizer, cache):
-    wrong = dict(reference="", length=1, text_field="", held_out=math.nan, max_document_characters=0)
-    config = DataConfig(**wrong)
-    assert len(config.problems()) == 5
-    with pytest.raises(DataError) as caught:
-        open_data(config, tokenizer, seed=0, cache_dir=cache)
-    for name in wrong:
-        assert f"{name} is" in str(caught.value)
-    assert DataConfig().problems() == []
+def test_settings_are_all_reported_at_once():
+    wrong = dict(reference="", length=1, text_field="", held_out=math.nan, max_document_characters=0, skip_broken=1)
+    with pytest.raises(ValidationError) as caught:
+        DataConfig(**wrong, unknown=0)
+    assert sorted(error["loc"] for error in caught.value.errors()) == sorted((name,) for name in [*wrong, "unknown"])
+
+
+@pytest.mark.parametrize("wrong", [{"length": 2.0}, {"length": "2"}, {"held_out": -0.01}, {"held_out": 0.51}])
+def test_settings_at_their_limits(wrong):
+    assert DataConfig(reference="x", length=2, text_field="x", held_out=0.5, max_document_characters=1).length == 2
+    assert DataConfig(held_out=0).held_out == 0
+    with pytest.raises(ValidationError):
+        DataConfig(**wrong)
+
+
+def test_settings_describe_themselves_and_stay_as_they_are():
+    assert all(field.description for field in DataConfig.model_fields.values())
+    with pytest.raises(ValidationError):
+        DataConfig().length = 3
 
 
 def test_python_docs(tokenizer, cache):

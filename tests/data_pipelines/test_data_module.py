@@ -17,7 +17,7 @@ from data_pipelines.data_module import TextDataModule
 def packed(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "x.jsonl").write_text("".join(json.dumps({"text": f"{n} {n**20}"}) + "\n" for n in range(30)))
-    return open_data(DataConfig(str(folder), length=8), tokenizer, seed=3, cache_dir=folder)
+    return open_data(DataConfig(reference=str(folder), length=8), tokenizer, seed=3, cache_dir=folder)
 
 
 def assert_same(a, b):

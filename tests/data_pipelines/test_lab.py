@@ -30,7 +30,7 @@ MIXED = LabConfig(tasks=TASKS, chain=(2, 5), worked=0.6, garbage=0.3, format=FOR
 
 
 def opened(tokenizer, settings="", seed=0, length=LENGTH) -> LabText:
-    text = open_data(DataConfig(f"lab:{settings}" if settings else "lab", length=length), tokenizer, seed)
+    text = open_data(DataConfig(reference=f"lab:{settings}" if settings else "lab", length=length), tokenizer, seed)
     assert isinstance(text, LabText)
     return text
 
@@ -290,4 +290,4 @@ def test_rows_too_short_for_a_document(lab_tokenizer):
 
 def test_unknown_references_name_the_lab(lab_tokenizer):
     with pytest.raises(DataError, match="lab:SETTINGS"):
-        open_data(DataConfig("labs"), lab_tokenizer, 0)
+        open_data(DataConfig(reference="labs"), lab_tokenizer, 0)

@@ -29,7 +29,7 @@ def corpus(tokenizer, tmp_path_factory):
     """40 documents of 2 to 21 tokens, all different."""
     folder = tmp_path_factory.mktemp("packing")
     documents = ["".join(chr(ord("A") + (7 * n + k) % 50) for k in range(n // 2 + 1)) for n in range(40)]
-    return tokenised(DataConfig(write(folder / "x.jsonl", documents)), tokenizer, folder)
+    return tokenised(DataConfig(reference=write(folder / "x.jsonl", documents)), tokenizer, folder)
 
 
 def packed(corpus, length=LENGTH, held_out=0.0, seed=0) -> CorpusText:
@@ -160,7 +160,7 @@ def test_nothing_held_out(corpus):
 )
 def test_held_out_of_few_texts(tmp_path, tokenizer, texts, expected):
     """The tail where there is one text; never most of the tokens, whatever the hashes are."""
-    config = DataConfig(write(tmp_path / "x.jsonl", texts), length=2, held_out=0.2)
+    config = DataConfig(reference=write(tmp_path / "x.jsonl", texts), length=2, held_out=0.2)
     text = open_data(config, tokenizer, seed=0, cache_dir=tmp_path)
     held = text.held_out_rows(99)
     kept = held["tokens_BN"][held["document_BN"] >= 0].tolist()
@@ -170,7 +170,7 @@ def test_held_out_of_few_texts(tmp_path, tokenizer, texts, expected):
 
 def test_copies_of_a_text_stay_together(tmp_path, tokenizer):
     texts = [f"text {n % 10}" for n in range(40)]
-    config = DataConfig(write(tmp_path / "x.jsonl", texts), length=5, held_out=0.12)
+    config = DataConfig(reference=write(tmp_path / "x.jsonl", texts), length=5, held_out=0.12)
     text = open_data(config, tokenizer, seed=0, cache_dir=tmp_path)
     held = text.held_out_rows(99)
     kept = Counter(apart(held["tokens_BN"][held["document_BN"] >= 0].tolist(), 0))

@@ -12,7 +12,7 @@ from data_pipelines.sources import COUNTS, Documents
 
 def read(reference, **settings) -> tuple[list[str], dict[str, int]]:
     """The texts of a reference, and those counts that are not 0."""
-    documents = Documents(DataConfig(str(reference), **settings))
+    documents = Documents(DataConfig(reference=str(reference), **settings))
     texts = [text for _, text in documents]
     assert set(documents.counts) == set(COUNTS)
     return texts, {name: count for name, count in documents.counts.items() if count}
@@ -35,7 +35,7 @@ def test_kinds_of_files_and_their_order(tmp_path):
     assert read(tmp_path / "**" / "*") == (every, {})
     assert read(tmp_path / "*.jsonl") == (every[:2], {})
     assert read(tmp_path / "c.txt.gz") == (["fünf"], {})
-    names = [name for name, _ in Documents(DataConfig(str(tmp_path / "a.jsonl")))]
+    names = [name for name, _ in Documents(DataConfig(reference=str(tmp_path / "a.jsonl")))]
     assert names == [f"{tmp_path}/a.jsonl, line 1", f"{tmp_path}/a.jsonl, line 2"]
 
 
@@ -186,7 +186,7 @@ def test_python_docs_come_from_source_text_alone(monkeypatch, tmp_path):
         '        async def f(self):\n            """Of f.\n\n            More.\n            """\n'
     )
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    documents = Documents(DataConfig("python-docs"))
+    documents = Documents(DataConfig(reference="python-docs"))
     package = "package\nOf the package \\d.\n\npackage.A\nOf A.\n\npackage.A.f\nOf f.\n\nMore."
     assert list(documents) == [*sorted(topics.items()), ("package", package)]
     assert [file.name for file in documents.files] == ["__init__.py", "template.py", "undocumented.py"]
