@@ -23,13 +23,13 @@ from models.philox import Rng
 from models.rollout import Engine
 from models.thoughts import Text
 from objectives import CounterfactualTest, Objective
+from pretrain.diagnostics import WINDOW, Diagnostics, length_trend
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.state import run_state
-from pretrain.watch import WINDOW, Watch, length_trend
 
 # Seconds of training between two lines of progress where there is no terminal to draw a bar on, at least.
 SECONDS_A_LINE = 2.0
@@ -68,7 +68,7 @@ class Records(lightning.Callback):
         self.counts = {f"data/{name}": count for name, count in counts.items()}
         self.loggers = loggers
         self.progress: Progress | None = None
-        self.watch = Watch()
+        self.diagnostics = Diagnostics()
         self._said = -SECONDS_A_LINE
         self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._last = (0, 0.0)
@@ -77,7 +77,7 @@ class Records(lightning.Callback):
         self._last = (module.tokens, module.seconds)
         for record in self.directory.read(self.directory.metrics):
             # A continued run has given these warnings already.
-            self.watch.update(record)
+            self.diagnostics.update(record)
             self._recent.append(record)
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -119,7 +119,7 @@ class Records(lightning.Callback):
         if (trend := length_trend(list(self._recent))) is not None:
             record["thought_length_trend"] = trend
         self.directory.append(self.directory.metrics, record)
-        for warning in self.watch.update(record):
+        for warning in self.diagnostics.update(record):
             self.directory.append(self.directory.warnings, dataclasses.asdict(warning))
             say(f"warning, {warning.name}: {warning.message}")
         for logger in self.loggers:

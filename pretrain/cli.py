@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import os
 import sys
 import textwrap
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 
 from benchmarks.arguments import add_arguments
 from pretrain.recipe import RecipeError
-from pretrain.recipe_files import help_on_keys, load_recipe, shipped
+from pretrain.recipe_files import help_on_keys, load_recipe, objective_names, shipped
 
 
 def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
@@ -34,8 +35,8 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
 def export(checkpoint: str, out: str) -> None:
     """Write a run's model as a Hugging Face directory that any engine loads.
 
-    CHECKPOINT is a checkpoint or a run directory, whose newest valid checkpoint is meant. The parts that only thinking
-    uses lie beside the plain language model in files of their own.
+    CHECKPOINT is a checkpoint, or a run directory for its newest valid one. The parts that only thinking uses lie
+    beside the plain language model in files of their own.
     """
     from checkpoints.hugging_face import export as write
     from pretrain.opening import open_model
@@ -48,7 +49,7 @@ def export(checkpoint: str, out: str) -> None:
 def sample(model: str, text: str, length: int | None, temperature: float, seed: int) -> None:
     """Show the thought a model has at each position of a text.
 
-    Beside each thought: the probability of the token that really follows, without and with the thought.
+    Beside each thought: the probability of the true next token, without and with the thought.
     """
     from pretrain.opening import open_model
     from pretrain.samples import print_thoughts
@@ -69,9 +70,16 @@ def bench(**options: Any) -> None:
         raise SystemExit(1)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _help_on_recipes(arguments: Sequence[str]) -> str:
+    """What `fit --help` says of recipes; with a recipe among the arguments, of the objectives that it names, too."""
+    rest = [argument for argument in arguments if argument not in ("-h", "--help", "--dry-run")]
+    named = objective_names(rest[0], rest[1:]) if rest else []
+    return f"shipped recipes: {', '.join(shipped())}\n\nkeys:\n{textwrap.indent(help_on_keys(named), '  ')}"
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="forethought", description="Language models that think while they read, and are paid for it."
+        prog="forethought", description="Language models that think while they read, and are rewarded for it."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -87,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(function=function)
         return added
 
-    fitting = command(fit, f"shipped recipes: {', '.join(shipped())}\n\nkeys:\n{textwrap.indent(help_on_keys(), '  ')}")
+    fitting = command(fit, _help_on_recipes(argv[1:]) if argv[:1] == ["fit"] and {"-h", "--help"} & {*argv} else "")
     fitting.add_argument("recipe", metavar="RECIPE", help="shipped name or YAML file")
     fitting.add_argument("--dry-run", action="store_true", help="validate everything, run one pass, and stop")
 
@@ -112,7 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Batches are prepared in microseconds; and Lightning's use of torch's trees is not the user's to mend.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    parser = _parser()
+    # So that an objective by import path may lie where the command is given, as with `python -m pretrain`.
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.append(os.getcwd())
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(argv)
     arguments, rest = parser.parse_known_args(argv)
     options = vars(arguments)
     function = options.pop("function")

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from objectives import find_objective
+from objectives import Metric, find_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_yaml
 from pretrain.run_directory import RunDirectory
@@ -52,6 +52,14 @@ CONDITIONS = {
     "filler": "filler of the same length",
     "none": "no thought",
     "right": "a right thought",
+}
+# What the training loop itself logs; the rest is its objective's.
+LOOP_METRICS = {
+    "loss": Metric("what is minimised", "mean over the step's updates"),
+    "lr": Metric("learning rate", "of the step's updates"),
+    "grad_norm": Metric("norm of the gradient before clipping", "mean over the step's updates"),
+    "skipped": Metric("steps without an update so far", "those with a non-finite loss or gradient"),
+    "tokens_per_second": Metric("tokens of text read a second", "of the last step"),
 }
 NOT_PLOTTED = ("step", "tokens", "flops", "seconds")
 RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#9a9a9a"
@@ -141,20 +149,20 @@ class RunRecords:
                 rows.append([label, *values, _change(name, before, after), *(_shown(name, other) for other in others)])
         return Sheet("Held-out NLL, nats per token (lower is better)", columns, rows)
 
-    def causal(self) -> Sheet | None:
-        causal, minus_own = self.after.get("counterfactual"), self.after.get("counterfactual_minus_own", {})
-        if not causal:
+    def counterfactuals(self) -> Sheet | None:
+        found, minus_own = self.after.get("counterfactual"), self.after.get("counterfactual_minus_own", {})
+        if not found:
             return None
         rows = []
-        for condition in [c for c in CONDITIONS if c in causal]:
+        for condition in [c for c in CONDITIONS if c in found]:
             difference = minus_own.get(condition)
             shown = f"{difference['nll']:+.3f} {_interval(difference)}" if difference else ""
-            nll = causal[condition]
+            nll = found[condition]
             rows.append([CONDITIONS[condition], f"{nll['nll']:.3f} {_interval(nll)}", shown])
         title = "Does the thought matter? The same tokens, each after … (95% intervals)"
         return Sheet(title, ["", "NLL", "minus its own thought's"], rows)
 
-    def causal_sentence(self) -> str | None:
+    def counterfactual_sentence(self) -> str | None:
         shuffled = self.after.get("counterfactual_minus_own", {}).get("shuffled")
         if shuffled is None:
             return None
@@ -185,6 +193,17 @@ class RunRecords:
         ]
         return Sheet(title, ["step", "text", "thought", "continues", "reward"], rows, words=True)
 
+    @property
+    def plotted(self) -> list[str]:
+        """Names of the metrics that have curves."""
+        logged = dict.fromkeys(name for record in self.metrics for name in record if _known(record, name))
+        return [name for name in logged if name not in NOT_PLOTTED and not name.startswith("data/")]
+
+    def meanings(self) -> Sheet:
+        known = {**find_objective(self.name).all_metrics(), **LOOP_METRICS}
+        rows = [[name, known[name].meaning, known[name].formula] for name in self.plotted if name in known]
+        return Sheet("What the curves show", ["metric", "meaning", "computed as"], rows, words=True)
+
     # Lines
 
     def cost(self) -> str:
@@ -210,12 +229,12 @@ class RunRecords:
     def commands(self) -> list[str]:
         path = shlex.quote(str(self.directory.path))
         found = [f"forethought export {path} OUT"]
-        if self.name != "next_token":
+        if self.recipe.objective.showing(None, 0.0, 1) is not None:
             found.append(f"forethought sample {path} --text {shlex.quote(self._text_to_think_about())}")
         return found
 
     def _text_to_think_about(self) -> str:
-        """Where only a marker brings on a thought, a text that has one."""
+        """Where the model thinks only at a marker, a text that has one."""
         positions = getattr(self.recipe.objective, "positions", None)
         read = [sample["text"] for sample in self.samples if sample["text"].isprintable()]
         return read[-1] if positions == "marker" and read else "The capital of France is"
@@ -259,16 +278,16 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
         console.print(line, soft_wrap=True)
 
     console.print(run.held_out().to_rich())
-    causal, sentence = run.causal(), run.causal_sentence()
-    if causal is not None:
-        console.print(causal.to_rich())
+    counterfactuals, sentence = run.counterfactuals(), run.counterfactual_sentence()
+    if counterfactuals is not None:
+        console.print(counterfactuals.to_rich())
     if sentence is not None:
         say(f"{sentence}\n")
     if run.control is None or run.deciles_are_firm():
         console.print(run.deciles().to_rich())
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
-        title = "Thoughts of the last steps, drawn at random"
+        title = "Thoughts of the last steps, picked at random"
         console.print(run.thoughts(title, samples, TERMINAL_CHARACTERS).to_rich())
     for line in run.warning_lines():
         say(f"warning: {line}")
@@ -304,7 +323,7 @@ def overview(run: RunRecords) -> Figure:
     left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
     left.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     if run.after.get("counterfactual"):
-        _plot_causal(right, run.after["counterfactual"])
+        _plot_counterfactuals(right, run.after["counterfactual"])
     else:
         name = "reward" if any(_known(record, "reward") for record in run.metrics) else "loss"
         right.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR)
@@ -314,12 +333,12 @@ def overview(run: RunRecords) -> Figure:
     return figure
 
 
-def _plot_causal(axes: Axes, causal: dict[str, dict[str, float]]) -> None:
-    conditions = [c for c in CONDITIONS if c in causal][::-1]
-    nll = [causal[c]["nll"] for c in conditions]
+def _plot_counterfactuals(axes: Axes, found: dict[str, dict[str, float]]) -> None:
+    conditions = [c for c in CONDITIONS if c in found][::-1]
+    nll = [found[c]["nll"] for c in conditions]
     # A bootstrap interval may miss the mean by a rounding error.
-    below = [max(0.0, causal[c]["nll"] - causal[c]["low"]) for c in conditions]
-    above = [max(0.0, causal[c]["high"] - causal[c]["nll"]) for c in conditions]
+    below = [max(0.0, found[c]["nll"] - found[c]["low"]) for c in conditions]
+    above = [max(0.0, found[c]["high"] - found[c]["nll"]) for c in conditions]
     colours = [RUN_COLOUR if c == "own" else OTHER_COLOUR for c in conditions]
     axes.barh([CONDITIONS[c] for c in conditions], nll, color=colours, xerr=[below, above], ecolor="#333333", capsize=3)
     for i, value in enumerate(nll):
@@ -332,8 +351,7 @@ def training_curves(run: RunRecords) -> Figure:
     """Every metric over the steps, each on axes of its own. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    logged = dict.fromkeys(name for record in run.metrics for name in record if _known(record, name))
-    names = [name for name in logged if name not in NOT_PLOTTED and not name.startswith("data/")]
+    names = run.plotted
     columns = 4
     rows = max(1, math.ceil(len(names) / columns))
     figure = Figure(figsize=(11, 1.9 * rows), layout="constrained")
@@ -379,11 +397,18 @@ def write_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Pat
 
 def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes | None) -> str:
     title = f"{run.directory.path.resolve().name}: {run.name} on {run.recipe.data.reference}"
-    parts = [f"<h1>{escape(title)}</h1>", _paragraph(_what_it_is(run)), _image(picture, "Held-out NLL and causal test")]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _paragraph(_what_it_is(run)),
+        _image(picture, "Held-out NLL and counterfactual test"),
+    ]
     parts.append(run.held_out().to_html())
-    causal, sentence = run.causal(), run.causal_sentence()
-    if causal is not None:
-        parts += [causal.to_html(), _paragraph("Only what its own thought gains over all the others is its content.")]
+    counterfactuals, sentence = run.counterfactuals(), run.counterfactual_sentence()
+    if counterfactuals is not None:
+        parts += [
+            counterfactuals.to_html(),
+            _paragraph("Only what its own thought gains over all the others is due to its content."),
+        ]
     if sentence is not None:
         parts.append(_paragraph(sentence))
     parts.append(run.deciles().to_html())
@@ -391,9 +416,10 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
     if run.samples:
         half = HTML_THOUGHTS // 2
         samples = run.samples if len(run.samples) <= HTML_THOUGHTS else run.samples[:half] + run.samples[-half:]
-        drawn = "Drawn at random in the first and in the last steps"
-        parts += ["<h2>Thoughts</h2>", run.thoughts(drawn, samples, HTML_CHARACTERS).to_html()]
-    parts += ["<h2>Training</h2>", _image(curves, "Metrics of training over the steps"), _list(run.costs(seconds))]
+        title = "Picked at random in the first and in the last steps"
+        parts += ["<h2>Thoughts</h2>", run.thoughts(title, samples, HTML_CHARACTERS).to_html()]
+    parts += ["<h2>Training</h2>", _image(curves, "Metrics of training over the steps")]
+    parts += [run.meanings().to_html(), _list(run.costs(seconds))]
     parts += ["<h2>How to go on</h2>", _block("\n".join(run.commands()))]
     parts += ["<h2>Recipe</h2>", _block(recipe_to_yaml(run.recipe))]
     head = (
@@ -413,7 +439,8 @@ def _what_it_is(run: RunRecords) -> str:
     found = (
         f"{recipe.model} trained with {run.name} on {recipe.data.reference}: {recipe.steps:,} steps of "
         f"{recipe.rows_per_step} × {recipe.data.length:,} tokens, {tokens:,} in all. "
-        f"{find_objective(run.name).sentence} "
+        f"{find_objective(run.name).sentence}".rstrip()
+        + " "
     )
     if run.control is not None:
         found += (

@@ -1,6 +1,7 @@
-"""Follows the records of a run and names the ways in which learning to think is known to fail.
+"""Warns of the known ways in which learning to think fails, from a run's records.
 
-Each is judged by means over a window of records, so that one odd step says nothing.
+Each is judged by means over a window of records, so that a single odd step triggers nothing. What the metrics mean,
+objectives.metrics says; an objective of one's own that logs them under the same names is diagnosed, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from statistics import StatisticsError, fmean, linear_regression
 from typing import Any
 
 WINDOW = 20  # records
-WATCHED = (
+DIAGNOSED = (
     "thought_length",
     "thought_closed",
     "thought_distinct",
@@ -25,17 +26,17 @@ WATCHED = (
 
 COLLAPSED = 0.5  # of the first window's length
 NEARLY_ALL, NEARLY_NONE = 0.9, 0.1
-# A thought may name the next token by chance, the more often the longer it is: the first window measures how often. A
-# rise of a quarter to more than half is beyond the noise of a window of even a few hundred thoughts. Nine in ten are
-# beyond chance in a short thought whatever came before; one of some hundred tokens holds most frequent tokens anyway.
+# A thought may contain the next token by chance, the more often the longer it is: the first window measures how often.
+# A rise by a quarter to more than half is beyond the noise of a window of even a few hundred thoughts. In short
+# thoughts nine in ten are beyond chance; a thought of some hundred tokens contains most frequent tokens anyway.
 LEAKS, LEAKS_MORE, SHORT_THOUGHT = 0.5, 0.25, 100
-# Groups whose rewards are equal are dead_groups' matter; a flat reward has differences in most groups, but tiny ones.
-# Where a task is solved the spread falls too, but there equal rewards come first.
-FLAT_SPREAD, MOST = 0.02, 0.5
+# Groups whose rewards are equal are reported as dead_groups; with a flat reward most groups have differences, but tiny
+# ones. On a solved task the spread falls as well, but there rewards become equal first.
+FLAT_STD, MOST = 0.02, 0.5
 
 
 @dataclass(frozen=True)
-class Warning:
+class RunWarning:
     """message: one line with what was seen, what it usually means and what to try."""
 
     step: int
@@ -43,20 +44,20 @@ class Warning:
     message: str
 
 
-class Watch:
-    """Takes the records of metrics.jsonl in their order; gives each warning once.
+class Diagnostics:
+    """Takes the records of metrics.jsonl in order; gives each warning once.
 
-    All its state comes from the records: a continued run feeds those it has first. A metric's window counts the records
-    that have it.
+    Its state comes from the records alone: a continued run first feeds it those that are there. A metric's window
+    counts the records that have it.
     """
 
     def __init__(self, window: int = WINDOW):
         self.window = window
-        self._seen: dict[str, list[float]] = {name: [] for name in WATCHED}
-        self._given: set[str] = set()
+        self._seen: dict[str, list[float]] = {name: [] for name in DIAGNOSED}
+        self._issued: set[str] = set()
 
-    def update(self, record: dict[str, Any]) -> list[Warning]:
-        """The warnings that this record gives rise to."""
+    def update(self, record: dict[str, Any]) -> list[RunWarning]:
+        """The warnings that this record triggers."""
         for name, values in self._seen.items():
             if name in record and math.isfinite(record[name]):
                 values.append(record[name])
@@ -68,13 +69,13 @@ class Watch:
             "unclosed_thoughts": self._unclosed_thoughts,
             "unopened_tags": self._unopened_tags,
         }
-        messages = {name: rule() for name, rule in rules.items() if name not in self._given}
-        found = [Warning(record["step"], name, message) for name, message in messages.items() if message]
-        self._given.update(warning.name for warning in found)
+        messages = {name: rule() for name, rule in rules.items() if name not in self._issued}
+        found = [RunWarning(record["step"], name, message) for name, message in messages.items() if message]
+        self._issued.update(warning.name for warning in found)
         return found
 
     def _recent(self, name: str) -> float | None:
-        """Mean over the last window; None before there is one."""
+        """Mean over the last window; None before it is full."""
         values = self._seen[name]
         return fmean(values[-self.window :]) if len(values) >= self.window else None
 
@@ -92,7 +93,7 @@ class Watch:
             return None
         return (
             f"thoughts shrank from {change[0]:.1f} to {change[1]:.1f} tokens (first and last {window} records): "
-            "usually they do not pay and the model learns to say little; try positions that need thinking "
+            "usually they are not rewarded and the model learns to say little; try positions that need thinking "
             "(objective.positions band or entropy), more objective.thoughts, or a lower optimizer.lr"
         )
 
@@ -106,33 +107,35 @@ class Watch:
         if not rose and not outright:
             return None
         return (
-            f"{last:.0%} of thoughts contain the token they are paid to predict, {first:.0%} did in the first "
+            f"{last:.0%} of thoughts contain the token they are rewarded for predicting, {first:.0%} did in the first "
             f"{self.window} records: on ordinary text the thought guesses the token instead of reasoning; where right "
-            "thoughts end with the answer, as in the lab, it is as it should be; compare own and shuffled thoughts in "
-            "the causal test, and if they are equal try a longer objective.horizon or other objective.positions"
+            "thoughts end with the answer, as in the lab, that is expected; compare own and shuffled thoughts in the "
+            "counterfactual test, and if they are equal try a longer objective.horizon or other objective.positions"
         )
 
     def _dead_groups(self) -> str | None:
-        flat, reward, distinct = (self._recent(name) for name in ("zero_variance_groups", "reward", "thought_distinct"))
-        if flat is None or flat < NEARLY_ALL:
+        equal, reward, distinct = (
+            self._recent(name) for name in ("zero_variance_groups", "reward", "thought_distinct")
+        )
+        if equal is None or equal < NEARLY_ALL:
             return None
         known = [f"mean reward {reward:+.3f}"] if reward is not None else []
         known += [f"{distinct:.0%} of thoughts distinct"] if distinct is not None else []
         return (
-            f"in {flat:.0%} of groups all thoughts earned the same over {self.window} records"
-            f"{' (' + ', '.join(known) + ')' if known else ''}, which teaches nothing: usually the task is solved, or "
-            "never solved, or the thoughts are all alike; try harder or easier objective.positions, more "
+            f"in {equal:.0%} of groups all thoughts earned the same over {self.window} records"
+            f"{' (' + ', '.join(known) + ')' if known else ''}, which gives no gradient: usually the task is solved, "
+            "or never solved, or the thoughts are all alike; try harder or easier objective.positions, more "
             "objective.thoughts, or a higher objective.temperature"
         )
 
     def _flat_reward(self) -> str | None:
-        reward, spread, flat = (self._recent(name) for name in ("reward", "reward_std", "zero_variance_groups"))
-        if reward is None or spread is None or flat is None or flat > MOST or spread >= FLAT_SPREAD * abs(reward):
+        reward, std, equal = (self._recent(name) for name in ("reward", "reward_std", "zero_variance_groups"))
+        if reward is None or std is None or equal is None or equal > MOST or std >= FLAT_STD * abs(reward):
             return None
         return (
-            f"rewards of thoughts at the same place differ by {spread:.4f} only, around a mean of {reward:+.3f} "
-            f"({self.window} records): usually it is having a thought that pays or costs, not what it says; compare "
-            "own and filler thoughts in the causal test, and try a higher objective.temperature or other "
+            f"rewards of thoughts at the same anchor differ by only {std:.4f}, around a mean of {reward:+.3f} "
+            f"({self.window} records): usually having a thought is what is rewarded, not its content; compare own and "
+            "filler thoughts in the counterfactual test, and try a higher objective.temperature or other "
             "objective.positions"
         )
 
@@ -142,8 +145,8 @@ class Watch:
             return None
         return (
             f"{closed:.0%} of thoughts ended by themselves over {self.window} records, the others were cut at the "
-            "length limit: usual for base models, which do not know the closing tag; try a longer objective.length, an "
-            "objective.close that the model writes anyway, or objective.unclosed drop"
+            "length limit: common for base models, which do not know the closing tag; try a longer objective.length, "
+            "an objective.close that the model writes anyway, or objective.unclosed drop"
         )
 
     def _unopened_tags(self) -> str | None:
@@ -151,8 +154,8 @@ class Watch:
         if answered is None or answered > NEARLY_NONE:
             return None
         return (
-            f"{answered:.0%} of thoughts opened and filled the answer template over {self.window} records, and the "
-            "others earn nothing: usual for base models, which do not know the template; try objective.template "
+            f"{answered:.0%} of responses held a complete prediction over {self.window} records, and the others earn "
+            "nothing: common for base models, which do not know the template; try objective.template "
             "forced (there: a longer objective.answer_length) or an objective.instruction that shows the template"
         )
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from pretrain.watch import WINDOW, Warning, Watch, length_trend
+from objectives.metrics import METRICS
+from pretrain.diagnostics import DIAGNOSED, WINDOW, Diagnostics, RunWarning, length_trend
 
 LONG = 3 * WINDOW
 HEALTHY = {
@@ -23,9 +24,9 @@ HEALTHY = {
 }
 
 
-def follow(records: list[dict], window: int = WINDOW) -> list[Warning]:
-    watch = Watch(window)
-    return [warning for record in records for warning in watch.update(record)]
+def follow(records: list[dict], window: int = WINDOW) -> list[RunWarning]:
+    diagnostics = Diagnostics(window)
+    return [warning for record in records for warning in diagnostics.update(record)]
 
 
 def run(length: int = LONG, **changed) -> list[dict]:
@@ -56,9 +57,9 @@ def names(records: list[dict]) -> list[str]:
             {"zero_variance_groups": 1.0, "reward": None, "thought_distinct": None},
             "over 20 records, which",
         ),
-        ("flat_reward", {"reward": 0.82, "reward_std": 0.008}, "differ by 0.0080 only, around a mean of +0.820"),
+        ("flat_reward", {"reward": 0.82, "reward_std": 0.008}, "differ by only 0.0080, around a mean of +0.820"),
         ("unclosed_thoughts", {"thought_closed": 0.02}, "2% of thoughts ended by themselves"),
-        ("unopened_tags", {"answered": 0.04}, "4% of thoughts opened"),
+        ("unopened_tags", {"answered": 0.04}, "4% of responses held a complete prediction"),
     ],
 )
 def test_each_failure_is_named_once_in_one_line(name, changed, said):
@@ -67,6 +68,10 @@ def test_each_failure_is_named_once_in_one_line(name, changed, said):
     assert said in warnings[0].message
     assert "try" in warnings[0].message
     assert "\n" not in warnings[0].message
+
+
+def test_what_is_diagnosed_has_a_meaning():
+    assert METRICS.keys() >= {*DIAGNOSED}
 
 
 def test_a_healthy_run_gives_none():
@@ -95,7 +100,7 @@ def test_a_token_named_as_often_as_at_first_is_no_leak():
 
 
 def test_a_solved_task_is_no_flat_reward():
-    """Spread and flat groups as a solved task of the lab has them."""
+    """Spread and zero-variance groups as a solved task of the lab has them."""
     assert names(run(zero_variance_groups=0.88, reward=3.1, reward_std=0.05)) == []
 
 
@@ -115,10 +120,10 @@ def test_values_that_are_missing_or_not_finite_are_passed_over():
 
 def test_the_records_of_an_interrupted_run_restore_it():
     records = run(thought_length=(40.0, 5.0), thought_closed=(0.1, 0.0))
-    whole = Watch()
+    whole = Diagnostics()
     given = [whole.update(record) for record in records]
     for cut in (0, WINDOW, 2 * WINDOW, len(records) - 1):
-        again = Watch()
+        again = Diagnostics()
         for record in records[:cut]:
             again.update(record)
         assert [again.update(record) for record in records[cut:]] == given[cut:]
