@@ -9,7 +9,7 @@ import pytest
 from checkpoints.references import LAB, resolve
 from data_pipelines.lab import write_tokenizer
 from pretrain.cli import main
-from pretrain.run import open_model
+from pretrain.opening import open_model
 
 THINKING = ["--control", "null", "--evaluation.rows", "16", "--checkpoint.every", "null"]
 
@@ -39,7 +39,7 @@ def learned(tmp_path_factory) -> list[dict]:
 def test_the_skill_is_latent(learned):
     """It is near certain after a right thought, writes one less than half the time, and is at chance without."""
     before = learned[0]
-    assert before["causal"]["right"]["nll"] < 0.3
+    assert before["counterfactual"]["right"]["nll"] < 0.3
     assert 0.25 < before["thought_right"] < 0.5
     assert before["nll_thought"] > 1.2
     assert before["accuracy_text"] < 0.2
@@ -51,4 +51,4 @@ def test_rlp_brings_it_out(learned):
     assert after["thought_right"] > 0.8
     assert after["nll_thought"] < 0.5
     for condition in ("other", "shuffled", "filler"):
-        assert after["causal_minus_own"][condition]["low"] > 1.0, condition
+        assert after["counterfactual_minus_own"][condition]["low"] > 1.0, condition
