@@ -59,9 +59,10 @@ class RunDirectory:
         try:
             yield
         finally:
-            if list(self.path.iterdir()) == [path]:
-                path.unlink()
-                self.path.rmdir()
+            with contextlib.suppress(FileNotFoundError):
+                if list(self.path.iterdir()) == [path]:
+                    path.unlink()
+                    self.path.rmdir()
             os.close(handle)
 
     def check(self, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from objectives.next_token import NextTokenConfig
 from objectives.quiet_star import QuietStarConfig
@@ -132,10 +133,95 @@ logging: 5
     assert message.count("\n  - ") == 14
 
 
+def mistakes(*arguments, reference="smollm2-next-token") -> list[str]:
+    """The lines of a message about what is wrong, but for the first."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(reference, arguments)
+    first, *found = str(caught.value).splitlines()
+    assert first == "the recipe cannot be run:"
+    return [line.removeprefix("  - ") for line in found]
+
+
+def test_ten_mistakes_are_ten_lines_with_the_way_out():
+    arguments = ["--stpes", "3", "--lr", "0.1", "--objective", "sorcery", "--seed", "-1", "--rows_per_step", "5"]
+    arguments += ["--nodes", "2", "--optimizer.betas", "[0.9, 1]", "--compute_dtype", "fp64", "--compile", "perhaps"]
+    arguments += ["--evaluation.filler", "7", "--checkpoint", "null"]
+    found = mistakes(*arguments)
+    assert found == [
+        "objective must be one of next_token, quiet_star, rlp, rpt or an import path package.module:Class, "
+        "got 'sorcery'",
+        "seed must be at least 0, got -1 (of data order, sampling and fresh weights)",
+        "compute_dtype must be one of auto, bf16, fp32, got 'fp64'",
+        "compile must be true or false, got 'perhaps'",
+        "optimizer.betas[1] must be below 1, got 1 (decay of Adam's first and second moments)",
+        "evaluation.filler must be text, got 7; put it in quotes",
+        "checkpoint must be a mapping of keys to values, got None",
+        "unknown key 'stpes'; did you mean 'steps'?",
+        "unknown key 'lr'; did you mean 'optimizer.lr'?",
+        "rows_per_step 5 must be a multiple of the 2 devices; use 6",
+    ]
+
+
+def test_a_message_repeats_no_huge_value():
+    (found,) = mistakes("--logging", str(list(range(1000))))
+    assert found.startswith("logging must be a mapping of keys to values, got [0, 1, 2")
+    assert len(found) < 150
+
+
+def test_what_is_wrong_hides_no_other_mistake():
+    found = mistakes(
+        *("--objective", "quiet_star", "--objective.length", "3", "--objective.n_ahead", "5", "--data.length", "4"),
+        *("--objective.thoughts", "0", "--control", "sorcery", "--steps", "x", "--evaluation.objective", "rpt"),
+        *("--evaluation.objective.box_open", "''"),
+    )
+    assert "objective: length and n_ahead are two ways of saying one thing; give one of them" in found
+    assert "data.length 4 is too short for objective quiet_star with these settings; use at least 6" in found
+    assert any(line.startswith("evaluation.objective: box_open and box_close cannot be empty") for line in found)
+    assert len(found) == 6
+
+
+def test_old_names_of_keys_are_read_and_said_once(tmp_path, caplog):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{steps: 1, objective: {name: rpt, drop_flat_from: 3}, evaluation: {causal: false}}")
+    recipe = load_recipe(str(path))
+    assert (recipe.objective.drop_zero_variance_from, recipe.evaluation.counterfactuals) == (3, False)
+    (record,) = caplog.records
+    assert "evaluation.causal is now evaluation.counterfactuals" in record.message
+    assert "objective.drop_flat_from is now objective.drop_zero_variance_from" in record.message
+    recipe = load_recipe(str(path), ["--objective.drop_flat_from", "5", "--evaluation.causal=true"])
+    assert (recipe.objective.drop_zero_variance_from, recipe.evaluation.counterfactuals) == (5, True)
+    new = load_recipe("smollm2-rpt", ["--objective.drop_flat_from", "null", "--control", "rpt"])
+    assert new.objective.drop_zero_variance_from is None
+    caplog.clear()
+    load_recipe("smollm2-rpt", ["--objective.drop_zero_variance_from", "5"])
+    assert not caplog.records
+
+
+def test_numbers_as_people_write_them():
+    recipe = load_recipe("smollm2-rlp", ["--steps", "1e3", "--optimizer.lr", "3e-5", "--objective.eps_low", "1"])
+    assert (recipe.steps, recipe.optimizer.lr, recipe.objective.eps_low) == (1000, 3e-5, 1.0)
+    assert isinstance(recipe.steps, int) and isinstance(recipe.objective.eps_low, float)
+    assert mistakes("--steps", "1.5e0", "--seed", "2.0") == [
+        "steps must be a whole number, got 1.5",
+        "seed must be a whole number, got 2.0",
+    ]
+    assert mistakes("--optimizer.lr", ".inf") == ["optimizer.lr must be a finite number, got inf"]
+    assert load_recipe("smollm2-rlp", ["--objective.marker", "="]).objective.marker == "="
+
+
+def test_a_changed_copy_is_checked():
+    recipe = load_recipe("smollm2-quiet-star")
+    changed = recipe.replaced(steps=3, objective=RlpConfig(length=4))
+    assert (changed.steps, changed.objective, changed.data) == (3, RlpConfig(length=4), recipe.data)
+    for change in ({"steps": 0}, {"objective": RlpConfig(length=0)}, {"stpes": 3}):
+        with pytest.raises(ValidationError):
+            recipe.replaced(**change)
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("objective: next_token", "steps is missing"),
+        ("objective: next_token", "steps is missing; write it into the recipe or give --steps"),
         ("steps: 3", "objective is missing"),
         ("{steps: 3, objective: sorcery}", "objective must be one of next_token, quiet_star"),
         (
@@ -146,6 +232,13 @@ logging: 5
         ("just words", "must be a mapping"),
         ("{steps: true, objective: next_token}", "steps must be a whole number, got True"),
         ("{steps: 1, objective: next_token, data: {held_out: 0.9}}", "held_out"),
+        ("{steps: 1, objective: {length: 3}}", r"objective needs a name; give next_token \| quiet_star"),
+        ("{steps: 1, objective: 5}", "objective must be a mapping of keys to values, got 5"),
+        ("{steps: 1, objective: next_token, model: null}", "model needs a value"),
+        ("{steps: 1, objective: {name: rlp, close: ''}}", r"objective.close must not be empty \(ends a thought"),
+        ("{steps: 1, objective: {name: rlp, band: 3}}", "objective.band must be a list of 2 values, got 3"),
+        ("{steps: 1, objective: next_token, data: &a {length: *a}}", "contains itself"),
+        ("{steps: 1, objective: next_token, evaluation: {causal: 1, counterfactuals: true}}", "unknown key"),
     ],
 )
 def test_single_mistakes(tmp_path, text, part):

@@ -1,0 +1,151 @@
+"""One run at a time in a directory, and the records of older runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from objectives import NextTokenConfig, RptConfig
+from pretrain.recipe import Recipe, RecipeError, free_keys
+from pretrain.recipe_files import recipe_to_tree
+from pretrain.run_directory import RunDirectory
+from tests.pretrain.test_fit import OBJECTIVES, fit, lines, start, wait_for_step
+
+NEXT_TOKEN = OBJECTIVES["next_token"]
+HOLD = """
+import sys, time
+from pretrain.run_directory import RunDirectory
+with RunDirectory(sys.argv[1]).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has locked a directory."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_fit_is_refused_in_one_line(holder, tiny_run, run_directory, capsys):
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1") == 1
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{run_directory} is in use by another run (process {holder.pid} on " in message
+    assert message.endswith("wait until it has ended, stop it, or choose another --run-dir")
+    assert [path.name for path in run_directory.iterdir()] == ["lock"]
+    # A dry run writes nothing, and so needs no lock.
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1", "--dry-run") == 0
+    holder.kill()
+    holder.wait()
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1") == 0
+
+
+def test_its_control_is_in_use_as_well(tiny_run, run_directory, capsys):
+    """A run's directory and its control's are two: each can be the first to be taken."""
+    with RunDirectory(run_directory / "control").locked():
+        pass
+    assert not (run_directory / "control").exists()
+    assert fit(tiny_run, *OBJECTIVES["rlp"], "--control", "next_token", "--steps", "1") == 0
+    assert (run_directory / "control" / "lock").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_killed_run_starts_again_at_once(workers, tiny_run, run_directory):
+    """Also while a process that prepared its batches lives on."""
+    arguments = [*tiny_run, *NEXT_TOKEN, "--steps", "300", "--checkpoint.every", "2", "--data_workers", workers]
+    process = start(arguments)
+    wait_for_step(run_directory, 5, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    # Stopped, so that they cannot notice that their parent is gone.
+    for child in children:
+        os.kill(int(child), signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    try:
+        assert len(children) == int(workers)
+        step = len(lines(run_directory / "metrics.jsonl"))
+        assert fit(arguments, "--steps", str(step + 2), "--data_workers", "0") == 0
+    finally:
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == list(range(1, step + 3))
+
+
+def test_nothing_is_left_of_a_lock_alone(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    with directory.locked():
+        assert directory.path.exists()
+    assert not directory.path.exists()
+    with pytest.raises(KeyError), directory.locked():
+        raise KeyError
+    assert not directory.path.exists()
+    with directory.locked():
+        (directory.path / "metrics.jsonl").write_text("")
+    assert sorted(path.name for path in directory.path.iterdir()) == ["lock", "metrics.jsonl"]
+
+
+# Older runs
+
+
+def test_records_of_older_runs_are_read_by_todays_names(tmp_path):
+    directory = RunDirectory(tmp_path)
+    old = {"step": 1, "flat_groups": 0.5, "reward_spread": 0.25, "reward": 1.0}
+    directory.append(directory.metrics, old)
+    directory.append(directory.evaluations, {"step": 1, "causal": {"own": {}}, "causal_minus_own": {}})
+    assert directory.read(directory.metrics) == [
+        {"step": 1, "zero_variance_groups": 0.5, "reward_std": 0.25, "reward": 1.0}
+    ]
+    assert directory.read(directory.evaluations) == [
+        {"step": 1, "counterfactual": {"own": {}}, "counterfactual_minus_own": {}}
+    ]
+
+
+def test_recipes_of_older_runs_are_continued(tmp_path):
+    recipe = Recipe(steps=3, objective=RptConfig(drop_zero_variance_from=7), control=NextTokenConfig())
+    tree = recipe_to_tree(recipe)
+    tree["objective"]["drop_flat_from"] = tree["objective"].pop("drop_zero_variance_from")
+    tree["evaluation"]["causal"] = tree["evaluation"].pop("counterfactuals")
+    # Keys that did not exist.
+    del tree["objective"]["sampled_at_once"], tree["cuda_graphs"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    directory = RunDirectory(tmp_path)
+    assert directory.load_recipe() == recipe
+    directory.check(recipe.replaced(steps=9))
+    with pytest.raises(RecipeError, match=r"\(objective.drop_zero_variance_from differ\)"):
+        directory.check(recipe.replaced(objective=RptConfig()))
+
+
+def test_a_recipe_that_cannot_be_read_is_refused_in_one_line(tmp_path):
+    for text, part in (
+        (json.dumps({"steps": 1, "objective": "next_token", "sleep": 3, "optimizer": {"lr": "x"}}), "'x' and 1 more)"),
+        ("[", "while parsing"),
+        ("", "must be a mapping of keys to values, got None)"),
+    ):
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(RecipeError) as caught:
+            RunDirectory(tmp_path).load_recipe()
+        (message,) = str(caught.value).splitlines()
+        assert part in message
+        assert "restore it, or choose another --run-dir" in message
+
+
+def test_what_may_change_within_a_run():
+    recipe = Recipe(steps=3, objective=RptConfig(), control=NextTokenConfig())
+    assert free_keys(recipe) == {
+        *("steps", "control", "run_dir", "micro_batch_rows", "activation_checkpointing"),
+        *("devices", "nodes", "data_workers", "evaluation", "checkpoint", "logging"),
+        *("objective.anchors_at_once", "objective.sampled_at_once"),
+    }
+    assert "objective.anchors_at_once" not in free_keys(Recipe(steps=3, objective=NextTokenConfig()))
