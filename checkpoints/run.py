@@ -96,7 +96,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes everything older than the newest `keep` valid checkpoints, which are read in full to validate them."""
+    """Removes checkpoints older than the newest `keep` valid ones, which are read in full to validate them."""
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got {keep}")
     valid = 0

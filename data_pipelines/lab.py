@@ -62,7 +62,7 @@ def _arithmetic(draw: Draw, chain: int) -> tuple[str, list[str]]:
     prompt, steps = str(value), []
     for _ in range(chain):
         sign = "+-*"[draw(3)]
-        # Factors coprime to 10: any other would merge digits, and make some answers likelier than others.
+        # Factors coprime to 10: others map several digits to one, and make some answers likelier.
         operand = (3, 7, 9)[draw(3)] if sign == "*" else draw(10)
         value = _ARITHMETIC[sign](value, operand) % 10
         prompt += f"{sign}{operand}"
@@ -149,7 +149,7 @@ class LabConfig:
     """What the documents are. Of several tasks or formats, one is sampled per document."""
 
     tasks: tuple[str, ...] = ("sum",)
-    chain: tuple[int, int] = (4, 4)  # fewest and most steps of a problem
+    chain: tuple[int, int] = (4, 4)  # minimum and maximum number of steps
     worked: float = 0.0  # fraction of the documents that have a thought
     garbage: float = 0.5  # fraction of those thoughts whose steps are random; the correct answer still follows
     format: tuple[str, ...] = ("plain",)
