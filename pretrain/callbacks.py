@@ -1,4 +1,4 @@
-"""What happens around a step: records, progress, held-out evaluation, checkpoints, stopping when asked to."""
+"""Callbacks around a step: records, progress, held-out evaluation, checkpoints, a clean stop on SIGTERM and SIGINT."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.state import run_state
 
-# Seconds of training between two lines of progress where there is no terminal to draw a bar on, at least.
-SECONDS_A_LINE = 2.0
+# Least seconds of training between two lines of progress, where stderr is no terminal.
+SECONDS_PER_LINE = 2.0
 
 console = Console(stderr=True, highlight=False)
 
 
 def is_rank_zero() -> bool:
-    """Also before the ranks have met; from the environment of their launcher."""
+    """Also before the process group exists: from the launcher's environment."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def say(message: str) -> None:
-    """One line to the terminal or log of rank 0, never folded."""
+    """One line to the terminal or log of rank 0, never wrapped."""
     if is_rank_zero():
         console.print(message, soft_wrap=True, markup=False)
 
@@ -69,14 +69,14 @@ class Records(lightning.Callback):
         self.loggers = loggers
         self.progress: Progress | None = None
         self.diagnostics = Diagnostics()
-        self._said = -SECONDS_A_LINE
+        self._said = -SECONDS_PER_LINE
         self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._last = (0, 0.0)
 
     def on_train_start(self, trainer: lightning.Trainer, module: PretrainModule) -> None:  # type: ignore[override]
         self._last = (module.tokens, module.seconds)
         for record in self.directory.read(self.directory.metrics):
-            # A continued run has given these warnings already.
+            # A continued run has issued these warnings already.
             self.diagnostics.update(record)
             self._recent.append(record)
         if trainer.is_global_zero and sys.stderr.isatty():
@@ -98,7 +98,7 @@ class Records(lightning.Callback):
         steps = module.steps
         if report.step % self.config.every and report.step != steps:
             return
-        if self.progress is None and (report.seconds >= self._said + SECONDS_A_LINE or report.step == steps):
+        if self.progress is None and (report.seconds >= self._said + SECONDS_PER_LINE or report.step == steps):
             self._said = report.seconds
             nll = "".join(f"  {name} {report.metrics[name]:.3f}" for name in report.metrics if name.startswith("nll"))
             say(f"step {report.step}/{steps}  {status}{nll}")
@@ -138,14 +138,14 @@ class Records(lightning.Callback):
             self.progress = None
 
     def _write_samples(self, report: StepReport, module: PretrainModule) -> None:
-        """A few thoughts of the step, drawn evenly from all of them: not the best ones."""
+        """A few of the step's thoughts, sampled uniformly: not the best ones."""
         if report.record is None or not self.config.samples:
             return
         anchors = report.record.thoughts.anchors
         places = anchors.predicting_BM.nonzero().tolist()
-        draw = random.Random(report.step)
-        for row, anchor in draw.sample(places, min(self.config.samples, len(places))):
-            k = draw.randrange(report.record.reward_BKM.shape[1])
+        sampler = random.Random(report.step)
+        for row, anchor in sampler.sample(places, min(self.config.samples, len(places))):
+            k = sampler.randrange(report.record.reward_BKM.shape[1])
             self.directory.append(
                 self.directory.samples,
                 {"step": report.step}
@@ -192,9 +192,9 @@ class HeldOutEvaluation(lightning.Callback):
             self._evaluate(trainer, module)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
-        # Every rank scores all rows: a sharded model needs them all for each pass.
+        # Every rank scores all rows: the passes of a sharded model are collective.
         text = self.text.to(module.device)
-        # Evaluation has draws of its own: the same at every step, and none of training's.
+        # Evaluation samples with a key of its own: the same at every step, and none of training's.
         rng = Rng(module.seed, 2**32 - 1)
         scores = score_held_out(self.objective, module.model, text, rng, self.rows_at_once, self.test, self.engine)
         if self.difficulty_E is None:
@@ -235,13 +235,13 @@ class Checkpoints(lightning.Callback):
             self._previous[number] = signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
-        # A second signal means it.
+        # A second signal takes effect at once.
         signal.signal(number, self._previous[number])
         self.asked_to_stop = True
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         config, last = self.config, module.step == module.steps
-        # One rank told to stop is all told to stop.
+        # If one rank is to stop, all are.
         stop = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
         if last or stop or (config.every is not None and module.step % config.every == 0):
             tensors, state = run_state(module, self.constants, self.evaluation.difficulty_E)

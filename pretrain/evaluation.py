@@ -1,7 +1,7 @@
-"""Held-out evaluation: NLL without thoughts, with them, by how hard a token is, and after thoughts of others.
+"""Held-out evaluation: NLL without and with thoughts, by difficulty of the token, and after counterfactual thoughts.
 
-The gain of thinking is expected on hard tokens, so tokens are binned by difficulty: the NLL that the model gave them,
-without thoughts, before the run's first step. The bins stay fixed, whatever the model learns.
+Thinking should help on hard tokens, so tokens are binned by difficulty: their NLL without thoughts before the run's
+first step. The bins stay fixed, whatever the model learns.
 
 Shapes: B rows, N text positions, E evaluated tokens, D documents, R resamples.
 """
@@ -83,7 +83,7 @@ def parts_to_score(objective: Objective, text: Text, rows_at_once: int) -> list[
             cuts.append(slice(start, stop))
             start = stop
     if start < end:
-        # What is left alone joins the part before it.
+        # What is left joins the part before it.
         cuts.append(slice(cuts.pop().start if cuts else 0, end))
     return cuts
 
@@ -104,8 +104,8 @@ def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
     D = len(numbers_D)
     sum_D = torch.zeros(D, dtype=torch.float64).index_add_(0, index_E, values_E)
     count_D = torch.zeros(D, dtype=torch.float64).index_add_(0, index_E, torch.ones_like(values_E))
-    drawn_RD = torch.randint(D, (RESAMPLES, D), generator=torch.Generator().manual_seed(0))
-    mean_R = sum_D[drawn_RD].sum(dim=1) / count_D[drawn_RD].sum(dim=1)
+    resampled_RD = torch.randint(D, (RESAMPLES, D), generator=torch.Generator().manual_seed(0))
+    mean_R = sum_D[resampled_RD].sum(dim=1) / count_D[resampled_RD].sum(dim=1)
     low, high = mean_R.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
     return {"nll": values_E.mean().item(), "low": low, "high": high}
 
@@ -114,7 +114,7 @@ def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     """Means over all tokens and over deciles of difficulty, easiest first; ties keep the order of the text.
 
     The counterfactual test's conditions come with intervals: of their NLL, and of their difference to the own
-    thought's. What takes right thoughts to know is over the tokens where these are known, and left out where none is.
+    thought's. What needs right thoughts is over the tokens where they are known, and left out where none is.
     """
     order = difficulty_E.argsort(stable=True)
     summary: dict[str, Any] = {"tokens_scored": float(len(order))}

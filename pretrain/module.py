@@ -27,12 +27,12 @@ from pretrain.sharding import full, reshard, shard
 
 
 class TrainingStopped(RuntimeError):
-    """The run stopped itself; the message says why and what to do."""
+    """The run gave up; the message says why and what to do."""
 
 
 @dataclass
 class StepReport:
-    """What one step did. seconds: of training so far, this step included; tokens and flops likewise.
+    """What one step did. tokens, flops, seconds: of training up to and with this step.
 
     loss, grad_norm and metrics are means over the step's updates; a metric that had nothing to count is left out.
     """
@@ -70,8 +70,14 @@ def make_optimizer(model: ThinkingModel, config: OptimizerConfig) -> torch.optim
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
+def micro_batches(text: Text, rows_at_once: int | None) -> list[Text]:
+    """Parts of so many rows; None: the whole."""
+    rows = rows_at_once or text.shape[0]
+    return [text.rows(slice(start, start + rows)) for start in range(0, text.shape[0], rows)]
+
+
 class PretrainModule(lightning.LightningModule):
-    """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the beginning of the run and survive a resume.
+    """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the start of the run and survive a resume.
 
     rows_at_once: rows that go through the model at once; None: all of the rank's.
     """
@@ -93,7 +99,7 @@ class PretrainModule(lightning.LightningModule):
         self.engine = engine
         self.config, self.steps, self.seed, self.rows_at_once = config, steps, seed, rows_at_once
         self.optimizer: torch.optim.AdamW | None = None
-        # Called once the optimizer exists, to fill it from a checkpoint.
+        # Called once the optimizer exists, to restore it from a checkpoint.
         self.on_optimizer: Callable[[PretrainModule], None] | None = None
         self.step = self.tokens = self.flops = self.skipped = 0
         self.seconds = 0.0
@@ -123,8 +129,7 @@ class PretrainModule(lightning.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows = self.rows_at_once or text.shape[0]
-        parts = [text.rows(slice(start, start + rows)) for start in range(0, text.shape[0], rows)]
+        parts = micro_batches(text, self.rows_at_once)
         losses, norms, finite = [], [], True
         record: ThoughtRecord | None = None
         metrics: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ from models.thoughts import Text
 from objectives import Step
 from pretrain.assembly import assemble
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
-from pretrain.module import PretrainModule
+from pretrain.module import PretrainModule, micro_batches
 from pretrain.recipe import LoggingConfig, Recipe
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.report import print_report, write_report
@@ -35,9 +35,9 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
 
 
 def fit(recipe: Recipe) -> Path:
-    """Runs a recipe to its end, and its control if it has one, continuing what its directory holds; returns that.
+    """Runs a recipe to its end, then its control if it has one, continuing what its directory holds; returns that.
 
-    Raises RecipeError, DataError or CheckpointError for what the user can mend, TrainingStopped if the run gave up.
+    Raises RecipeError, DataError or CheckpointError for what the user can fix, TrainingStopped if the run gave up.
     """
     started = time.perf_counter()
     directory = RunDirectory(recipe.run_dir or "runs/run")
@@ -57,17 +57,17 @@ def fit(recipe: Recipe) -> Path:
 
 
 def _locked(directory: RunDirectory) -> contextlib.AbstractContextManager[None]:
-    """Held by rank 0 for all ranks."""
+    """The lock, which rank 0 holds for all ranks."""
     return directory.locked() if is_rank_zero() else contextlib.nullcontext()
 
 
 def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
-    """Steps of the control that cost what the run has cost, by the cost of its first."""
+    """Steps of the control that cost as many FLOPs as the run, by the cost of its first step."""
     control = assemble(recipe.control_recipe(1, str(directory.control)))
-    text = Text(**control.data.rows(0, recipe.rows_per_step))
-    # With gradient, as the ledger counts a backward only then; none is taken.
+    parts = micro_batches(Text(**control.data.rows(0, recipe.rows_per_step)), recipe.micro_batch_rows)
+    # With grad enabled, since only then the ledger counts the backward, which is not run.
     with Ledger() as ledger:
-        step = Step(control.objective, control.model, [text], Rng(recipe.seed, 0), control.engine)
+        step = Step(control.objective, control.model, parts, Rng(recipe.seed, 0), control.engine)
         for _ in range(step.updates):
             for _ in step.losses():
                 pass
@@ -75,7 +75,7 @@ def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
 
 
 def _train(recipe: Recipe, directory: RunDirectory) -> bool:
-    """One run; whether it came to its end."""
+    """One run; whether it reached its last step."""
     directory.check(recipe)
     run = assemble(recipe, directory.checkpoints)
     module = PretrainModule(
@@ -142,7 +142,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Validates a recipe to the point of one forward and backward pass on its first micro-batch; writes nothing."""
+    """Validates a recipe down to one forward and backward pass on its first micro-batch; writes nothing."""
     run = assemble(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = run.model.to(device)
@@ -162,7 +162,7 @@ def dry_run(recipe: Recipe) -> None:
         f"{parameters * 16 / 2**30:.1f} GiB in fp32"
     )
     say(
-        f"data: {run.data.tokens_per_epoch:,} tokens an epoch; {recipe.steps} steps of {recipe.rows_per_step} × "
+        f"data: {run.data.tokens_per_epoch:,} tokens per epoch; {recipe.steps} steps of {recipe.rows_per_step} × "
         f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
     )
     say(

@@ -1,4 +1,4 @@
-"""Thoughts in words."""
+"""Thoughts for people to read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.opening import OpenedModel
 
 CONTEXT_TOKENS = 24
 CONTINUATION_TOKENS = 6
-DEFAULT_LENGTH = 8  # of thoughts shown for a model that says nothing of how it was trained
+DEFAULT_LENGTH = 8  # of the thoughts of a model that does not say how it was trained
 
 
 def printable(words: str) -> RichText:
@@ -27,7 +27,7 @@ def printable(words: str) -> RichText:
 
 
 def describe_thought(thoughts: Thoughts, row: int, k: int, m: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Where a thought stands, the text before it, the thought, and how the text really goes on."""
+    """Where a thought is, the text before it, the thought, and the true continuation."""
     text, anchor = thoughts.anchors.text, int(thoughts.anchors.index_BM[row, m])
     document = text.document_BN[row]
     inside = [n for n in range(text.shape[1]) if document[n] == document[anchor]]
@@ -74,7 +74,7 @@ def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperat
 
 
 def _evaluate(opened: OpenedModel, text: Text, length: int | None, temperature: float, rng: Rng) -> TokenScores:
-    """The scores of the objective that the model was trained by, at every position where that thinks."""
+    """Scores by the objective that the model was trained with, at every position where that thinks."""
     model = opened.model
     if opened.recipe is not None:
         config = opened.recipe.objective.showing(length, temperature, text.shape[1])

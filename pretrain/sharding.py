@@ -14,7 +14,7 @@ from models.thinking import ThinkingModel
 
 
 def make_strategy(ranks: int) -> str | Strategy:
-    """Lightning's strategy for so many devices."""
+    """Lightning's strategy for this many devices."""
     if ranks == 1:
         return "auto"
     # Its own "auto" sizes count one node's devices only.
@@ -27,11 +27,10 @@ def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
     for block in model.decoder.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    # What no block holds, the head above all, serves several losses that are taken one after the other: it stays
-    # gathered until `reshard`.
+    # Weights outside the blocks, the head above all, serve several losses in turn: they stay gathered until `reshard`.
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_backward(False, recurse=False)
-    # A sharded model gathers its weights in `forward` and in the methods named here.
+    # A sharded model gathers its weights in `forward` and in these methods.
     for method in ("read", "think", "continue_thoughts"):
         register_fsdp_forward_method(model, method)
 
@@ -44,18 +43,18 @@ def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
 
 
 def reshard(model: ThinkingModel) -> None:
-    """Frees the whole weights that passes leave gathered: those of no block, and all that had no backward."""
+    """Frees weights that passes leave gathered: those outside the blocks, and those of passes without a backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; a collective call if it is."""
+    """The full tensor; a collective call if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, the same whole one on every rank, on the device and sharded as `like`."""
+    """A full `tensor`, the same on every rank, moved and sharded as `like` is."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.to(like.device)

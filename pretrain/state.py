@@ -1,7 +1,7 @@
 """A run's whole state, as tensors and plain values, and back: what a checkpoint holds.
 
-Batches and samples are functions of (seed, step), so the step is all there is to know about data and draws; the states
-of the random generators are kept all the same, for objectives or hooks that use them.
+Batches and sampled thoughts are functions of (seed, step), so the step number is all the state they have; the states of
+the random generators are kept all the same, for objectives or hooks that use them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run_state(
     constants: JSON-able values of the whole run.
     """
     assert module.optimizer is not None
-    # First of all: it makes a sharded model show its shards, the parameters that the optimizer knows.
+    # First, because it makes a sharded model expose its shards, the parameters that the optimizer knows.
     weights = {name: full(tensor) for name, tensor in module.model.state_dict().items()}
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     optimizer = {
@@ -67,7 +67,7 @@ def run_state(
 
 
 def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: torch.dtype | None) -> ThinkingModel:
-    """The model of a checkpoint; needs nothing but the checkpoint."""
+    """The model of a checkpoint, from the checkpoint alone."""
     decoder = Decoder(DecoderConfig(**state["decoder"]), compute_dtype)
     model = ThinkingModel(decoder, delimiters=state["delimiters"], mixing_head=state["mixing_head"])
     model.load_state_dict(tensors["model"])
@@ -75,20 +75,20 @@ def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: 
 
 
 def restore_before_setup(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Counters and what the objective keeps, before anything is sharded; the model is already the checkpoint's."""
+    """Restores counters and the objective's state before anything is sharded; the model is already loaded."""
     for name in COUNTERS:
         setattr(module, name, state[name])
     module.objective.load_state(module.model, tensors.get("objective", {}))
 
 
 def restore_after_setup(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Puts optimizer and random generators where they were, once the optimizer exists."""
+    """Restores optimizer and random generators, once the optimizer exists."""
     assert module.optimizer is not None
     parameters = dict(module.model.named_parameters())
     for key, value in tensors["optimizer"].items():
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
-        # Adam's step count is a scalar beside the states, which are shaped like the parameter.
+        # Adam's step count is a scalar; its other states are shaped like the parameter.
         placed = placed_like(value, parameter) if value.dim() else value.to(parameter.device)
         module.optimizer.state[parameter][entry] = placed
     torch.set_rng_state(tensors["random"]["torch"])
