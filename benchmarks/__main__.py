@@ -1,3 +1,3 @@
-from benchmarks.arguments import main
+from benchmarks.command import main
 
-raise SystemExit(main())
+main()

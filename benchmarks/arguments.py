@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-PARTS = ("attention", "steps", "rollouts", "memory", "curves")
+PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves")
 
 
 def parts(value: str) -> tuple[str, ...]:
     """Names of parts between commas."""
     chosen = tuple(value.split(","))
-    unknown = [name for name in chosen if name not in PARTS]
+    unknown = [name for name in chosen if name not in PART_NAMES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no part {', '.join(map(repr, unknown))}; there are {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"no part {', '.join(map(repr, unknown))}; there are {', '.join(PART_NAMES)}")
     return chosen
 
 
@@ -26,7 +25,7 @@ def positive(value: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", type=parts, default=PARTS, metavar="PART,…", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--only", type=parts, default=PART_NAMES, metavar="PART,…", help=f"of {', '.join(PART_NAMES)}")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="smaller, no targets judged")
     sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="only to see that it runs")
@@ -34,13 +33,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--repeats", type=positive, metavar="N", help="rounds of each row; default: as the size has it")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="directory of the results")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m benchmarks`, for machines on which the project's other dependencies are not installed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="The same as `forethought bench`.")
-    add_arguments(parser)
-    arguments = vars(parser.parse_args(argv))
-    from benchmarks.bench import bench
-
-    return min(1, bench(**arguments))

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.environment import environment
 from benchmarks.report import print_report, print_row, write_picture
-from benchmarks.rows import PARTS, run_row
+from benchmarks.rows import ROWS
+from benchmarks.rows.row import run_row
 from benchmarks.settings import SIZES
 from benchmarks.targets import judge
 
@@ -29,7 +30,7 @@ def choose_device() -> torch.device:
 
 
 def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None, out: Path) -> int:
-    """Runs the parts, writes OUT/<cpu or cuda>[-DTYPE].json and .png, and returns how many rows or contestants failed.
+    """Runs the parts, writes OUT/<cpu or cuda>[-DTYPE].json and .png, and returns how many rows or variants failed.
 
     The file is written after every row. Rows of other parts that it holds already are kept if they were measured of
     the same commit on the same device at the same size, so that parts can be run one after the other.
@@ -45,12 +46,12 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
     rows = [row for row in _kept(path, about) if row["part"] not in only]
     failures: list[str] = []
     for part in only:
-        for name, measure in PARTS[part](settings):
+        for name, measure in ROWS[part](settings):
             row = run_row(part, name, measure)
             failures += [f"{part}, {failure}" for failure in row.failures()]
             rows.append(row.to_json())
             print_row(rows[-1])
-            order = list(PARTS)
+            order = list(ROWS)
             rows.sort(key=lambda r: order.index(r["part"]))
             results = about | {"targets": judge(rows, device.type, size), "rows": rows}
             # In one step: a run that is cut off leaves the rows before.

@@ -25,24 +25,33 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.measure import Unserved
-from benchmarks.workloads import TINY, make_model, make_text, next_token, quiet_star, rlp, transformers_model, unserved
+from benchmarks.measure import Unsupported
+from benchmarks.workloads import (
+    TINY,
+    make_model,
+    make_text,
+    next_token,
+    quiet_star,
+    rlp,
+    transformers_model,
+    unsupported_calls,
+)
 from models import attention
 from models.attention import reference
 from models.decoder import DecoderConfig, ThoughtCache
 from models.logprobs import token_logprobs
 from models.philox import Rng
-from models.recorded import RecordedStep
-from models.rollout import rollout
+from models.rollout import EAGER, RolloutRequest
+from models.rollout.recorded import RecordedStep
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
-from objectives.base import Objective
+from objectives import Objective, Step
 
 FP32_ERROR = 1e-5
 # Of a whole model in fp32, and of log-probs in nats.
 MODEL_ERROR, LOGPROB_ERROR = 1e-4, 1e-3
 DTYPES = (torch.bfloat16, torch.float32)
-PARTS = ("out", "dq", "dk", "dv", "dk_text", "dv_text")
+OUTPUTS = ("out", "dq", "dk", "dv", "dk_text", "dv_text")
 CHECKED = tuple(backend for backend in attention.BACKENDS if backend != "reference")
 MODEL = DecoderConfig(**vars(TINY) | {"head_dim": 64, "width": 96, "max_positions": 512})
 
@@ -60,7 +69,7 @@ class Finding:
         return self.error <= self.allowed  # NaN does not pass
 
 
-# A check, run on a device. Raises Unserved where there is nothing to check.
+# A check, run on a device. Raises Unsupported where there is nothing to check.
 Check = Callable[[torch.device], list[Finding]]
 
 
@@ -174,7 +183,7 @@ def judged(got: list[Tensor], plain: list[Tensor], truth: list[Tensor], dtype: t
     floor = FP32_ERROR if dtype == torch.float32 else 0.0
     return [
         Finding(name, relative_error(a, c), max(2 * relative_error(b, c), floor))
-        for name, a, b, c in zip(PARTS, got, plain, truth, strict=False)
+        for name, a, b, c in zip(OUTPUTS, got, plain, truth, strict=False)
     ]
 
 
@@ -198,7 +207,7 @@ def whole_thoughts(
     """Forward and backward of a whole thought's attention."""
     anchors = ANCHORS[where](device)
     arguments = inputs(anchors, 2, 13, 13, heads)
-    with unserved():
+    with unsupported_calls():
         got = results(thoughts_by(backend, anchors), arguments, dtype)
     truth = results(thoughts_by("reference", anchors), arguments, torch.float64)
     with every_result_rounded():
@@ -211,7 +220,7 @@ def newest_token(backend: str, dtype: torch.dtype, where: str, device: torch.dev
     anchors = ANCHORS[where](device)
     arguments = inputs(anchors, 3, 1, 7, HEADS[0])
     rounded = [x.to(dtype) for x in arguments]
-    with torch.no_grad(), unserved():
+    with torch.no_grad(), unsupported_calls():
         got = thoughts_by(backend, anchors)(*rounded)
     truth = thoughts_by("reference", anchors)(*(x.double() for x in arguments))
     with every_result_rounded():
@@ -226,7 +235,7 @@ def text_alone(backend: str, dtype: torch.dtype, device: torch.device) -> list[F
         H, G, D = HEADS[0]
         generator = torch.Generator().manual_seed(0)
         arguments = [torch.randn(2, 130, h, D, generator=generator).bfloat16().float().to(device) for h in (H, G, G)]
-        with unserved():
+        with unsupported_calls():
             got = results(text_by(backend, text), arguments, dtype)
         truth = results(text_by("reference", text), arguments, torch.float64)
         with every_result_rounded():
@@ -259,7 +268,7 @@ def model_passes(backend: str, dtype: torch.dtype, device: torch.device) -> list
         # What stands on padding, or hangs on it, is nobody's.
         real_BM = (anchors.index_BM >= 0) & (anchors.text.document_BN.gather(1, anchors.index_BM.clamp(min=0)) >= 0)
 
-        with unserved():
+        with unsupported_calls():
             got = _passes(_model(dtype, device, backend), thoughts, real_BM)
         truth = _passes(_model(torch.float32, device, "reference"), thoughts, real_BM)
         plain = _passes(_model(dtype, device, "reference"), thoughts, real_BM)
@@ -302,7 +311,7 @@ def recorded_steps(backend: str, dtype: torch.dtype, device: torch.device) -> li
             hidden.append(step(newest).clone() if step else model.continue_thoughts(newest, anchors, state, cache))
         return torch.cat(hidden, dim=2)
 
-    with unserved():
+    with unsupported_calls():
         got = step_by_step(dtype, backend, True)
     truth, plain = step_by_step(torch.float32, "reference", False), step_by_step(dtype, "reference", False)
     allowed = MODEL_ERROR if dtype == torch.float32 else 2 * relative_error(plain, truth)
@@ -320,8 +329,8 @@ def objective_steps(backend: str, dtype: torch.dtype, device: torch.device) -> l
     }
     for name, objective in objectives.items():
         model = _model(dtype, device, backend)
-        with unserved():
-            output = objective(model, text, Rng(0, 0))
+        with unsupported_calls():
+            (output,) = Step(objective, model, [text], Rng(0, 0)).losses()
         output.loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         finite = all(bool(x.isfinite().all()) for x in [output.loss, *gradients])
@@ -336,11 +345,11 @@ def sampled_is_scored(device: torch.device) -> list[Finding]:
         model, anchors = _model(torch.float32, device, None), make(device)
         with torch.no_grad():
             state = model.read(anchors.text)
-            drawn = rollout(model, state, anchors, 2, 7, Rng(5, 6), given=(4,))
-            hidden = model.think(drawn.thoughts, state)[:, :, :-1]
-        targets, where_drawn = drawn.thoughts.tokens_BKSM[:, :, 1:], drawn.sampled_BKSM[:, :, 1:]
+            rollout = EAGER.sample(RolloutRequest(model, state, anchors, 2, 7, Rng(5, 6), prompt=(4,)))
+            hidden = model.think(rollout.thoughts, state)[:, :, :-1]
+        targets, where_sampled = rollout.thoughts.tokens_BKSM[:, :, 1:], rollout.sampled_BKSM[:, :, 1:]
         scored = token_logprobs(hidden, model.head_weight_VW, targets.clamp(min=0), 1.0, model.banned_V)
-        difference = (scored - drawn.logprobs_BKSM[:, :, 1:])[where_drawn].abs().max().item()
+        difference = (scored - rollout.logprobs_BKSM[:, :, 1:])[where_sampled].abs().max().item()
         found.append(Finding(where, difference, LOGPROB_ERROR))
     return found
 
@@ -356,24 +365,24 @@ def same_draws(device: torch.device) -> list[Finding]:
 def sampling_waits(device: torch.device) -> list[Finding]:
     """bf16: tokens missing from a rollout that nothing ends early and that may not wait for the device."""
     if device.type != "cuda":
-        raise Unserved(f"torch knows of waits for CUDA alone, not for {device.type}")
+        raise Unsupported(f"torch knows of waits for CUDA alone, not for {device.type}")
     found = []
     for where, make in ANCHORS.items():
         model, anchors = _model(torch.bfloat16, device, None), make(device)
         with torch.no_grad():
             state = model.read(anchors.text)
-        sample = partial(rollout, model, state, anchors, 2, 10, Rng(5, 6), given=(4,))
+        sample = partial(EAGER.sample, RolloutRequest(model, state, anchors, 2, 10, Rng(5, 6), prompt=(4,)))
         sample()  # what is kept with the text and its anchors is waited for once
         with waiting_raises(model):
-            drawn = sample()
-        found.append(Finding(where, (~drawn.sampled_BKSM[:, :, 1:]).sum().item(), 0.0))
+            rollout = sample()
+        found.append(Finding(where, (~rollout.sampled_BKSM[:, :, 1:]).sum().item(), 0.0))
     return found
 
 
 @contextmanager
 def waiting_raises(model: ThinkingModel) -> Iterator[None]:
-    """From the model's next pass over thoughts on, waiting for the device raises RuntimeError. Not before: what a
-    rollout is given goes to the device first, and that copy is waited for."""
+    """From the model's next pass over thoughts on, waiting for the device raises RuntimeError. Not before: a
+    rollout's prompt goes to the device first, and that copy is waited for."""
 
     def continue_thoughts(*call) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")
@@ -398,7 +407,7 @@ def same_as_transformers(device: torch.device) -> list[Finding]:
         try:
             theirs = transformers_model(model, torch.float32)
         except ImportError:
-            raise Unserved("transformers is not installed") from None
+            raise Unsupported("transformers is not installed") from None
         with torch.no_grad():
             logits = model.read(text).hidden_BNW @ model.head_weight_VW.t()
             truth = theirs(text.tokens_BN).logits
@@ -417,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = choose_device()
     about, found = environment(device), {}
-    counts = Counter(passed=0, failed=0, unserved=0)
+    counts = Counter(passed=0, failed=0, unsupported=0)
     backends = [arguments.backend] if arguments.backend else CHECKED
     path = arguments.out / f"correctness{'-' + arguments.backend if arguments.backend else ''}.json"
     for name, check in checks(arguments.tiny, backends).items():
@@ -436,11 +445,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_check(check: Check, device: torch.device) -> tuple[str, str, list[Finding]]:
-    """`passed`, `failed` or `unserved`; why; and all errors."""
+    """`passed`, `failed` or `unsupported`; why; and all errors."""
     try:
         findings = check(device)
-    except Unserved as reason:
-        return "unserved", str(reason), []
+    except Unsupported as reason:
+        return "unsupported", str(reason), []
     except Exception as error:
         return "failed", f"{type(error).__name__}: {error}", []
     wrong = [f for f in findings if not f.passed]

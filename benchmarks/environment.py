@@ -42,7 +42,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def bf16_peak(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s that the device is sold with, None where that is not known here."""
+    """Vendor-rated dense bf16 peak FLOP/s, None where it is not known here."""
     return BF16_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 

@@ -17,7 +17,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,14 @@ from data_pipelines import DataConfig, Tokenizer, open_data
 from models.philox import Rng
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.causal import CausalTest
-from objectives.quiet_star import QuietStar
-from objectives.rlp import Rlp, RlpConfig
+from objectives import CounterfactualTest, QuietStar, RlpConfig
+from objectives.template import encode_tag
+from pretrain.assembly import make_objective
 from pretrain.evaluation import score_held_out, summarise
-from pretrain.recipe import Recipe, encode_tag, load_recipe
-from pretrain.run import equal_flops_steps, fit, open_model
+from pretrain.opening import open_model
+from pretrain.recipe import Recipe
+from pretrain.recipe_files import load_recipe
+from pretrain.run import equal_flops_steps, fit
 from pretrain.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results" / "lab.json"
@@ -62,20 +63,20 @@ SHIFTS = {
 
 def run(recipe: Recipe, **changes: Any) -> tuple[Path, Recipe]:
     """Fits a changed recipe, or continues it; the directory it lies in, and the recipe."""
-    recipe = replace(recipe, **changes)
+    recipe = recipe.replaced(**changes)
     return fit(recipe), recipe
 
 
 def train(seed: int, work: Path) -> dict[str, Path]:
     """The runs of a seed, by name."""
-    quickstart = replace(load_recipe("quickstart"), control=None, seed=seed, steps=STEPS, rows_per_step=ROWS_PER_STEP)
+    quickstart = load_recipe("quickstart").replaced(control=None, seed=seed, steps=STEPS, rows_per_step=ROWS_PER_STEP)
     assert isinstance(quickstart.objective, RlpConfig)
     at = {name: str(work / f"lab-{name}-{seed}") for name in ("rlp", "next_token", "shuffled", "rpt", "quiet_star")}
     rlp, _ = run(quickstart, run_dir=at["rlp"])
-    controlled = replace(quickstart, control=load_recipe("smollm2-next-token").objective)
+    controlled = quickstart.replaced(control=load_recipe("smollm2-next-token").objective)
     steps = equal_flops_steps(controlled, RunDirectory(rlp))
     next_token, _ = run(controlled.control_recipe(steps, at["next_token"]))
-    shuffled, _ = run(quickstart, run_dir=at["shuffled"], objective=replace(quickstart.objective, shuffle_rewards=True))
+    shuffled, _ = run(quickstart, run_dir=at["shuffled"], objective=quickstart.objective.replaced(shuffle_rewards=True))
     rpt, _ = run(load_recipe("lab-rpt"), seed=seed, run_dir=at["rpt"])
     quiet_star, _ = run(load_recipe("lab-quiet-star"), seed=seed, run_dir=at["quiet_star"])
     return {"rlp": rlp, "next_token": next_token, "shuffled": shuffled, "rpt": rpt, "quiet_star": quiet_star}
@@ -85,23 +86,21 @@ def answers(model: ThinkingModel, tokenizer: Tokenizer, lab: str, seed: int) -> 
     """Scores on held-out problems, with thoughts between think tags."""
     quickstart = load_recipe("quickstart")
     assert isinstance(quickstart.objective, RlpConfig)
-    evaluator = replace(quickstart, objective=replace(quickstart.objective, length=LONGEST), seed=seed).make_objective(
-        tokenizer
-    )
-    assert isinstance(evaluator, Rlp)
-    data = open_data(DataConfig(lab, length=256), tokenizer, 0)
+    longer = quickstart.replaced(objective=quickstart.objective.replaced(length=LONGEST), seed=seed)
+    evaluator = make_objective(longer, tokenizer)
+    data = open_data(DataConfig(reference=lab, length=256), tokenizer, 0)
     text = Text(**data.held_out_rows(ROWS))
-    test = CausalTest(encode_tag(tokenizer, " ")[0], data.solutions(ROWS))
+    test = CounterfactualTest(encode_tag(tokenizer, " ")[0], data.solutions(ROWS))
     scores = score_held_out(evaluator, model, text, Rng(seed, 2**32 - 2), 8, test)
     summary = summarise(scores, scores.text_nll_E)
-    found = {f"nll_{condition}": summary["causal"][condition]["nll"] for condition in summary["causal"]}
+    found = {f"nll_{condition}": summary["counterfactual"][condition]["nll"] for condition in summary["counterfactual"]}
     return found | {name: summary[name] for name in ("thought_right", "accuracy_thought", "accuracy_text")}
 
 
 @torch.no_grad()
 def quiet_answers(model: ThinkingModel, tokenizer: Tokenizer, objective: QuietStar, seed: int) -> dict[str, float]:
     """Quiet-STaR's own evaluation at the marker: greedy thoughts between its delimiters, mixed in."""
-    data = open_data(DataConfig(TRAINED_ON, length=256), tokenizer, 0)
+    data = open_data(DataConfig(reference=TRAINED_ON, length=256), tokenizer, 0)
     text, solutions = Text(**data.held_out_rows(ROWS)), data.solutions(ROWS)
     nll, right, base = [], [], []
     for row in range(ROWS):
@@ -176,7 +175,7 @@ def main() -> None:
             scores = answers(opened.model, opened.tokenizer, TRAINED_ON, seed) | cost(directory)
             if name == "quiet_star":
                 assert opened.recipe is not None
-                objective = opened.recipe.make_objective(opened.tokenizer)
+                objective = make_objective(opened.recipe, opened.tokenizer)
                 assert isinstance(objective, QuietStar)
                 scores |= quiet_answers(opened.model, opened.tokenizer, objective, seed)
             found.setdefault(name, []).append(scores)

@@ -1,6 +1,6 @@
 """Time and memory of things that are compared with each other, side by side in one process.
 
-Contestants take turns (ABAB…) after a warm-up, so that whatever else the machine does meets all of them, and a ratio is
+Variants take turns (ABAB…) after a warm-up, so that whatever else the machine does meets all of them, and a ratio is
 taken round by round: its median and range are those of the rounds.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-# What a contestant is: one call does its work once, and may return figures of its own, such as FLOPs.
-Contestant = Callable[[], "Mapping[str, float] | None"]
+# One call does the work once, and may return figures of its own, such as FLOPs.
+Variant = Callable[[], "Mapping[str, float] | None"]
 # Seconds that a timed sample takes at least, by calling more than once, and calls of a sample at most.
 LEAST_SAMPLE, MOST_CALLS = 0.02, 200
 # A peak counter that was reset lies this close to what is resident, in bytes; elsewhere it cannot be reset.
@@ -34,8 +34,8 @@ MAPPED_FROM, TRIMMED_FROM = 2**17, 2**17
 MAPPED_FROM_AT_MOST, TRIMMED_FROM_AT_MOST = 2**25, 2**26
 
 
-class Unserved(Exception):
-    """Raised by a contestant that this machine or this call has no place for; the message says why."""
+class Unsupported(Exception):
+    """Raised by a variant that is unsupported on this device; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Spread:
 
 @dataclass
 class Measured:
-    """What one contestant took.
+    """What one variant took.
 
     figures: per round; `seconds` of a call, and whatever it returned. peak_bytes: of the process (CPU: resident) or
     the device's allocator during a call; added_bytes: how much of that is gone after the call; None where that cannot
-    be known. unserved, failed: why there are no figures.
+    be known. unsupported, failed: why there are no figures.
     """
 
     figures: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
     added_bytes: int | None = None
-    unserved: str | None = None
+    unsupported: str | None = None
     failed: str | None = None
 
     def rate(self, figure: str) -> list[float]:
@@ -77,23 +77,23 @@ class Measured:
 
 
 def race(
-    contestants: Mapping[str, Contestant], device: torch.device, repeats: int, budget: float = math.inf
+    variants: Mapping[str, Variant], device: torch.device, repeats: int, budget: float = math.inf
 ) -> dict[str, Measured]:
-    """Each contestant `repeats` times in turns, or as many whole rounds as begin within `budget` seconds, the first in
+    """Each variant `repeats` times in turns, or as many whole rounds as begin within `budget` seconds, the first in
     any case.
 
     Memory is read in the warm-up, which is all there is where `repeats` is 0. Of the peak, what a call gives back
-    counts as added by it: copies of weights that the first one makes and keeps do not. A contestant that raises leaves
-    the others their figures.
+    counts as added by it: copies of weights that the first one makes and keeps do not. A variant that raises leaves the
+    others their figures.
     """
-    measured = {name: Measured() for name in contestants}
+    measured = {name: Measured() for name in variants}
     calls: dict[str, int] = {}
     with memory_limit(device):
-        for name, run in contestants.items():
+        for name, run in variants.items():
             try:
                 calls[name] = _warm_up(run, device, measured[name])
-            except Unserved as reason:
-                measured[name].unserved = str(reason)
+            except Unsupported as reason:
+                measured[name].unsupported = str(reason)
             except Exception as error:
                 measured[name].failed = _one_line(error)
                 _forget(device)
@@ -103,16 +103,16 @@ def race(
                 break
             for name in list(calls):
                 try:
-                    _sample(contestants[name], calls[name], device, measured[name])
+                    _sample(variants[name], calls[name], device, measured[name])
                 except Exception as error:
-                    # Figures of a contestant that broke down half way would be paired with the wrong rounds.
+                    # Figures of a variant that broke down half way would be paired with the wrong rounds.
                     measured[name] = Measured(failed=_one_line(error))
                     del calls[name]
                     _forget(device)
     return measured
 
 
-def _warm_up(run: Contestant, device: torch.device, into: Measured) -> int:
+def _warm_up(run: Variant, device: torch.device, into: Measured) -> int:
     """Reads the memory of its last call here, and says how often to call it in a sample."""
     with _peak_read(device, into):
         took, _ = _timed(run, 1, device)
@@ -122,13 +122,13 @@ def _warm_up(run: Contestant, device: torch.device, into: Measured) -> int:
     return min(MOST_CALLS, math.ceil(LEAST_SAMPLE / took))
 
 
-def _sample(run: Contestant, calls: int, device: torch.device, into: Measured) -> None:
+def _sample(run: Variant, calls: int, device: torch.device, into: Measured) -> None:
     seconds, own = _timed(run, calls, device)
     for name, value in {"seconds": seconds, **(own or {})}.items():
         into.figures.setdefault(name, []).append(value)
 
 
-def _timed(run: Contestant, calls: int, device: torch.device) -> tuple[float, Mapping[str, float] | None]:
+def _timed(run: Variant, calls: int, device: torch.device) -> tuple[float, Mapping[str, float] | None]:
     """Seconds of a call, and the figures that the last one returned."""
     synchronise(device)
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.arguments import PARTS
+from benchmarks.arguments import PART_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,23 +65,23 @@ def print_row(row: Record) -> None:
 def print_report(results: Record, parts: Sequence[str]) -> None:
     """Everything that was measured of these parts, and all targets."""
     about, settings = results["environment"], results["settings"]
-    contestants, ratios, growth = [], [], []
+    variants, ratios, growth = [], [], []
     for row in (r for r in results["rows"] if r["part"] in parts):
         title = f"{row['part']}: {row['name']}"
         for name, measured in row["measured"].items():
-            why = measured.get("failed") or measured.get("unserved")
+            why = measured.get("failed") or measured.get("unsupported")
             seconds = textwrap.shorten(why, 44, placeholder="…") if why else spread(measured.get("seconds"))
             added = measured.get("added_bytes")
             flops = measured.get("flops", {}).get("median")
             rate = flops / measured["seconds"]["median"] / 1e9 if flops else None
             memory = None if added is None else added / 2**20
-            contestants.append([title, name, seconds, number(memory), number(rate)])
+            variants.append([title, name, seconds, number(memory), number(rate)])
         ratios += [[title, name, spread(ratio)] for name, ratio in row["ratios"].items()]
         for name, g in row.get("growth", {}).items():
             growth.append([f"{name} of {row['name']}", f"{g['exponent']:.2f}", f"{100 * g['line_worst']:.0f}%"])
     where = f"{about['device']}, {settings['dtype']}, {settings['name']}"
-    columns = ["row", "contestant", "seconds: median (range)", "peak above what stays, MiB", "GFLOP/s"]
-    print_table(f"Time and memory; {where}", columns, contestants)
+    columns = ["row", "variant", "seconds: median (range)", "peak above what stays, MiB", "GFLOP/s"]
+    print_table(f"Time and memory; {where}", columns, variants)
     if ratios:
         print_table("Ratios, round by round", ["row", "ratio", "median (range)"], ratios)
     if growth:
@@ -166,7 +166,7 @@ def _plot_curves(axes: Axes, curves: Sequence[Record], figure: str, name: str) -
 
 def main(path: Path) -> None:
     results = json.loads(path.read_text())
-    print_report(results, PARTS)
+    print_report(results, PART_NAMES)
     picture = write_picture(results, path.with_suffix(".png"))
     print(f"wrote {picture}" if picture else "no picture: matplotlib is not installed")
 

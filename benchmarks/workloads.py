@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Unserved
+from benchmarks.measure import Unsupported
+from models.attention import UnsupportedCall
 from models.decoder import Decoder, DecoderConfig
+from models.flops import Ledger
 from models.philox import Rng
 from models.precision import COPIES
 from models.thinking import ThinkingModel
-from models.thoughts import Text
-from objectives.base import Objective
-from objectives.next_token import NextToken
-from objectives.quiet_star import QuietStar, QuietStarConfig
-from objectives.rlp import Rlp, RlpConfig
+from models.thoughts import Anchors, Text
+from objectives import NextToken, Objective, QuietStar, QuietStarConfig, Rlp, RlpConfig, Step, Template
 
 SMOLLM2_135M = DecoderConfig(
     vocab_size=49152,
@@ -90,7 +89,7 @@ def make_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, 
     with torch.no_grad():
         embeddings = decoder.embed_tokens.weight
         model.delimiters.init_from(embeddings[0], embeddings[0])
-        # A fresh head ignores the thoughts, so none would be paid and the policy's log-probs would cost nothing.
+        # A fresh head ignores the thoughts, so none would be rewarded and the policy's log-probs would cost nothing.
         model.mixing_head.out.weight.normal_(0.0, 0.1, generator=generator)
     return model
 
@@ -118,7 +117,7 @@ def quiet_star(L: int, A: int, K: int, at_once: int | None = None) -> QuietStar:
 def rlp(P: int, G: int, T: int, anchors: int = 1) -> Rlp:
     """G thoughts of up to T sampled tokens at each of the last `anchors` positions that can have one, of P."""
     config = RlpConfig(length=T, thoughts=G, anchors_per_document=anchors, min_prefix=P - anchors)
-    return Rlp(config, OPEN, CLOSE)
+    return Rlp(config, Template(OPEN, CLOSE))
 
 
 def next_token() -> NextToken:
@@ -132,12 +131,11 @@ def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dic
     weights are made by the first one and kept, while in training each step makes them again: that is the same for all
     objectives, and weighs most on the cheapest.
     """
-    flops = 0
-    for output in objective.losses(model, text, Rng(0, 0)):
-        output.loss.backward()
-        flops += output.flops
+    with Ledger() as ledger:
+        for output in Step(objective, model, [text], Rng(0, 0)).losses():
+            output.loss.backward()
     model.zero_grad(set_to_none=True)
-    return {"flops": flops}
+    return {"flops": ledger.total}
 
 
 def model_bytes(model: ThinkingModel, samples: bool = True) -> int:
@@ -148,15 +146,26 @@ def model_bytes(model: ThinkingModel, samples: bool = True) -> int:
     return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies])
 
 
+def last_position(text: Text) -> Anchors:
+    """One anchor a row, at its end."""
+    B, N = text.shape
+    return Anchors(text, torch.full((B, 1), N - 1, device=text.tokens_BN.device))
+
+
+def copy_bytes(size: int, device: torch.device) -> dict[str, float]:
+    """A copy within the device, of more than its caches hold; what it reads and what it writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    torch.empty_like(source).copy_(source)
+    return {"bytes": 2 * source.numel()}
+
+
 @contextmanager
-def unserved() -> Iterator[None]:
-    """Turns an attention backend's refusal of a call into Unserved."""
+def unsupported_calls() -> Iterator[None]:
+    """Turns an attention backend's refusal of a call into Unsupported."""
     try:
         yield
-    except ValueError as error:
-        if "cannot serve" not in str(error):
-            raise
-        raise Unserved(str(error).split("cannot serve this call: ")[-1].split("; unset it")[0]) from None
+    except UnsupportedCall as refusal:
+        raise Unsupported(refusal.reason) from None
 
 
 def transformers_model(model: ThinkingModel, dtype: torch.dtype) -> Any:

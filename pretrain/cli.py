@@ -1,4 +1,5 @@
-"""The command line: `forethought fit | export | sample | bench`, the same as `python -m pretrain`."""
+"""The command line: `forethought fit | export | sample`, the same as `python -m pretrain`, and what is installed beside
+it: an entry point of the group COMMANDS is a pair of the function to run and what adds its arguments to a parser."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
-from benchmarks.arguments import add_arguments
 from pretrain.recipe import RecipeError
 from pretrain.recipe_files import help_on_keys, load_recipe, objective_names, shipped
+
+COMMANDS = "forethought.commands"
 
 
 def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
@@ -55,19 +57,6 @@ def sample(model: str, text: str, length: int | None, temperature: float, seed: 
     from pretrain.samples import print_thoughts
 
     print_thoughts(open_model(model), text, length, temperature, seed)
-
-
-def bench(**options: Any) -> None:
-    """Measure speed and memory on this machine, as ratios within one run.
-
-    Attention against its reference, Quiet-STaR and RLP-shaped steps against next-token steps, rollouts against
-    transformers' generate, peak memory, and how the cost of a step grows. Writes a JSON file and a picture; the exit
-    code is 1 if anything could not be measured. FORETHOUGHT_DEVICE=cpu keeps it off a GPU.
-    """
-    from benchmarks.bench import bench as run
-
-    if run(**options):
-        raise SystemExit(1)
 
 
 def _help_on_recipes(arguments: Sequence[str]) -> str:
@@ -110,7 +99,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     sampling.add_argument("--seed", type=int, default=0)
 
-    add_arguments(command(bench))
+    for entry in entry_points(group=COMMANDS):
+        function, add_arguments = entry.load()
+        add_arguments(command(function))
     return parser
 
 

@@ -22,6 +22,16 @@ log = logging.getLogger(__name__)
 BACKENDS = {"reference": reference, "aten": aten, "flex": flex, "flash": flash, "triton": triton}
 
 
+class UnsupportedCall(ValueError):
+    """A backend that was asked for does not support a call; `reason` says why."""
+
+    def __init__(self, backend: str, reason: str):
+        super().__init__(
+            f"attention backend {backend!r} does not support this call: {reason}; unset it or use 'reference'"
+        )
+        self.reason = reason
+
+
 def text_attention(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, text: Text, backend: str | None = None) -> Tensor:
     """Causal attention of packed text within its documents.
 
@@ -78,7 +88,7 @@ def _choose(
     chosen = asked or "aten"
     supported, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)
     if not supported and asked is not None:
-        raise ValueError(f"attention backend {asked!r} cannot serve this call: {reason}; unset it or use 'reference'")
+        raise UnsupportedCall(asked, reason)
     if not supported:
         chosen = "reference"
     _say_once(chosen, reason)

@@ -21,14 +21,16 @@ from benchmarks.correctness import CHECKED
 from benchmarks.measure import (
     MAPPED_FROM_AT_MOST,
     MMAP_THRESHOLD,
-    Contestant,
     Growth,
     Spread,
-    Unserved,
+    Unsupported,
+    Variant,
     memory_limit,
     race,
 )
-from benchmarks.rows import PARTS, Row, _generate
+from benchmarks.rows import ROWS
+from benchmarks.rows.rollouts import _generate
+from benchmarks.rows.row import Row
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
 from benchmarks.workloads import TINY, make_model, make_text, next_token, training_step, transformers_model
@@ -56,11 +58,11 @@ def test_the_gpu_script_runs_everything(dry_run):
     checked = [f"correctness-{backend}" for backend in CHECKED]
     files = {f"{name}.json" for name in checked} | {"cpu.json", "cpu.png", "gpu.log"}
     assert {path.name for path in out.iterdir()} == files
-    for name in (*checked, "tests", *PARTS, "report"):
+    for name in (*checked, "tests", *ROWS, "report"):
         assert f"== {name}: exit code 0" in said
     assert (out / "gpu.log").read_text() == said
     results = json.loads((out / "cpu.json").read_text())
-    assert {row["part"] for row in results["rows"]} == set(PARTS)
+    assert {row["part"] for row in results["rows"]} == set(ROWS)
     assert not [row for row in results["rows"] if row.get("failed")]
     assert not [m for row in results["rows"] for m in row["measured"].values() if m.get("failed")]
     counts = {name: json.loads((out / f"{name}.json").read_text())["counts"] for name in checked}
@@ -113,7 +115,7 @@ def test_keys_and_values_are_counted(dry_run):
     P, G, T = (deep["setting"][name] for name in "PGT")
     token = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
     assert deep["measured"]["rollout"]["kv_bytes"]["median"] == token * (P + G * (1 + T))
-    if "rollout, compiled" in deep["measured"]:  # which holds the text a second time, and rooms of 16 tokens
+    if "rollout, compiled" in deep["measured"]:  # which holds the text a second time, and capacities of 16 tokens
         text, own = (-(-tokens // 16) * 16 for tokens in (P, 1 + T))
         assert deep["measured"]["rollout, compiled"]["kv_bytes"]["median"] == token * (P + text + G * own)
     assert deep["measured"]["generate, dynamic cache"]["kv_bytes"]["median"] == token * G * (P + T)
@@ -147,7 +149,7 @@ def megabytes(n: int) -> torch.Tensor:
     return torch.ones(n * 2**20, dtype=torch.uint8)
 
 
-def added_bytes(run: Contestant) -> int:
+def added_bytes(run: Variant) -> int:
     """Of a call, where that can be known."""
     measured = race({"run": run}, CPU, repeats=0)["run"]
     assert measured.failed is None
@@ -156,10 +158,10 @@ def added_bytes(run: Contestant) -> int:
     return measured.added_bytes
 
 
-def test_contestants_take_turns_and_one_that_breaks_loses_only_its_own():
+def test_variants_take_turns_and_one_that_breaks_loses_only_its_own():
     order = []
 
-    def contestant(name, breaks_at=None):
+    def variant(name, breaks_at=None):
         def run():
             order.append(name)
             if order.count(name) == breaks_at:
@@ -170,15 +172,15 @@ def test_contestants_take_turns_and_one_that_breaks_loses_only_its_own():
         return run
 
     def absent():
-        raise Unserved("no such kernel")
+        raise Unsupported("no such kernel")
 
-    runs = {"a": contestant("a"), "b": contestant("b", breaks_at=4), "c": absent, "d": contestant("d", breaks_at=1)}
+    runs = {"a": variant("a"), "b": variant("b", breaks_at=4), "c": absent, "d": variant("d", breaks_at=1)}
     measured = race(runs, CPU, repeats=3)
     assert "".join(order) == "aabbd" + "ab" * 2 + "a"
     assert len(measured["a"].figures["seconds"]) == len(measured["a"].figures["flops"]) == 3
     assert measured["b"].figures == {}
     assert measured["b"].failed == "RuntimeError: broke"
-    assert measured["c"].unserved == "no such kernel"
+    assert measured["c"].unsupported == "no such kernel"
     assert measured["c"].failed is None
     assert measured["d"].failed
 
@@ -298,8 +300,8 @@ def test_a_row_that_breaks_is_reported_and_the_others_are_kept(tmp_path, monkeyp
     def broken():
         raise RuntimeError("no luck")
 
-    rows = PARTS["memory"]
-    monkeypatch.setitem(PARTS, "memory", lambda settings: [("broken", broken), *rows(settings)])
+    rows = ROWS["memory"]
+    monkeypatch.setitem(ROWS, "memory", lambda settings: [("broken", broken), *rows(settings)])
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", "--tiny", "--only", "memory", "--out", str(tmp_path)])
     assert ended.value.code == 1
@@ -324,7 +326,7 @@ def test_a_part_that_does_not_exist_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--only", "memory,speed"])
     assert "no part 'speed'; there are attention, steps, rollouts, memory, curves" in capsys.readouterr().err
-    assert tuple(PARTS) == arguments.PARTS
+    assert tuple(ROWS) == arguments.PART_NAMES
 
 
 def test_mistakes_are_named_in_a_line(tmp_path, monkeypatch):

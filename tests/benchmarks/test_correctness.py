@@ -8,7 +8,7 @@ import torch
 from benchmarks.correctness import ANCHORS, _model, checks, recorded_steps, run_check, waiting_raises
 from models.attention import aten, reference
 from models.philox import Rng
-from models.rollout import rollout
+from tests.helpers import rollout
 
 CPU = torch.device("cpu")
 
@@ -18,8 +18,8 @@ CHECKS = [name for name in checks(few=True) if "triton" not in name]
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if any(b in name for b in ON_CUDA_ALONE)])
-def test_what_a_cpu_cannot_run_is_unserved(name):
-    assert run_check(checks(few=True)[name], CPU)[0] == "unserved"
+def test_what_a_cpu_cannot_run_is_unsupported(name):
+    assert run_check(checks(few=True)[name], CPU)[0] == "unsupported"
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if not any(b in name for b in ON_CUDA_ALONE)])
@@ -39,7 +39,7 @@ def test_recorded_steps_on_cpu(dtype):
 @pytest.mark.parametrize("name", checks())
 def test_on_cuda(name):
     outcome, said, _ = run_check(checks()[name], torch.device("cuda"))
-    assert outcome in ("passed", "unserved"), said
+    assert outcome in ("passed", "unsupported"), said
 
 
 def test_a_rollout_may_not_wait_from_its_first_pass_on(monkeypatch):
@@ -51,11 +51,11 @@ def test_a_rollout_may_not_wait_from_its_first_pass_on(monkeypatch):
     state = model.read(anchors.text)
     with waiting_raises(model):
         assert said == []
-        rollout(model, state, anchors, 1, 3, Rng(0, 0), given=(4,))
+        rollout(model, state, anchors, 1, 3, Rng(0, 0), prompt=(4,))
     assert said == ["error"] * 3 + ["default"]
     with pytest.raises(AssertionError, match="no pass over thoughts"), waiting_raises(model):
         pass
-    rollout(model, state, anchors, 1, 3, Rng(0, 0), given=(4,))
+    rollout(model, state, anchors, 1, 3, Rng(0, 0), prompt=(4,))
     assert said[4:] == ["default"]
 
 
@@ -81,5 +81,5 @@ def test_a_backend_that_raises_fails_and_one_that_refuses_does_not(monkeypatch):
     monkeypatch.setattr(aten, "thought_attention", broken)
     assert run_check(attention_checks()[name], CPU)[:2] == ("failed", "RuntimeError: misaligned address")
     monkeypatch.setattr(aten, "supports", lambda *call: (False, "not today"))
-    assert run_check(attention_checks()[name], CPU)[:2] == ("unserved", "not today")
+    assert run_check(attention_checks()[name], CPU)[:2] == ("unsupported", "not today")
     assert reference._exact(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32

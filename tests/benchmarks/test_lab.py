@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 
 from benchmarks import lab
-from pretrain.recipe import load_recipe
+from pretrain.recipe_files import load_recipe
 from tests.pretrain.test_fit import lines
 
 
@@ -20,12 +19,12 @@ def results(tmp_path_factory):
 
     def small(name: str):
         recipe = load_recipe(name)
-        data, evaluation = replace(recipe.data, length=64), replace(recipe.evaluation, rows=2, every=1)
-        changes = {"length": 4, "thoughts": 2} if recipe.objective_name != "next_token" else {}
-        objective = replace(recipe.objective, **changes)
+        data, evaluation = recipe.data.model_copy(update={"length": 64}), recipe.evaluation.replaced(rows=2, every=1)
+        changes = {"length": 4, "thoughts": 2} if recipe.objective.name != "next_token" else {}
+        objective = recipe.objective.replaced(**changes)
         model = "random:lab" if recipe.model == "lab" else recipe.model
-        return replace(
-            recipe, steps=2, model=model, data=data, evaluation=evaluation, rows_per_step=1, objective=objective
+        return recipe.replaced(
+            steps=2, model=model, data=data, evaluation=evaluation, rows_per_step=1, objective=objective
         )
 
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +51,7 @@ def test_all_controls_are_there_and_matched(results):
             if name != "base"
         }
         assert {recipe.seed for recipe in recipes.values()} == {seed}
-        assert recipes["shuffled"].objective == replace(recipes["rlp"].objective, shuffle_rewards=True)
+        assert recipes["shuffled"].objective == recipes["rlp"].objective.replaced(shuffle_rewards=True)
         assert len({recipe.data for recipe in recipes.values()}) == 1
         ends = {name: lines(work / f"lab-{name}-{seed}" / "metrics.jsonl")[-1] for name in recipes}
         first = lines(work / f"lab-next_token-{seed}" / "metrics.jsonl")[0]["flops"]

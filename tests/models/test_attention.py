@@ -246,16 +246,18 @@ def test_choice_of_backend(monkeypatch, caplog):
     caplog.set_level("INFO", attention.__name__)
     anchors = anchor_cases()["dense, whole rows"]
     arguments = inputs(anchors.text, 9, 1, 2, 5, 2, 1, D=8)
-    unserved = "2 query tokens for 5 key tokens: neither one step nor the whole thought"
+    unsupported = "2 query tokens for 5 key tokens: neither one step nor the whole thought"
     for _ in range(2):
         fallback = attention.thought_attention(*arguments, anchors)
         attention.text_attention(*arguments[-1:] * 3, anchors.text)
     assert torch.equal(fallback, reference.thought_attention(*arguments, anchors))
     assert caplog.messages == [
-        f"attention backend: reference ({unserved})",
+        f"attention backend: reference ({unsupported})",
         "attention backend: aten (flash kernel for CPU)",
     ]
-    with pytest.raises(ValueError, match=f"'aten' cannot serve this call: {unserved}; unset it or use 'reference'$"):
+    with pytest.raises(
+        ValueError, match=f"'aten' does not support this call: {unsupported}; unset it or use 'reference'$"
+    ):
         attention.thought_attention(*arguments, anchors, backend="aten")
     with pytest.raises(ValueError, match=r"'magic' is not one of reference, aten, flex, flash, triton$"):
         attention.thought_attention(*arguments, anchors, backend="magic")
@@ -270,6 +272,8 @@ def test_a_backend_asked_for_serves_or_says_why_not(monkeypatch, name):
     if name == "reference":
         assert attention.thought_attention(*arguments, anchors).isfinite().all()
     else:
-        with pytest.raises(ValueError, match=f"'{name}' cannot serve this call: [^\n]+; unset it or use 'reference'$"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' does not support this call: [^\n]+; unset it or use 'reference'$"
+        ):
             attention.thought_attention(*arguments, anchors)
     assert attention.thought_attention(*arguments, anchors, backend="reference").isfinite().all()

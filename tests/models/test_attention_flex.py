@@ -84,7 +84,7 @@ def test_masks_are_made_once_and_hold_no_sizes(monkeypatch):
 
 def test_what_cannot_be_served_is_refused_with_the_reason():
     anchors = anchor_cases()["dense, whole rows"]
-    with pytest.raises(ValueError, match="'flex' cannot serve this call: FlexAttention is compiled for CUDA here"):
+    with pytest.raises(ValueError, match="'flex' does not support this call: FlexAttention is compiled for CUDA here"):
         attention.thought_attention(*inputs(anchors.text, 9, 1, 2, 2, 2, 1, D=16), anchors, backend="flex")
     for dtype, size, reason in ((torch.float64, 16, "not torch.float64"), (torch.bfloat16, 8, "sizes from 16, not 8")):
         q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(2, 9, 4, size))

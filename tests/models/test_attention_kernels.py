@@ -347,5 +347,5 @@ def test_torch_is_told_to_reroute(monkeypatch):
 def test_flash_on_cpu_is_refused():
     text = packed_text([[5]], 5)
     arguments = inputs(text, 5, 1, 2, 2, 2, 1, D=16, dtype=torch.float32)
-    with pytest.raises(ValueError, match="'flash' cannot serve this call: the flash-attn packages run on CUDA"):
+    with pytest.raises(ValueError, match="'flash' does not support this call: the flash-attn packages run on CUDA"):
         attention.thought_attention(*arguments, Anchors.everywhere(text), backend="flash")

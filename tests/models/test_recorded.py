@@ -133,7 +133,7 @@ def test_kernels_that_count_on_the_host_are_refused():
     with torch.no_grad():
         state = model.read(anchors.text)
     with pytest.raises(
-        ValueError, match="'aten' cannot serve this call: the number of own tokens is read on the device"
+        ValueError, match="'aten' does not support this call: the number of own tokens is read on the device"
     ):
         rollout(model, state, anchors, 1, 20, Rng(0, 0), engine=Recorded())
 

@@ -268,7 +268,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason():
     text = anchors.text
 
     def refused(message, *sizes, at=anchors, dtype=torch.float32, M=11):
-        with pytest.raises(ValueError, match=f"'triton' cannot serve this call: {message}"):
+        with pytest.raises(ValueError, match=f"'triton' does not support this call: {message}"):
             attention.thought_attention(*inputs(text, M, *sizes, dtype=dtype), at, backend="triton")
 
     refused("the triton kernels take head sizes 16, 32, 64, 128, not 8", 1, 2, 2, 2, 1, 8)

@@ -1,0 +1,19 @@
+"""The benchmark's rows: what is compared with what, and the ratios that come of it, by part."""
+
+from collections.abc import Callable
+
+from benchmarks.rows.attention import attention_rows
+from benchmarks.rows.curves import curve_rows
+from benchmarks.rows.memory import memory_rows
+from benchmarks.rows.rollouts import rollout_rows
+from benchmarks.rows.row import Rows
+from benchmarks.rows.steps import step_rows
+from benchmarks.settings import Settings
+
+ROWS: dict[str, Callable[[Settings], Rows]] = {
+    "attention": attention_rows,
+    "steps": step_rows,
+    "rollouts": rollout_rows,
+    "memory": memory_rows,
+    "curves": curve_rows,
+}

@@ -1,0 +1,78 @@
+"""A row of the benchmark: one comparison, its measurements and the ratios that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Growth, Measured, Spread, Variant, race
+from benchmarks.settings import Settings
+
+# A part of the benchmark: the names of its rows, and how each is measured.
+Rows = Iterator[tuple[str, Callable[[], "Row"]]]
+# What a row may break down by outside its variants, whose own failures `race` takes.
+BREAKS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, MemoryError, ImportError)
+
+
+@dataclass
+class Row:
+    """One comparison. setting: its sizes. ratios: by what they say; growth: of curves, for seconds and bytes."""
+
+    part: str
+    name: str
+    setting: dict[str, Any]
+    measured: dict[str, Measured] = field(default_factory=dict)
+    ratios: dict[str, Spread] = field(default_factory=dict)
+    growth: dict[str, Growth] = field(default_factory=dict)
+    failed: str | None = None
+
+    def seconds(self, name: str, figure: str = "seconds") -> list[float]:
+        return self.measured[name].figures.get(figure, []) if name in self.measured else []
+
+    def rate(self, name: str, figure: str = "flops") -> list[float]:
+        return self.measured[name].rate(figure) if self.seconds(name, figure) else []
+
+    def added(self, name: str, constant: int = 0) -> list[float]:
+        """Bytes that a call takes and gives back, with `constant` ones that are there all the time."""
+        found = self.measured[name].added_bytes if name in self.measured else None
+        return [] if found is None else [float(found + constant)]
+
+    def compare(self, what: str, over: list[float], under: list[float]) -> None:
+        """Round by round; no ratio where one side has no figures."""
+        if over and under and min(under) > 0:
+            self.ratios[what] = Spread.of([a / b for a, b in zip(over, under, strict=False)])
+
+    def failures(self) -> list[str]:
+        rows = [f"{self.name}: {self.failed}"] if self.failed else []
+        return rows + [f"{self.name}, {name}: {m.failed}" for name, m in self.measured.items() if m.failed]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "part": self.part,
+            "name": self.name,
+            "setting": self.setting,
+            "measured": {name: measured.to_json() for name, measured in self.measured.items()},
+            "ratios": {name: vars(ratio) for name, ratio in self.ratios.items()},
+            **({"growth": {name: vars(growth) for name, growth in self.growth.items()}} if self.growth else {}),
+            **({"failed": self.failed} if self.failed else {}),
+        }
+
+
+def race_row(row: Row, settings: Settings, variants: Mapping[str, Variant], repeats: int | None = None) -> Row:
+    row.measured |= race(variants, settings.device, settings.repeats if repeats is None else repeats, settings.budget)
+    return row
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run_row(part: str, name: str, measure: Callable[[], Row]) -> Row:
+    """The row, or one that says why it failed."""
+    try:
+        return measure()
+    except BREAKS as error:
+        return Row(part, name, {}, failed=f"{type(error).__name__}: {error}"[:500])

@@ -1,0 +1,177 @@
+"""Whole training steps: Quiet-STaR and RLP-shaped ones against next-token prediction.
+
+Shapes: B rows, N = P text positions, K = G thoughts of an anchor, L sampled tokens, A tokens predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from benchmarks.environment import bf16_peak
+from benchmarks.measure import Variant
+from benchmarks.rows.row import Row, Rows, dtype_name, race_row
+from benchmarks.settings import Settings
+from benchmarks.workloads import (
+    make_model,
+    make_text,
+    model_bytes,
+    next_token,
+    quiet_star,
+    repeated,
+    rlp,
+    training_step,
+    unsupported_calls,
+)
+from models import attention
+from models.pointwise import compile_chains
+from models.thinking import ThinkingModel
+from objectives import Objective
+
+
+def step_rows(settings: Settings) -> Rows:
+    yield "quiet_star", partial(quiet_star_step, settings)
+    yield "rlp", partial(rlp_step, settings)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"public shape, {dtype_name(dtype)}", partial(public_step, settings, dtype)
+    if settings.large_model is not None:
+        yield "large", partial(large_step, settings)
+
+
+def other_backends(settings: Settings) -> tuple[str, ...]:
+    """Backends that whole steps are forced to, beside the default; on a CPU there is no other worth timing."""
+    if settings.device.type == "cpu" and settings.name != "tiny":
+        return ()
+    return tuple(backend for backend in attention.BACKENDS if backend != "reference")
+
+
+def forced(model: ThinkingModel, backend: str, run: Variant) -> Variant:
+    """The same with that attention backend everywhere."""
+
+    def with_backend() -> Mapping[str, float] | None:
+        model.decoder.attention_backend = backend
+        try:
+            with unsupported_calls():
+                return run()
+        finally:
+            model.decoder.attention_backend = None
+
+    return with_backend
+
+
+def _compiled(run: Variant) -> Variant:
+    """The same with fused elementwise ops."""
+
+    def with_compiled_chains() -> Mapping[str, float] | None:
+        compile_chains()
+        try:
+            return run()
+        finally:
+            compile_chains(False)
+
+    return with_compiled_chains
+
+
+def quiet_star_step(settings: Settings) -> Row:
+    """A Quiet-STaR step and a next-token step on the same rows, and the former compiled and by each backend."""
+    c = settings.quiet_star
+    row = Row("steps", "quiet_star", dict(c) | {"dtype": dtype_name(settings.dtype)})
+    model = make_model(settings.model, settings.dtype, settings.device)
+    text = make_text(settings.model, 1, c["N"], settings.device)
+    step = partial(training_step, quiet_star(c["L"], c["A"], c["K"], c.get("at_once")), model, text)
+    variants: dict[str, Variant] = {
+        "quiet_star": step,
+        "next_token": partial(training_step, next_token(), model, text),
+    }
+    if settings.name != "tiny":  # where compiling would take longer than all the rest
+        variants["quiet_star, compiled"] = _compiled(step)
+    variants |= {f"quiet_star, {b}": forced(model, b, step) for b in other_backends(settings)}
+    race_row(row, settings, variants)
+    weights = row.setting["model_bytes"] = model_bytes(model)
+    row.compare("quiet_star / next_token, FLOP/s", row.rate("quiet_star"), row.rate("next_token"))
+    row.compare("quiet_star / next_token, time", row.seconds("quiet_star"), row.seconds("next_token"))
+    row.compare(
+        "quiet_star / next_token, memory",
+        row.added("quiet_star", weights),
+        row.added("next_token", model_bytes(model, samples=False)),
+    )
+    row.compare("compiled / default, time", row.seconds("quiet_star, compiled"), row.seconds("quiet_star"))
+    for backend in other_backends(settings):
+        other = row.seconds(f"quiet_star, {backend}")
+        row.compare(f"{backend} / default, time", other, row.seconds("quiet_star"))
+    return row
+
+
+def rlp_step(settings: Settings) -> Row:
+    """An RLP-shaped step (one anchor, no-think teacher included) and a next-token step on the same row."""
+    c = settings.rlp
+    row = Row("steps", "rlp", dict(c) | {"dtype": dtype_name(settings.dtype)})
+    model = make_model(settings.model, settings.dtype, settings.device)
+    text = make_text(settings.model, 1, c["P"], settings.device)
+    objectives: dict[str, Objective] = {"rlp": rlp(c["P"], c["G"], c["T"]), "next_token": next_token()}
+    race_row(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()})
+    weights = row.setting["model_bytes"] = model_bytes(model)
+    all_weights = weights + sum(model_bytes(other) for other in objectives["rlp"].other_models(model))
+    row.compare("rlp / next_token, FLOP/s", row.rate("rlp"), row.rate("next_token"))
+    row.compare("rlp / next_token, time", row.seconds("rlp"), row.seconds("next_token"))
+    row.compare(
+        "rlp / next_token, memory",
+        row.added("rlp", all_weights),
+        row.added("next_token", model_bytes(model, samples=False)),
+    )
+    return row
+
+
+def public_step(settings: Settings, dtype: torch.dtype) -> Row:
+    """A Quiet-STaR step at the size at which the public code's cost was published.
+
+    That code repeats every row K times and calls the result its batch, so a plain step is taken on the repeated rows,
+    by which the published 39 to 73 times are counted, and on the rows once.
+    """
+    c = settings.public
+    row = Row("steps", f"public shape, {dtype_name(dtype)}", dict(c) | {"dtype": dtype_name(dtype)})
+    model = make_model(settings.public_model, dtype, settings.device)
+    text = make_text(settings.public_model, 1, c["N"], settings.device)
+    race_row(
+        row,
+        settings,
+        {
+            "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"], c["at_once"]), model, text),
+            "next_token, K times": partial(training_step, next_token(), model, repeated(text, c["K"])),
+            "next_token, once": partial(training_step, next_token(), model, text),
+        },
+    )
+    weights = row.setting["model_bytes"] = model_bytes(model)
+    for plain in ("next_token, K times", "next_token, once"):
+        row.compare(f"quiet_star / {plain}, time", row.seconds("quiet_star"), row.seconds(plain))
+    row.compare("peak, GB", row.added("quiet_star", weights), [1e9])
+    return row
+
+
+def large_step(settings: Settings) -> Row:
+    """Model FLOPs utilisation of a Quiet-STaR and of a next-token step of a model of 1.7 billion parameters.
+
+    By the ledger, which counts logits twice, as they are computed twice: 6% of this model's next-token step.
+    """
+    assert settings.large_model is not None
+    c, peak = settings.large, bf16_peak(settings.device)
+    row = Row("steps", "large", dict(c) | {"dtype": dtype_name(torch.bfloat16), "peak_flops": peak})
+    model = make_model(settings.large_model, torch.bfloat16, settings.device)
+    text = make_text(settings.large_model, 1, c["N"], settings.device)
+    texts = make_text(settings.large_model, c["next_token_rows"], c["N"], settings.device)
+    race_row(
+        row,
+        settings,
+        {
+            "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"]), model, text),
+            "next_token": partial(training_step, next_token(), model, texts),
+        },
+    )
+    row.setting["model_bytes"] = model_bytes(model)
+    row.compare("quiet_star / next_token, FLOP/s", row.rate("quiet_star"), row.rate("next_token"))
+    if peak is not None:
+        for name in ("quiet_star", "next_token"):
+            row.compare(f"{name}, MFU", row.rate(name), [peak] * len(row.rate(name)))
+    return row
