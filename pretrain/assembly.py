@@ -1,4 +1,4 @@
-"""From a recipe to all that a run needs: the one place where parts are built and checked to fit each other."""
+"""From a recipe to the parts of a run: the one place where they are built and checked against each other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pretrain.state import Tensors, model_from_state
 
 @dataclass
 class Assembled:
-    """What a run needs. evaluator: the objective that scores held-out text. checkpoint: what `model` is from, if the
-    run is continued."""
+    """The parts of a run. evaluator: the objective that scores held-out text. checkpoint: that of `model`, for a run
+    that is continued."""
 
     objective: Objective
     evaluator: Objective
@@ -42,7 +42,7 @@ class Assembled:
 
 
 def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
-    """The parts of a recipe; the model is that of the newest of a run's `checkpoints`, if there is one.
+    """The parts of a recipe; the model is that of the newest checkpoint in `checkpoints`, if there is one.
 
     Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
     """
@@ -57,7 +57,7 @@ def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
         key: build_objective(key, config, tokenizer, recipe.model) for key, config in recipe.objectives.items()
     }
     objective = objectives["objective"]
-    # A second one of the same kind: what it keeps is its own.
+    # By default a second instance of the trained one, with its own state.
     evaluator = objectives.get("evaluation.objective") or make_objective(recipe, tokenizer, evaluation=True)
     test = counterfactual_test(recipe.evaluation, tokenizer, data)
     held_out = Text(**data.held_out_rows(recipe.evaluation.rows))
@@ -98,7 +98,7 @@ def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
 def make_engine(compile: bool, cuda_graphs: bool, ranks: int) -> Engine:
     """What samples thoughts; requests that a faster engine does not support go to the eager one.
 
-    Raises RecipeError for keys that this machine cannot serve.
+    Raises RecipeError for keys that this machine does not support.
     """
     engines: list[Engine] = []
     cuda = torch.cuda.is_available()
@@ -111,7 +111,7 @@ def make_engine(compile: bool, cuda_graphs: bool, ranks: int) -> Engine:
             engines.append(Native())
     if cuda_graphs:
         if not cuda:
-            raise RecipeError("cuda_graphs takes a CUDA device and there is none; leave the key out")
+            raise RecipeError("cuda_graphs needs a CUDA device and there is none; leave the key out")
         if ranks > 1:
             raise RecipeError(
                 "cuda_graphs cannot record a model that is sharded; leave the key out or train on one device"

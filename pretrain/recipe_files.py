@@ -1,6 +1,6 @@
-"""Recipes as people write them: YAML files, `--dotted.key value`, short forms, and the messages for what is wrong.
+"""Recipes as people write them: YAML files, `--dotted.key value`, short forms; and what is wrong with them.
 
-All mistakes of a recipe are found at once and come in one message, each with the way out.
+All mistakes of a recipe are found at once and reported in one message, each with the way out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RENAMED = {
     "control.drop_flat_from": "drop_zero_variance_from",
     "evaluation.objective.drop_flat_from": "drop_zero_variance_from",
 }
-# Take the place of what is wrong or missing, so that everything else is still checked.
+# Stand in for required keys that are wrong or missing, so that everything else is still checked.
 STAND_INS: Tree = {"steps": 1, "objective": {"name": "next_token"}}
 # Characters of a wrong value that a message repeats.
 SHOWN = 80
@@ -54,7 +54,7 @@ _Loader.add_implicit_resolver(
     "!exponential", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+"), list("-+.0123456789")
 )
 _Loader.add_constructor("!exponential", _exponential)
-# `=`, which YAML 1.1 keeps for a use that nobody makes of it.
+# YAML 1.1 reserves `=`; here it is text.
 _Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: str(node.value))
 
 
@@ -126,7 +126,7 @@ def recipe_from_tree(tree: Tree, problems: Sequence[str] = ()) -> Recipe:
         details = error.errors(include_url=False)
         found += _messages(details, tree)
         _take_out(details, tree)
-        # It stays invalid where a required setting of an objective of one's own is: no stand-in is known for that.
+        # Still invalid where an objective of one's own requires a setting, for which there is no stand-in.
         with contextlib.suppress(ValidationError):
             recipe = Recipe.model_validate_json(json.dumps(STAND_INS | tree))
     if recipe is not None:
@@ -223,7 +223,7 @@ def _override(tree: Tree, key: str, value: Any, problems: list[str]) -> None:
             return
     value, old = _long_form(key, value), _long_form(key, tree.get(last))
     if key in SHORT_FORMS and isinstance(old, dict) and isinstance(value, dict):
-        # Another objective has other settings; those of the recipe's own would be mistakes in it.
+        # Another objective would not know the settings of the recipe's own.
         another = SHORT_FORMS[key] == "name" and value.get("name", old.get("name")) != old.get("name")
         value = value if another else old | value
     tree[last] = value

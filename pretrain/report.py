@@ -1,4 +1,4 @@
-"""What a run ends with, from its own records: tables and thoughts on the terminal, report.html and report.png.
+"""The report of a run, from its records: tables and thoughts on the terminal, report.html and report.png.
 
 The picture shows what the run is about: held-out NLL over compute, beside that of the control, and whether the thought
 matters. The HTML stands alone: pictures are inside it, it loads nothing and runs nothing.
@@ -34,10 +34,10 @@ Record = dict[str, Any]
 
 TERMINAL_THOUGHTS, TERMINAL_CHARACTERS = 4, 300
 HTML_THOUGHTS, HTML_CHARACTERS = 12, 2000
-# Below so many tokens a decile is too noisy to be shown beside a control, which says more.
+# With fewer tokens a decile is too noisy to be shown beside a control, which says more.
 DECILE_TOKENS = 100
 
-# Name in evaluations.jsonl → how it is called.
+# Name in evaluations.jsonl → label.
 HELD_OUT = {
     "nll_text": "without thoughts",
     "nll_thought": "after its own thought",
@@ -53,7 +53,7 @@ CONDITIONS = {
     "none": "no thought",
     "right": "a right thought",
 }
-# What the training loop itself logs; the rest is its objective's.
+# What the training loop logs; the rest is the objective's.
 LOOP_METRICS = {
     "loss": Metric("what is minimised", "mean over the step's updates"),
     "lr": Metric("learning rate", "of the step's updates"),
@@ -424,7 +424,7 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
     parts += ["<h2>Recipe</h2>", _block(recipe_to_yaml(run.recipe))]
     head = (
         '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Thoughts are text that nobody has read: should a tag of theirs ever get through, it can do nothing.
+        # Thoughts are text that nobody has reviewed: should a tag in one ever escape, it can do nothing.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>"

@@ -49,10 +49,11 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from running here; makes the directory, and removes it if nothing came to be in it.
+        """Keeps other processes out of the directory; makes it, and removes it again if it stays empty.
 
-        A record lock: it goes with the process, however that ends, and no process forked from it holds it. No other
-        code of the process may open the file: closing it would free the lock. Raises RecipeError if it is taken.
+        A POSIX record lock: it ends with the process, however that ends, and forked processes do not inherit it.
+        Hazard: if other code of this process closes the file, the lock is released. Raises RecipeError if another
+        process holds it.
         """
         path = self.path / "lock"
         handle = _lock(path)
@@ -66,7 +67,7 @@ class RunDirectory:
             os.close(handle)
 
     def check(self, recipe: Recipe) -> None:
-        """Raises RecipeError naming what differs if the directory holds a run of another recipe."""
+        """Raises RecipeError, naming what differs, if the directory holds a run of another recipe."""
         if self.recipe.exists():
             differing = _differences(recipe_to_tree(self.load_recipe()), recipe_to_tree(recipe), free_keys(recipe))
             if differing:
@@ -76,7 +77,7 @@ class RunDirectory:
                 )
 
     def create(self, recipe: Recipe, tokenizer_directory: Path) -> None:
-        """Makes the directory, or brings its recipe up to date."""
+        """Writes recipe and tokenizer into the directory."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.tokenizer.mkdir(exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -128,7 +129,7 @@ def _write_durably(path: Path, text: str) -> None:
 
 
 def _lock(path: Path) -> int:
-    """The open handle of a lock file that this process has locked. Raises RecipeError if another one has."""
+    """The handle of a file that is now locked. Raises RecipeError if another process has locked it."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -143,7 +144,7 @@ def _lock(path: Path) -> int:
             ) from None
         except OSError as error:
             log.warning("%s cannot be locked (%s); see to it that only one run uses it", path.parent, error.strerror)
-        # One that was removed before it could be locked locks nothing.
+        # It may have been removed before it was locked, and then excludes nobody.
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

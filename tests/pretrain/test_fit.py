@@ -347,7 +347,7 @@ def test_references_that_cannot_be_read(tiny_run, arguments, part, capsys):
 @pytest.mark.parametrize(
     ("there", "arguments", "part"),
     [
-        (False, [], "cuda_graphs takes a CUDA device and there is none; leave the key out"),
+        (False, [], "cuda_graphs needs a CUDA device and there is none; leave the key out"),
         (True, ["--devices", "2"], "cuda_graphs cannot record a model that is sharded"),
     ],
 )

@@ -70,6 +70,15 @@ def test_the_control_spends_as_much_on_the_same_problems(quickstart):
     assert len(theirs) in (len(ours), len(ours) + 1)
 
 
+def test_a_control_that_does_not_think_is_scored_with_thoughts_as_well(tmp_path):
+    """It has the parts that its evaluation needs, as they begin."""
+    quiet = ["--objective", "quiet_star", "--objective.length", "3", "--objective.lookahead", "1"]
+    assert fit("quickstart", tmp_path / "run", *quiet, "--steps", "2", "--control", "next_token") == 0
+    last = lines(tmp_path / "run" / "control" / "evaluations.jsonl")[-1]
+    assert last["nll_thought"] == pytest.approx(last["nll_text"])  # no weight was learned for a thought
+    assert open_model(str(tmp_path / "run" / "control")).model.mixing_head is not None
+
+
 @pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 def test_a_compiled_run_learns_the_same(tmp_path, monkeypatch):
     """On CPU its thoughts are sampled by the compiled step, whose numbers differ by rounding."""
@@ -163,6 +172,17 @@ def test_without_the_counterfactual_test(tmp_path):
         ),
         ("lab-rpt", ["--objective.box_open", "\\boxed{"], "objective.box_open '\\\\boxed{' cannot be encoded"),
         ("quickstart", ["--evaluation.filler", "''"], "evaluation.filler is empty"),
+        # What a control cannot do is said before the run that it follows.
+        (
+            "quickstart",
+            ["--control", "rlp", "--control.open", "é"],
+            "control.open 'é' cannot be encoded by the tokenizer",
+        ),
+        ("quickstart", ["--control", "rlp", "--control.length", "9999"], "exceed the 512 positions"),
+        (
+            "quickstart",
+            ["--control", "rpt", "--control.proxy", "smollm2-135m"],
+        ),
         ("quickstart", ["--data.length", "8"], "raise it"),
         (
             "quickstart",
