@@ -108,7 +108,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 after one line that names the mistake and the way out; 2 for a command that cannot be read."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # Batches are prepared in microseconds; and Lightning's use of torch's trees is not the user's to mend.
+    # Preparing a batch takes microseconds; and users cannot change how Lightning calls torch's pytrees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # So that an objective by import path may lie where the command is given, as with `python -m pretrain`.

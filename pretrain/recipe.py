@@ -201,12 +201,12 @@ class Recipe(Part):
             )
         for key, config in self.objectives.items():
             found += [f"{key}: {problem}" for problem in config.problems()]
-            if 2 <= self.data.length < config.shortest_row:
+            if self.data.length < config.shortest_row:
                 found.append(
                     f"data.length {self.data.length} is too short for {key} {config.name} with these settings; "
                     f"use at least {config.shortest_row}"
                 )
-        return found + [f"data: {problem}" for problem in getattr(self.data, "problems", list)()]
+        return found
 
 
 # What models and dataclasses say about their fields

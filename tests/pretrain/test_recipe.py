@@ -231,7 +231,7 @@ def test_a_changed_copy_is_checked():
         ("steps: 3\nobjective: [", "is not valid YAML"),
         ("just words", "must be a mapping"),
         ("{steps: true, objective: next_token}", "steps must be a whole number, got True"),
-        ("{steps: 1, objective: next_token, data: {held_out: 0.9}}", "held_out"),
+        ("{steps: 1, objective: next_token, data: {held_out: 0.9}}", "data.held_out must be at most 0.5, got 0.9"),
         ("{steps: 1, objective: {length: 3}}", r"objective needs a name; give next_token \| quiet_star"),
         ("{steps: 1, objective: 5}", "objective must be a mapping of keys to values, got 5"),
         ("{steps: 1, objective: next_token, model: null}", "model needs a value"),
@@ -268,7 +268,7 @@ def test_every_key_is_explained():
         for key in keys(kind).values():
             if prefix + key.name == "objective.name":
                 continue
-            assert key.description or prefix == "data.", prefix + key.name
+            assert key.description, prefix + key.name
             yield from paths(key.kind, f"{prefix}{key.name}.") if key.kind else [prefix + key.name]
 
     for name in [*paths(Recipe, ""), *paths(QuietStarConfig, "objective.")]:
