@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from benchmarks.arguments import PART_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +60,7 @@ def print_row(row: Record) -> None:
     print(f"{row['part']}, {row['name']}: {row.get('failed') or '; '.join([*medians, *growth]) or 'done'}", flush=True)
 
 
-def print_report(results: Record, parts: Sequence[str]) -> None:
+def print_report(results: Record, parts: Collection[str]) -> None:
     """Everything that was measured of these parts, and all targets."""
     about, settings = results["environment"], results["settings"]
     variants, ratios, growth = [], [], []
@@ -166,7 +164,7 @@ def _plot_curves(axes: Axes, curves: Sequence[Record], figure: str, name: str) -
 
 def main(path: Path) -> None:
     results = json.loads(path.read_text())
-    print_report(results, PART_NAMES)
+    print_report(results, {row["part"] for row in results["rows"]})
     picture = write_picture(results, path.with_suffix(".png"))
     print(f"wrote {picture}" if picture else "no picture: matplotlib is not installed")
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.rows.attention import attention_rows
-from benchmarks.rows.curves import curve_rows
-from benchmarks.rows.memory import memory_rows
+from benchmarks.rows.costs import curve_rows, memory_rows
 from benchmarks.rows.rollouts import rollout_rows
 from benchmarks.rows.row import Rows
 from benchmarks.rows.steps import step_rows

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import arguments, bench, report
+from benchmarks import bench, command, report
 from benchmarks.correctness import CHECKED
 from benchmarks.measure import (
     MAPPED_FROM_AT_MOST,
@@ -326,7 +326,7 @@ def test_a_part_that_does_not_exist_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--only", "memory,speed"])
     assert "no part 'speed'; there are attention, steps, rollouts, memory, curves" in capsys.readouterr().err
-    assert tuple(ROWS) == arguments.PART_NAMES
+    assert tuple(ROWS) == command.PART_NAMES
 
 
 def test_mistakes_are_named_in_a_line(tmp_path, monkeypatch):
