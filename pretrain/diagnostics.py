@@ -37,11 +37,12 @@ FLAT_STD, MOST = 0.02, 0.5
 
 @dataclass(frozen=True)
 class RunWarning:
-    """message: one line with what was seen, what it usually means and what to try."""
+    """message: one line with what was seen, what it usually means and what to try. metric: what it was judged by."""
 
     step: int
     name: str
     message: str
+    metric: str
 
 
 class Diagnostics:
@@ -62,15 +63,15 @@ class Diagnostics:
             if name in record and math.isfinite(record[name]):
                 values.append(record[name])
         rules = {
-            "length_collapse": self._length_collapse,
-            "leakage": self._leakage,
-            "dead_groups": self._dead_groups,
-            "flat_reward": self._flat_reward,
-            "unclosed_thoughts": self._unclosed_thoughts,
-            "unopened_tags": self._unopened_tags,
+            "length_collapse": (self._length_collapse, "thought_length"),
+            "leakage": (self._leakage, "target_in_thought"),
+            "dead_groups": (self._dead_groups, "zero_variance_groups"),
+            "flat_reward": (self._flat_reward, "reward_std"),
+            "unclosed_thoughts": (self._unclosed_thoughts, "thought_closed"),
+            "unopened_tags": (self._unopened_tags, "answered"),
         }
-        messages = {name: rule() for name, rule in rules.items() if name not in self._issued}
-        found = [RunWarning(record["step"], name, message) for name, message in messages.items() if message]
+        pending = [(name, rule(), metric) for name, (rule, metric) in rules.items() if name not in self._issued]
+        found = [RunWarning(record["step"], name, message, metric) for name, message, metric in pending if message]
         self._issued.update(warning.name for warning in found)
         return found
 

@@ -199,8 +199,12 @@ class RunRecords:
         logged = dict.fromkeys(name for record in self.metrics for name in record if _known(record, name))
         return [name for name in logged if name not in NOT_PLOTTED and not name.startswith("data/")]
 
+    @property
+    def known_metrics(self) -> dict[str, Metric]:
+        return {**find_objective(self.name).all_metrics(), **LOOP_METRICS}
+
     def meanings(self) -> Sheet:
-        known = {**find_objective(self.name).all_metrics(), **LOOP_METRICS}
+        known = self.known_metrics
         rows = [[name, known[name].meaning, known[name].formula] for name in self.plotted if name in known]
         return Sheet("What the curves show", ["metric", "meaning", "computed as"], rows, words=True)
 
@@ -218,7 +222,11 @@ class RunRecords:
         return [self.cost(), *control, f"this command took {seconds:.0f} s"]
 
     def warning_lines(self) -> list[str]:
-        return [f"{w['name']} (step {w['step']}): {w['message']}" for w in self.warnings]
+        def judged_by(warning: Record) -> str:
+            metric = warning.get("metric")  # which older runs do not say
+            return f"; judged by {metric}: {self.known_metrics[metric].meaning}" if metric in self.known_metrics else ""
+
+        return [f"{w['name']} (step {w['step']}): {w['message']}{judged_by(w)}" for w in self.warnings]
 
     def curve(self, records: list[Record], x: str, name: str) -> tuple[list[float], list[float]]:
         points = [(record[x], record[name]) for record in records if _known(record, name)]

@@ -179,10 +179,6 @@ def test_without_the_counterfactual_test(tmp_path):
             "control.open 'é' cannot be encoded by the tokenizer",
         ),
         ("quickstart", ["--control", "rlp", "--control.length", "9999"], "exceed the 512 positions"),
-        (
-            "quickstart",
-            ["--control", "rpt", "--control.proxy", "smollm2-135m"],
-        ),
         ("quickstart", ["--data.length", "8"], "raise it"),
         (
             "quickstart",

@@ -88,7 +88,10 @@ def make_thinking(path: Path, **more) -> tuple[RunDirectory, Recipe, float]:
         metrics=[metrics(step, reward=step / 8, thought_length=7.0) for step in range(1, 21)],
         evaluations=[evaluation(0, 2.5, 1.5, **shares[0]), evaluation(20, 3.0, 0.125, **shares[1], **counterfactual)],
         samples=[sample(step, HOSTILE) for step in range(1, 21)],
-        warnings=[{"step": 20, "name": "leakage", "message": "75% of thoughts <contain> the token"}],
+        warnings=[
+            {"step": 20, "name": "leakage", "message": "75% of thoughts <contain> the token"}
+            | {"metric": "target_in_thought"}
+        ],
         **more,
     )
 
@@ -124,7 +127,8 @@ def test_the_terminal_compares_with_the_control(tmp_path, capsys):
     assert "its own thought 0.125 [0.100, 0.150]" in out
     assert "its own, in random order 1.875 [1.775, 2.025] +1.750 [1.625, 1.900]" in out
     assert "own thought minus shuffled: -1.750 nats [-1.900, -1.625]" in out
-    assert "warning: leakage (step 20): 75% of thoughts <contain> the token" in out
+    said = "75% of thoughts <contain> the token; judged by target_in_thought: share of thoughts that contain the token"
+    assert f"warning: leakage (step 20): {said} to predict" in out
     assert "rlp: 20 steps, 2,000 tokens, 2.0 TFLOP" in out
     assert "control, next_token: 40 steps, 4,000 tokens, 2.1 TFLOP" in out
     # Fifty tokens a decile say less than the control.
