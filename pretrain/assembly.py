@@ -62,7 +62,7 @@ def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
     test = counterfactual_test(recipe.evaluation, tokenizer, data)
     held_out = Text(**data.held_out_rows(recipe.evaluation.rows))
     _check_held_out(recipe, evaluator, held_out)
-    _check_other_models(objectives, tokenizer, recipe.model)
+    other_models = _resolve_other_models(objectives, tokenizer, recipe.model)
 
     newest = newest_checkpoint(checkpoints) if checkpoints is not None else None
     checkpoint = None
@@ -80,7 +80,7 @@ def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
     _check_sizes(recipe, objectives, tokenizer, model)
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
-    _give_other_models((objective, evaluator), dtype)
+    _give_other_models((objective, evaluator), other_models, dtype)
     return Assembled(
         objective=objective,
         evaluator=evaluator,
@@ -167,20 +167,25 @@ def _with_parts(source: ThinkingModel, needs: tuple[Needs, ...], tokenizer: Toke
     return model
 
 
-def _check_other_models(objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: str) -> None:
-    """The further models that settings name must read the same tokens."""
+def _resolve_other_models(objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: str) -> dict[str, Path]:
+    """The directories of the further models that settings name, by reference; they must read the same tokens."""
+    directories: dict[str, Path] = {}
     for key, objective in objectives.items():
         for setting, reference in objective.needs.models.items():
-            if Tokenizer.from_directory(resolve(reference)).fingerprint != tokenizer.fingerprint:
+            directories[reference] = directories.get(reference) or resolve(reference)
+            if Tokenizer.from_directory(directories[reference]).fingerprint != tokenizer.fingerprint:
                 raise RecipeError(
                     f"{key}.{setting} {reference} has another tokenizer than {model}; choose one of the same family"
                 )
+    return directories
 
 
-def _give_other_models(objectives: tuple[Objective, ...], dtype: torch.dtype | None) -> None:
+def _give_other_models(
+    objectives: tuple[Objective, ...], directories: Mapping[str, Path], dtype: torch.dtype | None
+) -> None:
     """Loads each of the further models once."""
     references = dict.fromkeys(name for objective in objectives for name in objective.needs.models.values())
-    loaded = {name: load_reference(name, resolve(name), dtype).requires_grad_(False) for name in references}
+    loaded = {name: load_reference(name, directories[name], dtype).requires_grad_(False) for name in references}
     for objective in objectives:
         objective.use_models({setting: loaded[name] for setting, name in objective.needs.models.items()})
 
