@@ -15,6 +15,7 @@ from objectives.base import (
     TextPart,
     ThoughtPart,
     ThoughtRecord,
+    ThoughtState,
     TokenScores,
     setting,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "TextPart",
     "ThoughtPart",
     "ThoughtRecord",
+    "ThoughtState",
     "TokenScores",
     "find_objective",
     "setting",

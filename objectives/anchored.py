@@ -104,10 +104,6 @@ class AnchoredBatch(Batch):
     reward_BKM: Tensor | None = None
     advantage_BKM: Tensor | None = None
 
-    @property
-    def anchors(self) -> Anchors:
-        return self.rollout.thoughts.anchors
-
 
 @dataclass(frozen=True, eq=False)
 class Policy:

@@ -128,16 +128,17 @@ class Term:
 
 
 @dataclass(eq=False)
-class Batch(ABC):
-    """What sampling leaves behind for the updates that use it.
+class Batch:
+    """What sampling leaves behind for the updates that use it; subclasses add what they need.
 
-    Of its fields, tensors end in the anchors' axis M, so that `chunks` can cut them, like everything that has `part`.
+    Tensors in their fields end in the anchors' axis M, so that `chunks` can cut them, like everything that has `part`.
     """
 
+    thoughts: Thoughts
+
     @property
-    @abstractmethod
     def anchors(self) -> Anchors:
-        """Where its thoughts hang."""
+        return self.thoughts.anchors
 
     def chunks(self, anchors_at_once: int | None) -> list[Self]:
         """Parts with the thoughts of so many of each row's anchors; itself for None."""
@@ -152,6 +153,14 @@ class Batch(ABC):
             elif hasattr(value, "part"):
                 changed[name] = value.part(cut)
         return dataclasses.replace(self, **changed)
+
+
+@dataclass
+class ThoughtState:
+    """Thoughts that went through the model with gradient, and their hidden states [B, K, S, M, W]."""
+
+    thoughts: Thoughts
+    hidden_BKSMW: Tensor
 
 
 @dataclass
@@ -265,8 +274,14 @@ class Objective(ABC):
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> TextPart:
         """The text's own part."""
 
-    def thought_terms(self, model: ThinkingModel, state: TextState, batch: Any, text: Any) -> ThoughtPart:
-        """The part of a batch, or of a chunk of one, from one differentiable pass over its thoughts. text: what
+    def thoughts_to_score(self, batch: Any) -> Thoughts:
+        """What goes through the model with gradient, in a single pass: by default the batch's thoughts as they are."""
+        return batch.thoughts
+
+    def thought_terms(
+        self, model: ThinkingModel, state: TextState, batch: Any, thought: ThoughtState, text: Any
+    ) -> ThoughtPart:
+        """The part of a batch, or of a chunk of one. thought: the pass over `thoughts_to_score`; text: what
         `text_terms` gave."""
         raise TypeError(f"{type(self).__name__} samples thoughts but has no thought_terms")
 

@@ -3,7 +3,8 @@
     state = model.read(text)                          one pass, shared by all thoughts
     batch = objective.sample(state)                   anchors and thoughts, without gradient, by an engine
     for chunk in batch.chunks(anchors_at_once):
-        objective.thought_terms(chunk)                one differentiable pass over the chunk's thoughts
+        thought = model.think(chunk)                  one differentiable pass over the chunk's thoughts
+        objective.thought_terms(chunk, thought)
     objective.text_terms(state)                       which backpropagates the chunks' accumulated gradient as well
 
 Terms become losses once the counts of the whole batch, over micro-batches and ranks, are known.
@@ -25,7 +26,7 @@ from models.philox import Rng
 from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
-from objectives.base import Counts, Objective, ThoughtRecord
+from objectives.base import Batch, Counts, Objective, ThoughtRecord, ThoughtState
 from objectives.metrics import Means
 
 
@@ -108,10 +109,11 @@ def at_once(
     objective: Objective, model: ThinkingModel, state: TextState, sampled: Sampled, counts: Counts
 ) -> StepOutput:
     """The loss of a text that was read, with all of its thoughts."""
+    thoughts = [_think(objective, model, state, chunk) for chunk in sampled.chunks]
     text = objective.text_terms(model, state, sampled.batch)
     terms, metrics, record = text.terms, text.metrics, None
-    for chunk in sampled.chunks:
-        part = objective.thought_terms(model, state, chunk, text)
+    for chunk, thought in zip(sampled.chunks, thoughts, strict=True):
+        part = objective.thought_terms(model, state, chunk, thought, text)
         terms, metrics, record = terms + part.terms, metrics | part.metrics, part.record
     return StepOutput(_sum(term.loss(counts) for term in terms), metrics, record)
 
@@ -123,11 +125,18 @@ def in_chunks(
     text = objective.text_terms(model, state, sampled.batch)
     trunk, records = Trunk(state), []
     for chunk in sampled.chunks:
-        part = objective.thought_terms(model, trunk.state, chunk, text)
+        thought = _think(objective, model, trunk.state, chunk)
+        part = objective.thought_terms(model, trunk.state, chunk, thought, text)
+        del thought  # its graph is the loss's alone
         records.append(part.record)
         yield StepOutput(_sum(term.loss(counts) for term in part.terms), part.metrics)
     loss = _sum([*(term.loss(counts) for term in text.terms), trunk.accumulated_gradient()])
     yield StepOutput(loss, text.metrics, ThoughtRecord.joined(records, sampled.batch.anchors))
+
+
+def _think(objective: Objective, model: ThinkingModel, state: TextState, chunk: Batch) -> ThoughtState:
+    thoughts = objective.thoughts_to_score(chunk)
+    return ThoughtState(thoughts, model.think(thoughts, state))
 
 
 def _sum(losses: Iterable[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ from objectives.base import (
     TextPart,
     ThoughtPart,
     ThoughtRecord,
+    ThoughtState,
     TokenScores,
     setting,
 )
@@ -118,17 +119,6 @@ class QuietStarConfig(ObjectiveConfig):
         return found
 
 
-@dataclass(eq=False)
-class QuietStarBatch(Batch):
-    """`start` and L tokens at every position."""
-
-    thoughts: Thoughts
-
-    @property
-    def anchors(self) -> Anchors:
-        return self.thoughts.anchors
-
-
 @dataclass(kw_only=True)
 class QuietStarTextPart(TextPart):
     """ce_BN: of each token's successor, 0 where there is none."""
@@ -176,8 +166,8 @@ class QuietStar(Objective):
             raise ValueError(f"rows of {N} tokens are too short for a lookahead of {self.config.A}; use longer rows")
         return (torch.arange(N, device=text.tokens_BN.device) < N - 1 - self.config.A).expand(B, N)
 
-    def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> QuietStarBatch:
-        return QuietStarBatch(self._sample(model, state, self.config.thoughts, rng, self.config.temperature, engine))
+    def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> Batch:
+        return Batch(self._sample(model, state, self.config.thoughts, rng, self.config.temperature, engine))
 
     def _sample(
         self, model: ThinkingModel, state: TextState, K: int, rng: Rng, temperature: float, engine: Engine
@@ -194,18 +184,28 @@ class QuietStar(Objective):
         term = Term(ce_BN.sum(), "text", self.config.text_nll_weight)
         return QuietStarTextPart([term], {"nll_text": Mean.over(ce_BN, valid_BN)}, ce_BN=ce_BN)
 
-    def thought_terms(self, model: ThinkingModel, state: TextState, batch: QuietStarBatch, text: Any) -> ThoughtPart:
-        """Mixed predictions of the tokens ahead, rewards, advantages and the policy's log-probs, from a single pass."""
-        c, thoughts, window = self.config, batch.thoughts, batch.anchors.window
-        assert window is not None
-        L, A, K, here = c.L, c.A, c.thoughts, slice(*window)
-        targets = [state.text.targets(s + 1) for s in range(A)]
-        target_BAM, valid_BAM = (torch.stack(x, dim=1)[..., here] for x in zip(*targets, strict=True))
-
-        # The thought, its end, and the true tokens that it reads while it predicts the next ones.
+    def thoughts_to_score(self, batch: Batch) -> Thoughts:
+        """The thoughts, their ends, and the true tokens that are read while the next ones are predicted."""
+        thoughts, (target_BAM, _) = batch.thoughts, self._targets(batch.anchors)
         end_BK1M = torch.full_like(thoughts.tokens_BKSM[:, :, :1], END)
-        true_BKTM = target_BAM[:, None, : A - 1].expand(-1, K, -1, -1)
-        hidden_BKSMW = model.think(thoughts.followed_by(torch.cat([end_BK1M, true_BKTM], dim=2)), state)
+        true_BKTM = target_BAM[:, None, :-1].expand(-1, self.config.thoughts, -1, -1)
+        return thoughts.followed_by(torch.cat([end_BK1M, true_BKTM], dim=2))
+
+    def _targets(self, anchors: Anchors) -> tuple[Tensor, Tensor]:
+        """The A tokens behind each anchor, and whether they are there, [B, A, M] each."""
+        assert anchors.window is not None
+        targets = [anchors.text.targets(s + 1) for s in range(self.config.A)]
+        target_BAM, valid_BAM = (torch.stack(x, dim=1)[..., slice(*anchors.window)] for x in zip(*targets, strict=True))
+        return target_BAM, valid_BAM
+
+    def thought_terms(
+        self, model: ThinkingModel, state: TextState, batch: Batch, thought: ThoughtState, text: Any
+    ) -> ThoughtPart:
+        """Mixed predictions of the tokens ahead, rewards, advantages and the policy's log-probs."""
+        c, thoughts, hidden_BKSMW = self.config, batch.thoughts, thought.hidden_BKSMW
+        assert batch.anchors.window is not None
+        L, A, K, here = c.L, c.A, c.thoughts, slice(*batch.anchors.window)
+        target_BAM, valid_BAM = self._targets(batch.anchors)
 
         mixed_BKAMW, w_BKAM = self._mix(model, state.hidden_BNW, hidden_BKSMW[:, :, L + 1 :], here)
         target_BKAM = target_BAM[:, None].expand_as(w_BKAM)

@@ -40,7 +40,7 @@ from objectives.anchored import (
     gather_positions,
     predicting,
 )
-from objectives.base import Term, TextPart, ThoughtPart, ThoughtRecord, setting
+from objectives.base import Term, TextPart, ThoughtPart, ThoughtRecord, ThoughtState, setting
 from objectives.credit import discounted, has_variance, information_gain, kl_to_reference, positive_part
 from objectives.metrics import Mean, policy_metrics, thought_metrics
 from objectives.next_token import next_token_part
@@ -116,7 +116,7 @@ class Rlp(Anchored):
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         hidden = [gather_positions(no_think.hidden_BNW.roll(-h, 1), at_BM) for h in range(c.horizon)]
         base_BHM = token_logprobs(torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
-        return AnchoredBatch(rollout, target_BHM, base_BHM, anchors.index_BM >= 0, rng)
+        return AnchoredBatch(rollout.thoughts, rollout, target_BHM, base_BHM, anchors.index_BM >= 0, rng)
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> RlpTextPart:
         """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
@@ -134,10 +134,11 @@ class Rlp(Anchored):
         read_BKTM = batch.target_BHM[:, None, :-1].expand(-1, K, -1, -1)
         return self.template.close_all(batch.rollout).followed_by(read_BKTM)
 
-    def thought_terms(self, model: ThinkingModel, state: TextState, batch: AnchoredBatch, text: Any) -> ThoughtPart:
+    def thought_terms(
+        self, model: ThinkingModel, state: TextState, batch: AnchoredBatch, thought: ThoughtState, text: Any
+    ) -> ThoughtPart:
         """S_pred and the policy's log-probs from a single pass, rewards, advantages, loss."""
-        c, thoughts = self.config, self.thoughts_to_score(batch)
-        hidden_BKSMW = model.think(thoughts, state)
+        c, thoughts, hidden_BKSMW = self.config, thought.thoughts, thought.hidden_BKSMW
 
         # S_pred(c): the hidden states behind the close and behind each true token but the last.
         first_BKM = thoughts.lengths_BKM - c.horizon

@@ -46,7 +46,18 @@ from objectives.anchored import (
     tag_ids,
 )
 from objectives.anchors import AnchorChoice
-from objectives.base import Counts, Needs, SettingError, Term, TextPart, ThoughtPart, ThoughtRecord, Vocabulary, setting
+from objectives.base import (
+    Counts,
+    Needs,
+    SettingError,
+    Term,
+    TextPart,
+    ThoughtPart,
+    ThoughtRecord,
+    ThoughtState,
+    Vocabulary,
+    setting,
+)
 from objectives.credit import has_variance, prefix_match
 from objectives.metrics import Mean, policy_metrics, thought_metrics
 from objectives.template import Template, checked_tag
@@ -187,6 +198,7 @@ class Rpt(Anchored):
             kept_BM = kept_BM & has_variance(reward_BKM)[:, 0]
         answered_BKM = torch.tensor([[[p is not None for p in row] for row in group] for group in predictions])
         return ResponseBatch(
+            rollout.thoughts,
             rollout,
             target_B1M,
             base_B1M,
@@ -284,14 +296,15 @@ class Rpt(Anchored):
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> TextPart:
         return TextPart(metrics={"documents_skipped": documents_skipped(state.text, batch.anchors)})
 
-    def thought_terms(self, model: ThinkingModel, state: TextState, batch: ResponseBatch, text: Any) -> ThoughtPart:
+    def thought_terms(
+        self, model: ThinkingModel, state: TextState, batch: ResponseBatch, thought: ThoughtState, text: Any
+    ) -> ThoughtPart:
         """The policy's log-probs from a single pass, advantages, loss."""
         c, b = self.config, batch
         assert b.reward_BKM is not None
-        hidden_BKSMW = model.think(b.rollout.thoughts, state)
         counts_BKM = self.rewardable(b) & b.kept_BM[:, None]
         advantage_BKM = self.advantages(b.reward_BKM, counts_BKM, b)
-        policy = self.policy(model, hidden_BKSMW, b.rollout, advantage_BKM, counts_BKM)
+        policy = self.policy(model, thought.hidden_BKSMW, b.rollout, advantage_BKM, counts_BKM)
         metrics = thought_metrics(b.rollout, self.bodies(b.rollout), b.target_BHM, b.base_BHM, b.real_BM, b.reward_BKM)
         metrics |= policy_metrics(policy.logprob_J, policy.old_J, c.eps_low, c.eps_high)
         metrics |= {

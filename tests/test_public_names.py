@@ -15,7 +15,7 @@ NAMES = {
         token_logprobs""",
     "objectives": """Batch CounterfactualTest Mean Metric NextToken NextTokenConfig Objective ObjectiveConfig QuietStar
         QuietStarConfig Rlp RlpConfig Rpt RptConfig SettingError Step StepOutput Template Term TextPart ThoughtPart
-        ThoughtRecord TokenScores find_objective setting""",
+        ThoughtRecord ThoughtState TokenScores find_objective setting""",
 }
 
 

@@ -21,7 +21,7 @@ from models.decoder import Decoder, DecoderConfig
 from models.logprobs import token_logprobs
 from models.thinking import ThinkingModel
 from models.thoughts import START, Anchors, Text, Thoughts
-from objectives.quiet_star import QuietStar, QuietStarBatch, QuietStarConfig
+from objectives import Batch, QuietStar, QuietStarConfig
 from tests.helpers import relative_error, scored
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "quiet_star"
@@ -82,7 +82,7 @@ class Case:
 
     def score(self, objective: QuietStar):
         self.model.zero_grad()
-        batch = QuietStarBatch(self.thoughts)
+        batch = Batch(self.thoughts)
         output = scored(objective, self.model, self.model.read(self.text), batch, objective.counts(self.text))
         output.loss.backward()
         return output, {name: p.grad for name, p in self.model.named_parameters()}

@@ -12,8 +12,8 @@ import torch
 
 from models.philox import Rng
 from models.thoughts import Anchors, Text, Thoughts
+from objectives import Batch, QuietStar, QuietStarConfig
 from objectives.next_token import NextToken
-from objectives.quiet_star import QuietStar, QuietStarBatch, QuietStarConfig
 from tests.helpers import packed_text, relative_error, rollout, scored, step_of, tiny_model
 
 RNG = Rng(seed=5, step=2)
@@ -37,7 +37,7 @@ def test_packed_documents_are_documents_apart():
     separate[0], separate[1, :, :, :5] = together[0, :, :, :7], together[0, :, :, 7:]
     results = []
     for text, tokens in ((packed, together), (apart, separate)):
-        batch = QuietStarBatch(Thoughts(tokens, Anchors.everywhere(text)))
+        batch = Batch(Thoughts(tokens, Anchors.everywhere(text)))
         output = scored(objective, model, model.read(text), batch, objective.counts(text))
         results.append((output.loss, gradients(model, output.loss)))
     (loss, grads), (loss_apart, grads_apart) = results
