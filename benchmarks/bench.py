@@ -1,4 +1,4 @@
-"""`forethought bench`: all rows in one process, as ratios with medians, in a table, a JSON file and a picture."""
+"""`forethought bench`: all rows in one process, reported as median ratios in a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device() -> torch.device:
-    """FORETHOUGHT_DEVICE, else CUDA where there is one, else CPU."""
+    """FORETHOUGHT_DEVICE, else CUDA if available, else CPU."""
     asked, there = os.environ.get("FORETHOUGHT_DEVICE"), torch.cuda.is_available()
     if asked not in (None, "", "cpu", "cuda") or (asked == "cuda" and not there):
-        why = "there is no CUDA device" if asked == "cuda" else "it can be cpu or cuda"
-        raise SystemExit(f"forethought: FORETHOUGHT_DEVICE is {asked!r}, but {why}; unset it to use what is there")
+        why = "there is no CUDA device" if asked == "cuda" else "it must be cpu or cuda"
+        raise SystemExit(f"forethought: FORETHOUGHT_DEVICE is {asked!r}, but {why}; unset it to choose automatically")
     return torch.device(asked or ("cuda" if there else "cpu"))
 
 
 def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None, out: Path) -> int:
     """Runs the parts, writes OUT/<cpu or cuda>[-DTYPE].json and .png, and returns how many rows or variants failed.
 
-    The file is written after every row. Rows of other parts that it holds already are kept if they were measured of
-    the same commit on the same device at the same size, so that parts can be run one after the other.
+    The file is written after every row. Rows of other parts that are already in it are kept if they were measured at
+    the same commit, on the same device and at the same size, so parts can be run one at a time.
     """
     device = choose_device()
     chosen = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
@@ -54,7 +54,7 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
             order = list(ROWS)
             rows.sort(key=lambda r: order.index(r["part"]))
             results = about | {"targets": judge(rows, device.type, size), "rows": rows}
-            # In one step: a run that is cut off leaves the rows before.
+            # Replaced in one step, so an interrupted run leaves the earlier rows intact.
             written = path.with_suffix(".json.part")
             written.write_text(json.dumps(results, indent=1) + "\n")
             written.replace(path)
@@ -67,7 +67,7 @@ def bench(only: Sequence[str], size: str, dtype: str | None, repeats: int | None
 
 
 def _kept(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that was written under the same circumstances."""
+    """The rows already in a file, if its environment and settings are the same."""
     try:
         before = json.loads(path.read_text())
         return before["rows"] if {name: before[name] for name in about} == about else []

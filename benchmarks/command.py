@@ -1,5 +1,5 @@
-"""`forethought bench`, which the command line finds by its entry point, and `python -m benchmarks`, which needs none of
-the project's other dependencies."""
+"""`forethought bench`, which the command line finds as an entry point, and `python -m benchmarks`, which needs none of
+the project's optional dependencies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves")
 
 
 def parts(value: str) -> tuple[str, ...]:
-    """Names of parts between commas."""
+    """Comma-separated names of parts."""
     chosen = tuple(value.split(","))
     unknown = [name for name in chosen if name not in PART_NAMES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no part {', '.join(map(repr, unknown))}; there are {', '.join(PART_NAMES)}")
+        raise argparse.ArgumentTypeError(
+            f"no part {', '.join(map(repr, unknown))}; choose from {', '.join(PART_NAMES)}"
+        )
     return chosen
 
 
@@ -28,14 +30,18 @@ def positive(value: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", type=parts, default=PART_NAMES, metavar="PART,…", help=f"of {', '.join(PART_NAMES)}")
+    parser.add_argument(
+        "--only", type=parts, default=PART_NAMES, metavar="PART,…", help=f"default: all of {', '.join(PART_NAMES)}"
+    )
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="smaller, no targets judged")
-    sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="only to see that it runs")
+    sizes.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="smaller; targets are not judged"
+    )
+    sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="toy sizes, to see that it runs")
     parser.set_defaults(size="full")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds of each row; default: as the size has it")
-    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="directory of the results")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds per row; default: set by the size")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="directory for the results")
 
 
 def bench(**options: Any) -> None:
@@ -43,7 +49,7 @@ def bench(**options: Any) -> None:
 
     Attention against its reference, Quiet-STaR and RLP-shaped steps against next-token steps, rollouts against
     transformers' generate, peak memory, and how the cost of a step grows. Writes a JSON file and a picture; the exit
-    code is 1 if anything could not be measured. FORETHOUGHT_DEVICE=cpu keeps it off a GPU.
+    code is 1 if anything failed. FORETHOUGHT_DEVICE=cpu keeps it off the GPU.
     """
     # Imported late so that --help needs no torch.
     from benchmarks.bench import bench as run
@@ -52,7 +58,7 @@ def bench(**options: Any) -> None:
         raise SystemExit(1)
 
 
-# What the command line takes of a command: the function to run, and what adds its arguments to a parser.
+# What the command line expects of a command: the function to run, and one that adds its arguments to a parser.
 command = bench, add_arguments
 
 

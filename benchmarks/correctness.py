@@ -1,10 +1,10 @@
-"""Does every attention backend compute the same on this device, and what is built on it?
+"""Does every attention backend, and everything built on it, compute the same on this device?
 
     python -m benchmarks.correctness [--out DIR] [--backend NAME]
 
-needs no test framework; the tests run the same checks where there is one. The rule is flash-attention's own: against
-fp64, at most twice the error of the plain definition run in that precision; in fp32, where both err by a few roundings,
-at most 1e-5. Errors are relative norms, one for the output and one for each gradient.
+needs no test framework; where there is one, the tests run the same checks. The tolerance is flash-attention's: against
+fp64, at most twice the error of the plain definition in the same precision; in fp32, where both are off by a few
+roundings, at most 1e-5. Errors are relative norms, one for the output and one for each gradient.
 
 Shapes as in models/attention/reference.py.
 """
@@ -48,7 +48,7 @@ from models.thoughts import Anchors, Text, Thoughts
 from objectives import Objective, Step
 
 FP32_ERROR = 1e-5
-# Of a whole model in fp32, and of log-probs in nats.
+# Largest errors allowed of a whole model in fp32, and of log-probs in nats.
 MODEL_ERROR, LOGPROB_ERROR = 1e-4, 1e-3
 DTYPES = (torch.bfloat16, torch.float32)
 OUTPUTS = ("out", "dq", "dk", "dv", "dk_text", "dv_text")
@@ -58,7 +58,7 @@ MODEL = DecoderConfig(**vars(TINY) | {"head_dim": 64, "width": 96, "max_position
 
 @dataclass(frozen=True)
 class Finding:
-    """An error, and what is allowed."""
+    """An error, and the largest one allowed."""
 
     what: str
     error: float
@@ -74,17 +74,17 @@ Check = Callable[[torch.device], list[Finding]]
 
 
 def checks(few: bool = False, backends: Sequence[str] = CHECKED) -> dict[str, Check]:
-    """All checks by name: those of each of `backends`, and, beside the first backend's, those that concern none. `few`:
-    one dtype and one shape of heads."""
+    """All checks by name: those of each of `backends` and, along with the first backend's, those that concern none.
+    few: only one dtype and one shape of heads."""
     found: dict[str, Check] = {}
     if CHECKED[0] in backends:
-        found |= {"sampled log-probs are scored ones": sampled_is_scored, "draws are those of a CPU": same_draws}
-        found |= {"transformers computes the same": same_as_transformers, "sampling without waiting": sampling_waits}
+        found |= {"sampled log-probs match scored ones": sampled_is_scored, "draws match those of a CPU": same_draws}
+        found |= {"logits match transformers": same_as_transformers, "sampling without syncs": sampling_syncs}
     for backend in backends:
         for dtype in DTYPES[:1] if few else DTYPES:
             kind = f"{backend}, {str(dtype).removeprefix('torch.')}"
             for where in ANCHORS:
-                # What compiles for every shape does so for minutes in fp32.
+                # Backends that compile for every shape take minutes in fp32.
                 one = few or (backend in ("flex", "triton") and dtype == torch.float32)
                 for heads in HEADS[:1] if one else HEADS:
                     name = f"thoughts {where}, {heads[0]}/{heads[1]} heads of {heads[2]}: {kind}"
@@ -146,7 +146,7 @@ HEADS = ((9, 3, 64), (4, 4, 64), (8, 4, 128))
 
 
 def inputs(anchors: Anchors, K: int, S: int, T: int, heads: tuple[int, int, int]) -> list[Tensor]:
-    """q, k, v, k_text, v_text in fp32 that are exact in bf16."""
+    """q, k, v, k_text, v_text in fp32, with values that are exact in bf16."""
     H, G, D = heads
     (B, N), M = anchors.text.shape, anchors.index_BM.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +157,7 @@ def inputs(anchors: Anchors, K: int, S: int, T: int, heads: tuple[int, int, int]
 
 @contextmanager
 def every_result_rounded() -> Iterator[None]:
-    """The definition with each intermediate result in the dtype of its inputs, as plain PyTorch would compute it."""
+    """The definition with every intermediate result in its inputs' dtype, as plain PyTorch would compute it."""
     exact = reference._exact
     reference._exact = lambda x: x
     try:
@@ -167,7 +167,7 @@ def every_result_rounded() -> Iterator[None]:
 
 
 def results(function: Callable[..., Tensor], arguments: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The output and the gradients of all arguments, which are given in `dtype`."""
+    """The output and the gradients of all arguments, computed in `dtype`."""
     leaves = [x.to(dtype).requires_grad_() for x in arguments]
     out = function(*leaves)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16().to(out)
@@ -252,20 +252,20 @@ def _model(dtype: torch.dtype, device: torch.device, backend: str | None) -> Thi
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
             if "norm" not in name:
-                parameter.mul_(5.0)  # weights large enough for attention to look somewhere
+                parameter.mul_(5.0)  # large enough that attention is far from uniform
     model.decoder.attention_backend = backend
     return model
 
 
 def model_passes(backend: str, dtype: torch.dtype, device: torch.device) -> list[Finding]:
-    """Hidden states and gradients of one pass, and hidden states token by token; against fp32 with the definition."""
+    """Hidden states and gradients of one pass, and hidden states token by token; against the definition in fp32."""
     found = []
     for where, make in ANCHORS.items():
         anchors = make(device)
         B, M, K, S = *anchors.index_BM.shape, 2, 6
         tokens = torch.randint(3, MODEL.vocab_size, (B, K, S, M), generator=torch.Generator().manual_seed(2)).to(device)
         thoughts = Thoughts(tokens, anchors)
-        # What stands on padding, or hangs on it, is nobody's.
+        # Padding, and thoughts anchored in it, do not count.
         real_BM = (anchors.index_BM >= 0) & (anchors.text.document_BN.gather(1, anchors.index_BM.clamp(min=0)) >= 0)
 
         with unsupported_calls():
@@ -293,8 +293,7 @@ def _passes(model: ThinkingModel, thoughts: Thoughts, real_BM: Tensor) -> dict[s
 
 
 def recorded_steps(backend: str, dtype: torch.dtype, device: torch.device) -> list[Finding]:
-    """Hidden states of thoughts at a few anchors whose steps after the first are replayed; against fp32 with the
-    definition."""
+    """Hidden states of thoughts at a few anchors, all steps but the first replayed; against the definition in fp32."""
     anchors = ANCHORS["at a few anchors"](device)
     B, M, K, T = *anchors.index_BM.shape, 2, 40
     tokens = torch.randint(3, MODEL.vocab_size, (B, K, T, M), generator=torch.Generator().manual_seed(2)).to(device)
@@ -339,7 +338,7 @@ def objective_steps(backend: str, dtype: torch.dtype, device: torch.device) -> l
 
 
 def sampled_is_scored(device: torch.device) -> list[Finding]:
-    """fp32: the log-probs that sampling reports are those of a pass over the finished thoughts, in nats."""
+    """fp32: the log-probs that sampling reports match those of a pass over the finished thoughts, in nats."""
     found = []
     for where, make in ANCHORS.items():
         model, anchors = _model(torch.float32, device, None), make(device)
@@ -355,34 +354,34 @@ def sampled_is_scored(device: torch.device) -> list[Finding]:
 
 
 def same_draws(device: torch.device) -> list[Finding]:
-    """Uniforms have the same bits on every device."""
+    """Random uniforms have the same bits on every device."""
     places = [torch.arange(n, device=device) for n in (3, 5, 7)]
     on_device = Rng(3, 4).uniform(places[0][:, None, None], places[1][:, None], places[2], 2)
     on_cpu = Rng(3, 4).uniform(places[0].cpu()[:, None, None], places[1].cpu()[:, None], places[2].cpu(), 2)
     return [Finding("largest difference", (on_device.cpu() - on_cpu).abs().max().item(), 0.0)]
 
 
-def sampling_waits(device: torch.device) -> list[Finding]:
-    """bf16: tokens missing from a rollout that nothing ends early and that may not wait for the device."""
+def sampling_syncs(device: torch.device) -> list[Finding]:
+    """bf16: tokens missing from a rollout that nothing ends early and that may not sync with the device."""
     if device.type != "cuda":
-        raise Unsupported(f"torch knows of waits for CUDA alone, not for {device.type}")
+        raise Unsupported(f"torch detects syncs only on CUDA, not on {device.type}")
     found = []
     for where, make in ANCHORS.items():
         model, anchors = _model(torch.bfloat16, device, None), make(device)
         with torch.no_grad():
             state = model.read(anchors.text)
         sample = partial(EAGER.sample, RolloutRequest(model, state, anchors, 2, 10, Rng(5, 6), prompt=(4,)))
-        sample()  # what is kept with the text and its anchors is waited for once
-        with waiting_raises(model):
+        sample()  # the first call may sync to build what is cached with the text and its anchors
+        with syncs_raise(model):
             rollout = sample()
         found.append(Finding(where, (~rollout.sampled_BKSM[:, :, 1:]).sum().item(), 0.0))
     return found
 
 
 @contextmanager
-def waiting_raises(model: ThinkingModel) -> Iterator[None]:
-    """From the model's next pass over thoughts on, waiting for the device raises RuntimeError. Not before: a
-    rollout's prompt goes to the device first, and that copy is waited for."""
+def syncs_raise(model: ThinkingModel) -> Iterator[None]:
+    """From the model's next pass over thoughts on, syncing with the device raises RuntimeError. Not earlier, because
+    copying a rollout's prompt to the device syncs."""
 
     def continue_thoughts(*call) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")
@@ -420,8 +419,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="directory for correctness.json")
-    parser.add_argument("--backend", choices=CHECKED, help="only this one; the file is then correctness-NAME.json")
-    parser.add_argument("--tiny", action="store_true", help="one dtype and one shape of heads")
+    parser.add_argument("--backend", choices=CHECKED, help="check only this one, and write correctness-NAME.json")
+    parser.add_argument("--tiny", action="store_true", help="only one dtype and one shape of heads")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = choose_device()
@@ -445,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_check(check: Check, device: torch.device) -> tuple[str, str, list[Finding]]:
-    """`passed`, `failed` or `unsupported`; why; and all errors."""
+    """`passed`, `failed` or `unsupported`; the reason; and all errors."""
     try:
         findings = check(device)
     except Unsupported as reason:
@@ -453,7 +452,7 @@ def run_check(check: Check, device: torch.device) -> tuple[str, str, list[Findin
     except Exception as error:
         return "failed", f"{type(error).__name__}: {error}", []
     wrong = [f for f in findings if not f.passed]
-    said = "; ".join(f"{f.what} errs by {f.error:.3g}, allowed {f.allowed:.3g}" for f in wrong)
+    said = "; ".join(f"{f.what} is off by {f.error:.3g}, allowed is {f.allowed:.3g}" for f in wrong)
     return "failed" if wrong else "passed", said, findings
 
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on: everything a reader needs to judge it, nothing that names a machine."""
+"""The environment of a measurement: all that a reader needs to judge it, nothing that names a machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Dense bf16 peak in FLOP/s by the name that the driver gives (vendors' data sheets, without sparsity).
+# Vendor-rated dense bf16 peak FLOP/s (data sheets, without sparsity), by the name that the driver reports.
 BF16_PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -22,13 +22,13 @@ BF16_PEAKS = {
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Commit, versions, device and threads; `device` by default CUDA where there is one."""
+    """Commit, versions, device and threads. `device` defaults to CUDA if available, else CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     commit = _git("rev-parse", "HEAD")
     return {
-        # A copy of the tree without its history can be told what it is a copy of.
+        # A copy of the tree without git history can be told its commit.
         "commit": commit or os.environ.get("FORETHOUGHT_COMMIT"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "python": platform.python_version(),
@@ -42,7 +42,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def bf16_peak(device: torch.device) -> float | None:
-    """Vendor-rated dense bf16 peak FLOP/s, None where it is not known here."""
+    """Vendor-rated dense bf16 peak FLOP/s; None if the device is not listed here."""
     return BF16_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 

@@ -4,13 +4,13 @@
 # and on any machine, with toy sizes, through the same entry points:
 #     FORETHOUGHT_DEVICE=cpu bash benchmarks/gpu.sh --tiny
 # Results go to $OUT, else to benchmarks/results/: cuda.json and .png, a correctness-BACKEND.json each, gpu.log. Every part
-# is a process of its own with a time limit and writes what it has as it goes, so that no part loses another's results.
+# is a process of its own with a time limit and writes results as it goes, so a part that fails costs no other its results.
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 size=${1:-}
-# A dry run proves nothing about time, and shares its machine.
+# A dry run is not timed and may share its machine, so it gets more time.
 patience=${size:+10}
 export FORETHOUGHT_DEVICE=${FORETHOUGHT_DEVICE:-cuda} PYTHONUNBUFFERED=1
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
@@ -32,7 +32,7 @@ part() { # NAME SECONDS COMMAND...
     report "$name" "${PIPESTATUS[0]}" $((SECONDS - started))
 }
 
-# Parts beside each other: what is not timed, and spends its time compiling.
+# Runs a part concurrently with others, for parts that are not timed and mostly compile.
 names=() pids=()
 beside() { # NAME SECONDS COMMAND...
     local name=$1 limit=$(($2 * ${patience:-1}))
@@ -46,7 +46,7 @@ wait_for_all() {
     for i in "${!pids[@]}"; do
         wait "${pids[$i]}"
         code=$?
-        echo "== ${names[$i]}, beside others" | tee -a "$log"
+        echo "== ${names[$i]}, run concurrently" | tee -a "$log"
         tee -a "$log" <"$logs/${names[$i]}"
         report "${names[$i]}" "$code" $((SECONDS - started))
     done
@@ -64,7 +64,7 @@ done
 if "$python" -c "import pytest" 2>/dev/null; then
     tests=(tests/models/test_attention.py tests/models/test_decoder.py tests/models/test_logprobs.py)
     tests+=(tests/models/test_philox.py tests/models/test_rollout.py tests/checkpoints/test_parity.py)
-    # Weights of real models have to be fetched.
+    # Without the real models, whose weights would have to be downloaded.
     beside tests 120 "$python" -m pytest -p no:cacheprovider -m "not smollm2" ${size:+--collect-only} "${tests[@]}"
 fi
 wait_for_all

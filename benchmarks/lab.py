@@ -1,14 +1,15 @@
-"""Does RLP plant what is latent? The lab's experiment with its controls, by one command:
+"""Does RLP bring out a latent skill? The lab's experiment with all its controls, in one command:
 
     python -m benchmarks.lab
 
 For each seed, from the shipped base model: RLP (recipe quickstart, fewer steps of more rows), next-token prediction at
-equal FLOPs, RLP with its rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star). Each is
-then put to the same held-out problems: NLL of the answer without a thought, after its own, after others; share of right
-thoughts. What RLP's models do on longer chains, other tasks and other surface forms is compared with the base model.
+equal FLOPs, RLP with its rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star). All are
+evaluated on the same held-out problems: NLL of the answer without a thought, after the model's own and after others;
+fraction of correct thoughts. RLP's models are also compared with the base model on longer chains, other tasks and other
+surface forms.
 
 Writes medians and ranges over the seeds to benchmarks/results/lab.json and prints them. Runs are kept in runs/lab-*, so
-the command continues where it was stopped.
+an interrupted command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from pretrain.run_directory import RunDirectory
 RESULTS = Path(__file__).parent / "results" / "lab.json"
 BASE = "lab"
 TRAINED_ON = "lab:tasks=sum,chain=4"
-STEPS, ROWS_PER_STEP = 85, 8  # of RLP and its controls: larger batches than a quickstart has time for, so less noise
+STEPS, ROWS_PER_STEP = 85, 8  # of RLP and its controls: larger batches than the quickstart's, for less noise
 ROWS = 24  # held-out rows of 256 tokens, about 20 problems each
-LONGEST = 20  # sampled tokens of a thought: room for chains of 8 with their spaces and the closing tag
+LONGEST = 20  # sampled tokens of a thought: enough for chains of 8 with spaces and the closing tag
 SHIFTS = {
     "trained on: sum, 4 steps": TRAINED_ON,
     "sum, 3 steps": "lab:tasks=sum,chain=3",
@@ -62,13 +63,13 @@ SHIFTS = {
 
 
 def run(recipe: Recipe, **changes: Any) -> tuple[Path, Recipe]:
-    """Fits a changed recipe, or continues it; the directory it lies in, and the recipe."""
+    """Fits a changed recipe, or resumes it; returns the run directory and the recipe."""
     recipe = recipe.replaced(**changes)
     return fit(recipe), recipe
 
 
 def train(seed: int, work: Path) -> dict[str, Path]:
-    """The runs of a seed, by name."""
+    """Trains a seed's runs, or resumes them; their directories by name."""
     quickstart = load_recipe("quickstart").replaced(control=None, seed=seed, steps=STEPS, rows_per_step=ROWS_PER_STEP)
     assert isinstance(quickstart.objective, RlpConfig)
     at = {name: str(work / f"lab-{name}-{seed}") for name in ("rlp", "next_token", "shuffled", "rpt", "quiet_star")}
@@ -120,7 +121,7 @@ def quiet_answers(model: ThinkingModel, tokenizer: Tokenizer, objective: QuietSt
 
 
 def cost(directory: Path) -> dict[str, float]:
-    """Seconds of training, FLOPs and steps."""
+    """Training seconds, FLOPs and steps."""
     run_directory = RunDirectory(directory)
     last = run_directory.read(run_directory.metrics)[-1]
     return {name: last[name] for name in ("seconds", "flops", "step")}
@@ -141,7 +142,7 @@ def over_seeds(found: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]
 def show(results: dict[str, Any]) -> None:
     console = Console(highlight=False, width=140)
     columns = ("nll_none", "nll_own", "nll_shuffled", "nll_other", "nll_filler", "nll_right", "thought_right")
-    table = Table(title="Held-out answers, nats; medians over the seeds (range)", title_justify="left")
+    table = Table(title="Held-out answers, nats: median over seeds (range)", title_justify="left")
     for column in ("", *columns, "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for name, found in results["objectives"].items():
@@ -149,7 +150,7 @@ def show(results: dict[str, Any]) -> None:
         table.add_row(name, *cells, f"{found['seconds']['median']:.0f}" if "seconds" in found else "")
     console.print(table)
     table = Table(title="Shift: base → after RLP", title_justify="left")
-    for column in ("problems", "right thoughts", "NLL after own thought", "NLL without"):
+    for column in ("problems", "correct thoughts", "NLL after own thought", "NLL without a thought"):
         table.add_column(column, justify="left" if column == "problems" else "right")
     for name, (base, after) in results["shift"].items():
         pairs = [(base[c]["median"], after[c]["median"]) for c in ("thought_right", "nll_own", "nll_none")]

@@ -1,7 +1,7 @@
-"""Time and memory of things that are compared with each other, side by side in one process.
+"""Time and memory of variants, measured side by side in one process.
 
-Variants take turns (ABAB…) after a warm-up, so that whatever else the machine does meets all of them, and a ratio is
-taken round by round: its median and range are those of the rounds.
+Variants take turns (ABAB…) after a warm-up, so that anything else the machine does affects all of them alike. Ratios
+are taken round by round; their median and range are over the rounds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-# One call does the work once, and may return figures of its own, such as FLOPs.
+# One call does the work once and may return figures of its own, such as FLOPs.
 Variant = Callable[[], "Mapping[str, float] | None"]
-# Seconds that a timed sample takes at least, by calling more than once, and calls of a sample at most.
+# Minimum seconds of a timed sample, reached by calling repeatedly, and the maximum number of calls in one.
 LEAST_SAMPLE, MOST_CALLS = 0.02, 200
-# A peak counter that was reset lies this close to what is resident, in bytes; elsewhere it cannot be reset.
+# Once reset, the peak counter is within this many bytes of resident memory; if not, it cannot be reset here.
 RESET_WITHIN = 2**25
-# Parameters of mallopt (malloc.h), and bytes from which a block is mapped by itself, and from which what is free at the
-# end of the heap is given back: as glibc starts, and as far as it goes by itself in a process that frees large blocks.
+# Parameters of mallopt (malloc.h); then the sizes in bytes from which a block gets its own mapping and from which free
+# memory at the top of the heap is returned: glibc's initial values, and the maxima that it raises them to by itself.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MAPPED_FROM, TRIMMED_FROM = 2**17, 2**17
 MAPPED_FROM_AT_MOST, TRIMMED_FROM_AT_MOST = 2**25, 2**26
@@ -53,11 +53,11 @@ class Spread:
 
 @dataclass
 class Measured:
-    """What one variant took.
+    """The measurements of one variant.
 
-    figures: per round; `seconds` of a call, and whatever it returned. peak_bytes: of the process (CPU: resident) or
-    the device's allocator during a call; added_bytes: how much of that is gone after the call; None where that cannot
-    be known. unsupported, failed: why there are no figures.
+    figures: one value per round; `seconds` per call, and whatever the call returned. peak_bytes: peak during a call, of
+    the process (CPU: resident memory) or of the device's allocator; added_bytes: how much of that the call frees again;
+    None if they cannot be measured. unsupported, failed: why there are no figures.
     """
 
     figures: dict[str, list[float]] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Measured:
     failed: str | None = None
 
     def rate(self, figure: str) -> list[float]:
-        """That figure per second, by round."""
+        """The figure per second, in each round."""
         return [f / s for f, s in zip(self.figures[figure], self.figures["seconds"], strict=True)]
 
     def to_json(self) -> dict[str, Any]:
@@ -79,12 +79,11 @@ class Measured:
 def race(
     variants: Mapping[str, Variant], device: torch.device, repeats: int, budget: float = math.inf
 ) -> dict[str, Measured]:
-    """Each variant `repeats` times in turns, or as many whole rounds as begin within `budget` seconds, the first in
-    any case.
+    """Runs each variant `repeats` times, taking turns; after `budget` seconds no further round begins. One always runs.
 
-    Memory is read in the warm-up, which is all there is where `repeats` is 0. Of the peak, what a call gives back
-    counts as added by it: copies of weights that the first one makes and keeps do not. A variant that raises leaves the
-    others their figures.
+    Memory is measured in the warm-up, which is all that runs if `repeats` is 0. Of the peak, only what a call frees
+    again counts as added: weight copies that the first call makes and keeps do not. A variant that raises does not
+    affect the figures of the others.
     """
     measured = {name: Measured() for name in variants}
     calls: dict[str, int] = {}
@@ -96,7 +95,7 @@ def race(
                 measured[name].unsupported = str(reason)
             except Exception as error:
                 measured[name].failed = _one_line(error)
-                _forget(device)
+                _release_memory(device)
         started = time.perf_counter()
         for done in range(repeats):
             if done and time.perf_counter() - started > budget:
@@ -105,15 +104,15 @@ def race(
                 try:
                     _sample(variants[name], calls[name], device, measured[name])
                 except Exception as error:
-                    # Figures of a variant that broke down half way would be paired with the wrong rounds.
+                    # Figures of a variant that failed midway would be paired with the wrong rounds.
                     measured[name] = Measured(failed=_one_line(error))
                     del calls[name]
-                    _forget(device)
+                    _release_memory(device)
     return measured
 
 
 def _warm_up(run: Variant, device: torch.device, into: Measured) -> int:
-    """Reads the memory of its last call here, and says how often to call it in a sample."""
+    """Measures the memory of the last warm-up call; returns the number of calls per sample."""
     with _peak_read(device, into):
         took, _ = _timed(run, 1, device)
     if device.type == "cuda" or took < 50 * LEAST_SAMPLE:
@@ -129,7 +128,7 @@ def _sample(run: Variant, calls: int, device: torch.device, into: Measured) -> N
 
 
 def _timed(run: Variant, calls: int, device: torch.device) -> tuple[float, Mapping[str, float] | None]:
-    """Seconds of a call, and the figures that the last one returned."""
+    """Seconds per call, and the figures that the last one returned."""
     synchronise(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -143,7 +142,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _forget(device: torch.device) -> None:
+def _release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -153,14 +152,14 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
-# Peak memory. On CPU it is that of resident pages, whose peak Linux resets on request.
+# Peak memory. On CPU this is the peak of resident pages, which Linux resets on request.
 
 
 @contextmanager
 def _peak_read(device: torch.device, into: Measured) -> Iterator[None]:
-    """What is done within is the call whose memory is read."""
+    """Measures the memory of the call made inside."""
     with _freed_blocks_gone(device):
-        known = _forget_peak(device)
+        known = _reset_peak(device)
         yield
         if known:
             into.peak_bytes = _peak(device)
@@ -169,11 +168,11 @@ def _peak_read(device: torch.device, into: Measured) -> Iterator[None]:
 
 @contextmanager
 def _freed_blocks_gone(device: torch.device) -> Iterator[None]:
-    """On CPU: what is freed is no longer resident, whatever the process did before.
+    """On CPU: freed memory is no longer resident, whatever the process did before.
 
-    glibc's malloc maps a large block by itself, and unmaps it when freed, unless a hole that was left in the heap holds
-    it. How large a block must be for that grows as such blocks are freed; here it is as in a fresh process, and all
-    holes as large are taken beforehand.
+    glibc's malloc gives a large block its own mapping, unmapped when freed, unless the block fits into a hole in the
+    heap. The size from which it does so grows as such blocks are freed; here it is that of a fresh process, and all
+    holes of that size are filled first.
     """
     libc = _libc() if device.type == "cpu" else None
     if libc is None:
@@ -181,7 +180,7 @@ def _freed_blocks_gone(device: torch.device) -> Iterator[None]:
         return
     libc.mallopt(MMAP_THRESHOLD, MAPPED_FROM)
     libc.mallopt(TRIM_THRESHOLD, TRIMMED_FROM)
-    taken, heap_end = [], libc.sbrk(0)  # what is mapped lies above
+    taken, heap_end = [], libc.sbrk(0)  # mapped blocks lie above it
     try:
         for size in (2**bits for bits in range(25, 16, -1)):
             while (block := libc.malloc(size)) and block < heap_end:
@@ -197,7 +196,7 @@ def _freed_blocks_gone(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def _libc() -> ctypes.CDLL | None:
-    """glibc, where that is the C library."""
+    """glibc, if that is the C library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -209,8 +208,8 @@ def _libc() -> ctypes.CDLL | None:
     return libc
 
 
-def _forget_peak(device: torch.device) -> bool:
-    """Whether that is possible."""
+def _reset_peak(device: torch.device) -> bool:
+    """Resets the peak counter; returns whether that worked."""
     try:
         present = _present(device)
         if device.type == "cuda":
@@ -223,7 +222,7 @@ def _forget_peak(device: torch.device) -> bool:
 
 
 def _present(device: torch.device) -> int:
-    """Bytes that are in use now, after all that can be given back was."""
+    """Bytes in use now, after everything that can be returned has been."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -248,7 +247,7 @@ def _status(name: str) -> int:
 
 @contextmanager
 def memory_limit(device: torch.device) -> Iterator[None]:
-    """On CPU: asking for more memory than is free raises, instead of having the system end processes."""
+    """On CPU: allocating more memory than is free raises, rather than making the system kill processes."""
     try:
         available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
         limit = _status("VmData") + int(0.92 * int(available.split()[1]) * 1024)
@@ -278,7 +277,7 @@ class Growth:
 
     @staticmethod
     def of(x: Sequence[float], y: Sequence[float]) -> Growth | None:
-        """None where there are fewer than three points or a cost that is not above 0."""
+        """None for fewer than three points, or if a cost is not above 0."""
         if len(x) < 3 or min(y) <= 0:
             return None
         power = statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y])

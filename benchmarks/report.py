@@ -1,6 +1,6 @@
-"""The benchmark's results as tables for a terminal and as a picture; rich and matplotlib are used where installed.
+"""The benchmark's results as tables in a terminal and as a picture; rich and matplotlib are used if installed.
 
-`python -m benchmarks.report FILE.json` prints and draws what a benchmark has written.
+`python -m benchmarks.report FILE.json` prints and plots the results in a file.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def print_row(row: Record) -> None:
-    """One line as soon as a row is done."""
+    """Prints one line as soon as a row is done."""
     medians = (f"{name} {number(ratio['median'])}" for name, ratio in row["ratios"].items())
     growth = (f"{name} ∝ {row['name']}^{g['exponent']:.2f}" for name, g in row.get("growth", {}).items())
     print(f"{row['part']}, {row['name']}: {row.get('failed') or '; '.join([*medians, *growth]) or 'done'}", flush=True)
 
 
 def print_report(results: Record, parts: Collection[str]) -> None:
-    """Everything that was measured of these parts, and all targets."""
+    """Prints everything measured in these parts, and all targets."""
     about, settings = results["environment"], results["settings"]
     variants, ratios, growth = [], [], []
     for row in (r for r in results["rows"] if r["part"] in parts):
@@ -78,12 +78,12 @@ def print_report(results: Record, parts: Collection[str]) -> None:
         for name, g in row.get("growth", {}).items():
             growth.append([f"{name} of {row['name']}", f"{g['exponent']:.2f}", f"{100 * g['line_worst']:.0f}%"])
     where = f"{about['device']}, {settings['dtype']}, {settings['name']}"
-    columns = ["row", "variant", "seconds: median (range)", "peak above what stays, MiB", "GFLOP/s"]
+    columns = ["row", "variant", "seconds: median (range)", "memory added, MiB", "GFLOP/s"]
     print_table(f"Time and memory; {where}", columns, variants)
     if ratios:
         print_table("Ratios, round by round", ["row", "ratio", "median (range)"], ratios)
     if growth:
-        print_table("Growth of a step's cost", ["cost", "exponent", "worst deviation from a line"], growth)
+        print_table("How the cost of a step grows", ["cost", "exponent", "worst deviation from a line"], growth)
     judged = [
         [
             f"{t['part']}: {t['row']}",
@@ -94,11 +94,11 @@ def print_report(results: Record, parts: Collection[str]) -> None:
         ]
         for t in results["targets"]
     ]
-    print_table("Targets", ["row", "figure", "wanted", "measured", "reached"], judged)
+    print_table("Targets", ["row", "figure", "target", "measured", "reached"], judged)
 
 
 def write_picture(results: Record, path: Path) -> Path | None:
-    """By what factor targets are passed, and how the cost of a step grows; None without matplotlib."""
+    """Plots the margin of each target and how the cost of a step grows; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -135,11 +135,11 @@ def _plot_targets(axes: Axes, targets: Sequence[Record]) -> None:
     if known:
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.08)
-    axes.set(title="Targets", xlabel="passed by a factor of (right of 1: reached)")
+    axes.set(title="Targets", xlabel="margin, as a factor (right of 1: reached)")
 
 
 def _plot_curves(axes: Axes, curves: Sequence[Record], figure: str, name: str) -> None:
-    """Cost over each size, both relative to their first point."""
+    """Cost against each size, both relative to the smallest size."""
     for row in curves:
         costs = {
             int(x): m[figure]["median"] if figure == "seconds" else m[figure]
@@ -157,8 +157,8 @@ def _plot_curves(axes: Axes, curves: Sequence[Record], figure: str, name: str) -
         axes.legend(frameon=False, fontsize="x-small")
     axes.set(
         title=f"A step's {name}",
-        xlabel="size, over the smallest",
-        ylabel=f"{name}, over that of the smallest",
+        xlabel="size, relative to the smallest",
+        ylabel=f"{name}, relative to the smallest size",
     )
 
 

@@ -1,4 +1,4 @@
-"""How large the benchmark's rows are: in full, quickly, or tiny to see that everything runs."""
+"""The sizes of the benchmark's rows: full, quick, or tiny to check that everything runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity varied alone. base: the settings of `quiet_star` (N, L, A, K) or `rlp` (P, G, T, anchors)."""
+    """One size varied, the others fixed. base: settings of `quiet_star` (N, L, A, K) or `rlp` (P, G, T, anchors)."""
 
     objective: str
     name: str
@@ -48,9 +48,9 @@ def _curves(quiet_star: Mapping[str, int], rlp: Mapping[str, int], values: Mappi
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of all rows; `name` says how they were chosen, and targets are judged for `full` ones alone.
+    """Sizes of all rows. name: which preset they are; targets are judged only for `full`.
 
-    budget: seconds after which a row begins no further round.
+    budget: seconds after which a row starts no further round.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Settings:
     repeats: int
     budget: float
     attention: Sequence[AttentionShape]
-    rollout_step: AttentionShape  # S is the number of own tokens so far, in deep_decode too
+    rollout_step: AttentionShape  # S is the number of thought tokens so far, as in deep_decode
     masked: AttentionShape | None = None
     deep_decode: AttentionShape | None = None
-    copy_bytes: int = 2**31  # more than a GPU's caches hold
+    copy_bytes: int = 2**31  # larger than a GPU's caches
     model: DecoderConfig = SMOLLM2_135M
     quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
     rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
@@ -85,7 +85,7 @@ class Settings:
         }
 
 
-# Enough text and thoughts that a kernel's time is that of reading them.
+# Enough text and thoughts that reading them dominates a kernel's time.
 DEEP_DECODE = AttentionShape("deep decode", N=8192, S=512, H=16, G=8, D=128, B=8, K=16)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark is to show: every target, the figure it is judged by, and whether it is reached."""
+"""The benchmark's targets: the figure each is judged by, and whether it is reached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """`ratio` of row `row` of a part must be at least or at most `bound`, on `device` or, if that is None, on any."""
+    """A ratio of a row must be at least or at most `bound`, on `device` or, if that is None, on any device."""
 
     part: str
     row: str
@@ -24,7 +24,7 @@ class Target:
         return value >= self.bound if self.sense == "≥" else value <= self.bound
 
     def margin(self, value: float) -> float:
-        """By what factor it is passed; below 1 it is missed. 0 counts as a thousandth of what is allowed."""
+        """Factor by which the target is beaten; below 1 it is missed. A value of 0 counts as bound / 1000."""
         return value / self.bound if self.sense == "≥" else self.bound / max(value, self.bound / 1000)
 
 
@@ -56,7 +56,7 @@ TARGETS = (
 
 
 def judge(rows: Sequence[Record], device: str, size: str) -> list[Record]:
-    """Each target with its value; `reached` is None where it was not measured, or not at the size it is meant for."""
+    """Each target with its value; `reached` is None if it was not measured, or not at full size."""
     judged = []
     for target in TARGETS:
         if target.device not in (None, device):

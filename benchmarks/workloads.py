@@ -1,4 +1,4 @@
-"""What is measured: models with random weights, texts, and the one training step that every figure is of.
+"""What is measured: models with random weights, texts, and the training step behind every figure.
 
 Shapes: B rows, N text positions.
 """
@@ -35,7 +35,7 @@ SMOLLM2_135M = DecoderConfig(
     rms_norm_eps=1e-5,
     tie_embeddings=True,
 )
-# 57M parameters and a vocabulary of 32k: the size at which the cost of the public Quiet-STaR code was published.
+# 57M parameters, 32k vocabulary: the size for which the cost of the public Quiet-STaR code was published.
 PUBLIC_57M = DecoderConfig(
     vocab_size=32000,
     width=512,
@@ -61,7 +61,7 @@ QWEN3_1_7B = DecoderConfig(
     qk_norm=True,
     family="qwen3",
 )
-# SmolLM2's layers with fewer of them and a smaller vocabulary, so that a curve's longest point is not all of a day.
+# SmolLM2 with fewer layers and a smaller vocabulary, so that a curve's longest point does not take all day.
 CURVE_26M = replace(SMOLLM2_135M, vocab_size=8192, layers=6)
 TINY = DecoderConfig(
     vocab_size=97,
@@ -75,11 +75,11 @@ TINY = DecoderConfig(
     tie_embeddings=True,
 )
 
-OPEN, CLOSE = (1,), (2,)  # ids that serve as tags
+OPEN, CLOSE = (1,), (2,)  # token ids used as tags
 
 
 def make_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ThinkingModel:
-    """A model with fp32 masters that computes in `dtype`, delimiters and mixing head included."""
+    """A model with fp32 masters that computes in `dtype`, with delimiters and mixing head."""
     with device:
         decoder = Decoder(config, compute_dtype=None if dtype == torch.float32 else dtype)
         model = ThinkingModel(decoder, delimiters=True, mixing_head=True)
@@ -89,7 +89,7 @@ def make_model(config: DecoderConfig, dtype: torch.dtype, device: torch.device, 
     with torch.no_grad():
         embeddings = decoder.embed_tokens.weight
         model.delimiters.init_from(embeddings[0], embeddings[0])
-        # A fresh head ignores the thoughts, so none would be rewarded and the policy's log-probs would cost nothing.
+        # A fresh head ignores the thoughts: none would be rewarded, and the policy's log-probs would cost nothing.
         model.mixing_head.out.weight.normal_(0.0, 0.1, generator=generator)
     return model
 
@@ -103,19 +103,19 @@ def make_text(config: DecoderConfig, B: int, N: int, device: torch.device, seed:
 
 
 def repeated(text: Text, times: int) -> Text:
-    """Every row so many times, as samples of their own."""
+    """Every row `times` times, each a sample of its own."""
     rows = text.tokens_BN.repeat_interleave(times, dim=0)
     return Text.from_rows(rows)
 
 
 def quiet_star(L: int, A: int, K: int, at_once: int | None = None) -> QuietStar:
-    """Thoughts of L sampled tokens, K at every position, A tokens predicted; those of `at_once` positions are held at
-    once."""
+    """K thoughts of L sampled tokens at every position, each predicting A tokens; those of `at_once` positions are held
+    in memory at once."""
     return QuietStar(QuietStarConfig(length=L, lookahead=A, thoughts=K, anchors_at_once=at_once))
 
 
 def rlp(P: int, G: int, T: int, anchors: int = 1) -> Rlp:
-    """G thoughts of up to T sampled tokens at each of the last `anchors` positions that can have one, of P."""
+    """G thoughts of up to T sampled tokens at each of the last `anchors` eligible positions of P."""
     config = RlpConfig(length=T, thoughts=G, anchors_per_document=anchors, min_prefix=P - anchors)
     return Rlp(config, Template(OPEN, CLOSE))
 
@@ -125,11 +125,11 @@ def next_token() -> NextToken:
 
 
 def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dict[str, float]:
-    """Loss and gradients of one step, without the optimizer's own update; the FLOPs of the project's ledger.
+    """Loss and gradients of one step, without the optimizer update. Returns the FLOPs in the project's ledger.
 
-    Gradients are allocated and freed within it, so that they count as memory of the step. Low-precision copies of
-    weights are made by the first one and kept, while in training each step makes them again: that is the same for all
-    objectives, and weighs most on the cheapest.
+    Gradients are allocated and freed inside, so they count towards the step's memory. Low-precision weight copies are
+    made by the first step and kept, while in training every step makes them again; that costs all objectives the same,
+    and so matters most for the cheapest.
     """
     with Ledger() as ledger:
         for output in Step(objective, model, [text], Rng(0, 0)).losses():
@@ -139,21 +139,21 @@ def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dic
 
 
 def model_bytes(model: ThinkingModel, samples: bool = True) -> int:
-    """Bytes of a model's weights: masters, and the low-precision copies that were made of them; with those that are
-    packed for sampling, if it samples."""
+    """Bytes of a model's weights: masters and their low-precision copies; if it `samples`, also those packed for
+    sampling."""
     names = COPIES if samples else COPIES[:1]
     copies = [getattr(p, name)[1] for p in model.parameters() for name in names if hasattr(p, name)]
     return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies])
 
 
 def last_position(text: Text) -> Anchors:
-    """One anchor a row, at its end."""
+    """One anchor per row, at its last position."""
     B, N = text.shape
     return Anchors(text, torch.full((B, 1), N - 1, device=text.tokens_BN.device))
 
 
 def copy_bytes(size: int, device: torch.device) -> dict[str, float]:
-    """A copy within the device, of more than its caches hold; what it reads and what it writes."""
+    """A copy within the device, larger than its caches; returns the bytes read and written."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     torch.empty_like(source).copy_(source)
     return {"bytes": 2 * source.numel()}
@@ -161,7 +161,7 @@ def copy_bytes(size: int, device: torch.device) -> dict[str, float]:
 
 @contextmanager
 def unsupported_calls() -> Iterator[None]:
-    """Turns an attention backend's refusal of a call into Unsupported."""
+    """Turns an attention backend's UnsupportedCall into Unsupported."""
     try:
         yield
     except UnsupportedCall as refusal:
@@ -184,9 +184,9 @@ def transformers_model(model: ThinkingModel, dtype: torch.dtype) -> Any:
     if model.decoder.lm_head is None:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, assign=True)
-    # Buffers are no weights: they were made without values and are made again.
+    # Buffers are not in the state dict: they were created on the meta device and are created again.
     rotary = type(theirs.model.rotary_emb)(config).to(model.head_weight_VW.device)
     theirs.model.rotary_emb = rotary
-    # `generate` takes what it is not given from here, and random weights draw the end, too.
+    # `generate` takes its defaults from here, and random weights sample eos now and then.
     theirs.generation_config.eos_token_id = None
     return theirs.eval()

@@ -162,7 +162,7 @@ def _find(reference: str) -> list[Path]:
         if found or path.is_dir():
             problem = "matches no file of a supported type"
         accepted = f"{PYTHON_DOCS}, lab, lab:SETTINGS, or a file, directory or glob of {' '.join(_SUFFIXES)}"
-        raise DataError(f"data reference {reference!r} {problem}; accepted are {accepted}")
+        raise DataError(f"data reference {reference!r} {problem}; accepted: {accepted}")
     return files
 
 

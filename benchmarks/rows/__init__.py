@@ -1,4 +1,4 @@
-"""The benchmark's rows: what is compared with what, and the ratios that come of it, by part."""
+"""The benchmark's rows by part: what is compared with what, and the resulting ratios."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Attention alone: thoughts at every position and at a few, against the reference and torch's own kernels.
+"""Attention alone: thoughts at every position and at a few, against the reference and torch's kernels.
 
 Shapes: B rows, N = P text positions, M anchors, K thoughts of an anchor, S query and T key tokens of a thought, H query
 heads, G key-value heads, D head size.
@@ -37,7 +37,7 @@ def attention_rows(settings: Settings) -> Rows:
 def _attention_inputs(
     settings: Settings, B: int, N: int, M: int, K: int, S: int, T: int, heads: tuple[int, int, int]
 ) -> list[Tensor]:
-    """q, k, v of thoughts and k, v of the text, as in models/attention."""
+    """q, k, v of thoughts and k, v of the text, shaped as in models/attention."""
     H, G, D = heads
     generator = torch.Generator().manual_seed(0)
     shapes = [(B, K, S, M, H, D), (B, K, T, M, G, D), (B, K, T, M, G, D), (B, N, G, D), (B, N, G, D)]
@@ -50,10 +50,10 @@ def _attend(inputs: Sequence[Tensor], anchors: Anchors, backend: str | None) -> 
 
 
 def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
-    """Forward and backward over whole thoughts at every position, by each backend; `default` is the one chosen.
+    """Forward and backward over whole thoughts at every position, for each backend; `default` is the automatic choice.
 
-    `S causal calls` is the arithmetic floor: torch's own attention over the same text, once for each thought token;
-    `one causal call` the same with all of them as rows of a batch.
+    `S causal calls` is the arithmetic floor: torch's own attention over the same text, once per thought token;
+    `one causal call` does the same with all of them as rows of one batch.
     """
     row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
     B, N, K, S, H, G, D = (getattr(shape, name) for name in "BNKSHGD")
@@ -64,7 +64,7 @@ def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
     grad = torch.randn(B, K, S, N, H, D, device=settings.device).to(settings.dtype)
     floor_pairs = B * K * S * N * (N + 1) // 2
     pairs = floor_pairs + B * K * N * S * (S + 1) // 2
-    # Backward is five products of the forward's two (FlashAttention, 2205.14135).
+    # Backward takes five matrix products to the forward's two (FlashAttention, 2205.14135).
     per_pair = 4 * H * D * 3.5
 
     def forward_backward(backend: str | None) -> dict[str, float]:
@@ -73,7 +73,7 @@ def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
         torch.autograd.grad(out, inputs, grad)
         return {"flops": per_pair * pairs}
 
-    # Layouts that torch's attention likes best: heads before positions.
+    # The layout in which torch's attention is fastest: heads before positions.
     rows = [x.flatten(0, 1).transpose(1, 2).contiguous() for x in inputs[0].detach().unbind(2)]
     grads = [x.flatten(0, 1).transpose(1, 2).contiguous() for x in grad.unbind(2)]
     k, v = (
@@ -116,9 +116,9 @@ def dense_attention(settings: Settings, shape: AttentionShape) -> Row:
 
 
 def masked_attention(settings: Settings, shape: AttentionShape) -> Row:
-    """The same against what the public Quiet-STaR code computes: at each of a thought's steps every position's query
-    over the keys that all positions have so far, under a mask. Those are N² · S(S + 3) / 2 pairs; `reference` holds
-    N² · S, and beside them a thought's own."""
+    """The same against what the public Quiet-STaR code computes: at each step of a thought, every position's query
+    against the keys of all positions so far, under a mask. Those are N² · S(S + 3) / 2 pairs; `reference` computes
+    N² · S, plus those within a thought."""
     row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
     B, N, K, S, H, G, D = (getattr(shape, name) for name in "BNKSHGD")
     text = Text.from_rows(torch.zeros(B, N, dtype=torch.int64, device=settings.device))
@@ -145,7 +145,7 @@ def masked_attention(settings: Settings, shape: AttentionShape) -> Row:
         return torch.stack(out, dim=2)
 
     ours = partial(_attend, inputs, anchors, None)
-    with torch.no_grad():  # the same function, or there is nothing to compare
+    with torch.no_grad():  # both must compute the same function
         torch.testing.assert_close(every_key(), ours(), rtol=0.02, atol=0.02)
     variants: dict[str, Variant] = {
         "default": partial(with_backward, ours),
@@ -160,7 +160,7 @@ def masked_attention(settings: Settings, shape: AttentionShape) -> Row:
 
 
 def rollout_step(settings: Settings, shape: AttentionShape) -> Row:
-    """The newest of S own tokens of thoughts at every position, without gradient."""
+    """The newest of S tokens of thoughts at every position, without gradient."""
     row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
     text = Text.from_rows(torch.zeros(shape.B, shape.N, dtype=torch.int64, device=settings.device))
     anchors = Anchors.everywhere(text)
@@ -171,8 +171,7 @@ def rollout_step(settings: Settings, shape: AttentionShape) -> Row:
 
 
 def deep_attention(settings: Settings) -> Row:
-    """The newest token of thoughts at the text's last position, without gradient: half as many own tokens as a whole
-    thought has."""
+    """The newest token of thoughts at the text's last position, halfway through a thought, without gradient."""
     c, model = settings.deep, settings.model
     row = Row("attention", "deep step", dict(c) | {"dtype": str(settings.dtype)})
     text = Text.from_rows(torch.zeros(1, c["P"], dtype=torch.int64, device=settings.device))
@@ -184,8 +183,8 @@ def deep_attention(settings: Settings) -> Row:
 
 
 def deep_decode(settings: Settings, shape: AttentionShape) -> Row:
-    """The newest of S own tokens of K thoughts at each text's last position, in bf16 and without gradient: what it
-    reads and writes, each key and value once, over what a plain copy does in as much time."""
+    """The newest of S tokens of K thoughts at each text's last position, in bf16 and without gradient: bytes read and
+    written per second, counting each key and value once, relative to a plain copy."""
     settings = replace(settings, dtype=torch.bfloat16)
     row = Row("attention", shape.name, vars(shape) | {"dtype": str(settings.dtype)})
     text = Text.from_rows(torch.zeros(shape.B, shape.N, dtype=torch.int64, device=settings.device))
@@ -207,7 +206,7 @@ def _backends(
     anchors: Anchors,
     others: Mapping[str, Variant] | None = None,
 ) -> Row:
-    """Each backend without gradient, and `others`; with the bytes of all inputs and of the output, once each."""
+    """Each backend without gradient, and `others`; counts the bytes of all inputs and the output, once each."""
     moved = sum(x.nbytes for x in (*inputs, inputs[0]))
 
     def forward(backend: str | None) -> dict[str, float]:

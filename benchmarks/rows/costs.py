@@ -1,4 +1,4 @@
-"""What a step costs: its peak memory, and how time and memory grow along each of its sizes."""
+"""What a step costs: its peak memory, and how time and memory grow with each of its sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def memory_rows(settings: Settings) -> Rows:
 
 
 def quiet_star_memory(settings: Settings) -> Row:
-    """Peak memory of a Quiet-STaR step over that of a next-token step on the same text: weights, gradients and all
-    that is in between, without an optimizer's states. Nothing is timed."""
+    """Peak memory of a Quiet-STaR step relative to a next-token step on the same text: weights, gradients and
+    everything in between, without optimizer states. Nothing is timed."""
     c = settings.memory
     row = Row("memory", "quiet_star", dict(c) | {"dtype": dtype_name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
@@ -43,7 +43,7 @@ def curve_rows(settings: Settings) -> Rows:
 
 
 def cost_curve(settings: Settings, curve: Curve) -> Row:
-    """Time of a step, and the memory it adds to the weights, along one of its sizes, the others as in the base."""
+    """Time of a step, and its memory above the weights, as one size grows and the others stay as in the base."""
     row = Row("curves", curve.name, {"objective": curve.objective, **curve.base, "dtype": dtype_name(settings.dtype)})
     model = make_model(settings.curve_model, settings.dtype, settings.device)
 
@@ -64,7 +64,7 @@ def cost_curve(settings: Settings, curve: Curve) -> Row:
         growth = Growth.of(done, cost) if cost else None
         if growth is not None:
             row.growth[name] = growth
-            # Not of N and P, whose cost grows as causal attention's does.
+            # Not for N and P, in which causal attention is quadratic.
             if curve.name in ("K", "L", "G", "T", "anchors"):
                 row.ratios[f"{name}, worst deviation from a line"] = Spread.of([growth.line_worst])
     return row

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Spread, Variant, synchronise
-from benchmarks.rows.row import BREAKS, Row, Rows, dtype_name, race_row
+from benchmarks.rows.row import FAILURES, Row, Rows, dtype_name, race_row
 from benchmarks.rows.steps import forced, other_backends
 from benchmarks.settings import Settings
 from benchmarks.workloads import copy_bytes, last_position, make_model, make_text, transformers_model
@@ -25,7 +25,7 @@ from models.rollout.native import compiler, filled_up
 from models.thinking import ThinkingModel
 from models.thoughts import Text, Thoughts
 
-PROMPT = 3  # the id that every thought of a deep rollout begins with
+PROMPT = 3  # the token id that every thought of a deep rollout starts with
 
 
 def rollout_rows(settings: Settings) -> Rows:
@@ -35,10 +35,10 @@ def rollout_rows(settings: Settings) -> Rows:
 
 
 def deep_rollout(settings: Settings) -> Row:
-    """G thoughts of T sampled tokens behind one text of P, against transformers' `generate` with the text repeated.
+    """G thoughts of T sampled tokens after one text of P, against transformers' `generate` with the text repeated.
 
-    Same weights, dtype and threads; sampling at temperature 1 from the whole distribution. Prefill is until the first
-    token is sampled, or, here, until the text is read.
+    Same weights, dtype and threads; sampling at temperature 1 from the full distribution. Prefill ends with the first
+    sampled token, or here, once the text is read.
     """
     c, device = settings.deep, settings.device
     P, G, T = c["P"], c["G"], c["T"]
@@ -69,12 +69,12 @@ def deep_rollout(settings: Settings) -> Row:
             "prefill_seconds": read - started,
             "decode_tokens_per_second": G * T / decode,
             "kv_bytes": text_bytes + copied_bytes + own_bytes,
-            # A step reads the weights, the text's keys and values once, and on average half of the thoughts' own.
+            # A step reads the weights and the text's keys and values once, and on average half of the thoughts'.
             "decode_bytes_per_second": T * (_read_bytes(model, settings.dtype) + text_bytes + own_bytes / 2) / decode,
         }
 
     variants: dict[str, Variant] = {"rollout": ours}
-    # Every token is a step of its own, so that a whole rollout takes seconds: just the one made for it.
+    # A whole rollout takes seconds, so of the other backends only the one made for it is timed.
     variants |= {f"rollout, {b}": forced(model, b, ours) for b in other_backends(settings) if b == "triton"}
     if device.type == "cuda":
         variants["rollout, recorded"] = partial(ours, Recorded())
@@ -86,7 +86,7 @@ def deep_rollout(settings: Settings) -> Row:
         variants["rollout, recorded"] = partial(ours, Recorded())
     try:
         theirs = transformers_model(model, settings.dtype)
-    except BREAKS as error:  # of whatever release is installed; the rest of the row does without
+    except FAILURES as error:  # depends on the installed release; the rest of the row is still measured
         row.setting["generate"] = f"{type(error).__name__}: {error}"[:200]
         theirs = None
     if theirs is not None:
@@ -117,7 +117,7 @@ def deep_rollout(settings: Settings) -> Row:
 
 
 def _read_bytes(model: ThinkingModel, dtype: torch.dtype) -> int:
-    """Bytes of weights that a decoding step reads; of an untied embedding it reads next to nothing."""
+    """Bytes of weights that a decoding step reads, which are next to none of an untied embedding."""
     decoder = model.decoder
     parameters = sum(p.numel() for p in decoder.parameters())
     if decoder.lm_head is not None:
@@ -170,7 +170,7 @@ def _generate(theirs, prompt: Tensor, T: int, cache: str, device: torch.device) 
 
 
 def scoring(settings: Settings, gradients: bool) -> Row:
-    """Log-probs of G thoughts of T tokens behind one text of P: with the text read once, against G whole sequences."""
+    """Log-probs of G thoughts of T tokens after one text of P: reading the text once, against G whole sequences."""
     c, device = settings.deep, settings.device
     P, G, T = c["P"], c["G"], c["T"]
     name = "scoring, gradients" if gradients else "scoring"
@@ -179,12 +179,12 @@ def scoring(settings: Settings, gradients: bool) -> Row:
     text, own = make_text(settings.model, 1, P, device), make_text(settings.model, G, T, device, seed=1)
     thoughts = Thoughts(own.tokens_BN[None, :, :, None], last_position(text))
     whole = Text.from_rows(torch.cat([text.tokens_BN.expand(G, -1), own.tokens_BN], dim=1))
-    # Whole sequences with gradients go a few at a time: all at once they would not fit beside a CPU.
+    # With gradients, whole sequences go a few at a time: all at once, they need more memory than CPU machines have.
     at_once = min(G, 4) if gradients else G
     parts = [(whole.rows(r), own.tokens_BN[r]) for g in range(0, G, at_once) for r in [slice(g, g + at_once)]]
 
     def scored(hidden_GTW: Tensor, tokens_GT: Tensor) -> Tensor:
-        """Log-probs [G, T − 1] of all tokens of the thoughts but their first."""
+        """Log-probs [G, T − 1] of all thought tokens but the first."""
         logprobs_GT = token_logprobs(hidden_GTW[:, :-1], model.head_weight_VW, tokens_GT[:, 1:])
         if gradients:
             logprobs_GT.sum().backward()

@@ -1,4 +1,4 @@
-"""A row of the benchmark: one comparison, its measurements and the ratios that come of it."""
+"""A row of the benchmark: one comparison, its measurements and the resulting ratios."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from benchmarks.measure import Growth, Measured, Spread, Variant, race
 from benchmarks.settings import Settings
 
-# A part of the benchmark: the names of its rows, and how each is measured.
+# The rows of a part: each one's name, and the function that measures it.
 Rows = Iterator[tuple[str, Callable[[], "Row"]]]
-# What a row may break down by outside its variants, whose own failures `race` takes.
-BREAKS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, MemoryError, ImportError)
+# Errors that fail a row when raised outside its variants, whose own errors `race` catches.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, MemoryError, ImportError)
 
 
 @dataclass
 class Row:
-    """One comparison. setting: its sizes. ratios: by what they say; growth: of curves, for seconds and bytes."""
+    """One comparison. setting: its sizes. ratios: by what is compared; growth: of curves, in seconds and bytes."""
 
     part: str
     name: str
@@ -36,12 +36,12 @@ class Row:
         return self.measured[name].rate(figure) if self.seconds(name, figure) else []
 
     def added(self, name: str, constant: int = 0) -> list[float]:
-        """Bytes that a call takes and gives back, with `constant` ones that are there all the time."""
+        """Bytes that a call allocates and frees again, plus `constant` bytes that are always there."""
         found = self.measured[name].added_bytes if name in self.measured else None
         return [] if found is None else [float(found + constant)]
 
     def compare(self, what: str, over: list[float], under: list[float]) -> None:
-        """Round by round; no ratio where one side has no figures."""
+        """Adds the ratio, taken round by round, if both sides have figures."""
         if over and under and min(under) > 0:
             self.ratios[what] = Spread.of([a / b for a, b in zip(over, under, strict=False)])
 
@@ -74,5 +74,5 @@ def run_row(part: str, name: str, measure: Callable[[], Row]) -> Row:
     """The row, or one that says why it failed."""
     try:
         return measure()
-    except BREAKS as error:
+    except FAILURES as error:
         return Row(part, name, {}, failed=f"{type(error).__name__}: {error}"[:500])

@@ -41,14 +41,14 @@ def step_rows(settings: Settings) -> Rows:
 
 
 def other_backends(settings: Settings) -> tuple[str, ...]:
-    """Backends that whole steps are forced to, beside the default; on a CPU there is no other worth timing."""
+    """Backends to time whole steps with, besides the default; on a CPU no other is worth timing."""
     if settings.device.type == "cpu" and settings.name != "tiny":
         return ()
     return tuple(backend for backend in attention.BACKENDS if backend != "reference")
 
 
 def forced(model: ThinkingModel, backend: str, run: Variant) -> Variant:
-    """The same with that attention backend everywhere."""
+    """The same variant with this attention backend everywhere."""
 
     def with_backend() -> Mapping[str, float] | None:
         model.decoder.attention_backend = backend
@@ -62,7 +62,7 @@ def forced(model: ThinkingModel, backend: str, run: Variant) -> Variant:
 
 
 def _compiled(run: Variant) -> Variant:
-    """The same with fused elementwise ops."""
+    """The same variant with fused elementwise ops."""
 
     def with_compiled_chains() -> Mapping[str, float] | None:
         compile_chains()
@@ -75,7 +75,7 @@ def _compiled(run: Variant) -> Variant:
 
 
 def quiet_star_step(settings: Settings) -> Row:
-    """A Quiet-STaR step and a next-token step on the same rows, and the former compiled and by each backend."""
+    """A Quiet-STaR step and a next-token step on the same rows; the former also compiled and with each backend."""
     c = settings.quiet_star
     row = Row("steps", "quiet_star", dict(c) | {"dtype": dtype_name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
@@ -85,7 +85,7 @@ def quiet_star_step(settings: Settings) -> Row:
         "quiet_star": step,
         "next_token": partial(training_step, next_token(), model, text),
     }
-    if settings.name != "tiny":  # where compiling would take longer than all the rest
+    if settings.name != "tiny":  # at that size, compiling would take longer than everything else
         variants["quiet_star, compiled"] = _compiled(step)
     variants |= {f"quiet_star, {b}": forced(model, b, step) for b in other_backends(settings)}
     race_row(row, settings, variants)
@@ -125,10 +125,10 @@ def rlp_step(settings: Settings) -> Row:
 
 
 def public_step(settings: Settings, dtype: torch.dtype) -> Row:
-    """A Quiet-STaR step at the size at which the public code's cost was published.
+    """A Quiet-STaR step at the size for which the public code's cost was published.
 
-    That code repeats every row K times and calls the result its batch, so a plain step is taken on the repeated rows,
-    by which the published 39 to 73 times are counted, and on the rows once.
+    That code repeats every row K times and calls the result its batch, so plain steps are measured on the repeated
+    rows, to which the published factors of 39 to 73 refer, and on the rows once.
     """
     c = settings.public
     row = Row("steps", f"public shape, {dtype_name(dtype)}", dict(c) | {"dtype": dtype_name(dtype)})
@@ -151,9 +151,9 @@ def public_step(settings: Settings, dtype: torch.dtype) -> Row:
 
 
 def large_step(settings: Settings) -> Row:
-    """Model FLOPs utilisation of a Quiet-STaR and of a next-token step of a model of 1.7 billion parameters.
+    """Model FLOPs utilisation of a Quiet-STaR step and a next-token step of a model with 1.7 billion parameters.
 
-    By the ledger, which counts logits twice, as they are computed twice: 6% of this model's next-token step.
+    FLOPs are the ledger's, which counts logits twice because they are computed twice: 6% of this next-token step.
     """
     assert settings.large_model is not None
     c, peak = settings.large, bf16_peak(settings.device)

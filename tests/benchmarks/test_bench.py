@@ -286,7 +286,7 @@ def test_parts_run_apart_join_in_one_file(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "cpu.json").read_text())
     assert [row["part"] for row in results["rows"]] == ["attention"] * 6 + ["memory"]
     assert {"commit", "torch", "device", "threads"} <= results["environment"].keys()
-    assert "wanted" in capsys.readouterr().out
+    assert "target" in capsys.readouterr().out
     # Of another commit nothing is kept.
     results["environment"]["commit"] = "another"
     (tmp_path / "cpu.json").write_text(json.dumps(results))
@@ -325,13 +325,13 @@ def test_neither_rich_nor_matplotlib_is_needed(tmp_path, monkeypatch, capsys):
 def test_a_part_that_does_not_exist_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--only", "memory,speed"])
-    assert "no part 'speed'; there are attention, steps, rollouts, memory, curves" in capsys.readouterr().err
+    assert "no part 'speed'; choose from attention, steps, rollouts, memory, curves" in capsys.readouterr().err
     assert tuple(ROWS) == command.PART_NAMES
 
 
 def test_mistakes_are_named_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device, why in (("cuda", "there is no CUDA device"), ("tpu", "it can be cpu or cuda")):
+    for device, why in (("cuda", "there is no CUDA device"), ("tpu", "it must be cpu or cuda")):
         monkeypatch.setenv("FORETHOUGHT_DEVICE", device)
         with pytest.raises(SystemExit, match=why):
             cli.main(["bench", "--tiny", "--out", str(tmp_path)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.correctness import ANCHORS, _model, checks, recorded_steps, run_check, waiting_raises
+from benchmarks.correctness import ANCHORS, _model, checks, recorded_steps, run_check, syncs_raise
 from models.attention import aten, reference
 from models.philox import Rng
 from tests.helpers import rollout
@@ -13,7 +13,7 @@ from tests.helpers import rollout
 CPU = torch.device("cpu")
 
 
-ON_CUDA_ALONE = (": flex", ": flash", "without waiting", "recorded steps")
+ON_CUDA_ALONE = (": flex", ": flash", "without syncs", "recorded steps")
 CHECKS = [name for name in checks(few=True) if "triton" not in name]
 
 
@@ -49,11 +49,11 @@ def test_a_rollout_may_not_wait_from_its_first_pass_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 2 if said and said[-1] == "error" else 0)
     model, anchors = _model(torch.float32, CPU, None), ANCHORS["at a few anchors"](CPU)
     state = model.read(anchors.text)
-    with waiting_raises(model):
+    with syncs_raise(model):
         assert said == []
         rollout(model, state, anchors, 1, 3, Rng(0, 0), prompt=(4,))
     assert said == ["error"] * 3 + ["default"]
-    with pytest.raises(AssertionError, match="no pass over thoughts"), waiting_raises(model):
+    with pytest.raises(AssertionError, match="no pass over thoughts"), syncs_raise(model):
         pass
     rollout(model, state, anchors, 1, 3, Rng(0, 0), prompt=(4,))
     assert said[4:] == ["default"]
@@ -69,7 +69,7 @@ def test_a_backend_that_is_off_by_two_percent_fails(name, monkeypatch):
     monkeypatch.setattr(aten, "thought_attention", lambda *call: right(*call) * 1.02)
     outcome, said, _ = run_check(attention_checks()[name], CPU)
     assert outcome == "failed"
-    assert "out errs by 0.02" in said
+    assert "out is off by 0.02" in said
 
 
 def test_a_backend_that_raises_fails_and_one_that_refuses_does_not(monkeypatch):

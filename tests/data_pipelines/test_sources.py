@@ -161,16 +161,14 @@ def test_broken_parquet(tmp_path, table, message, kept):
 
 @pytest.mark.parametrize("reference", ["python-dogs", "absent/*.jsonl", "someone/dataset"])
 def test_unknown_reference_says_what_is_accepted(reference):
-    with pytest.raises(
-        DataError, match=r"neither a known name nor an existing path; accepted are python-docs, .*\.jsonl"
-    ):
+    with pytest.raises(DataError, match=r"neither a known name nor an existing path; accepted: python-docs, .*\.jsonl"):
         read(reference)
 
 
 def test_folder_without_readable_files(tmp_path):
     (tmp_path / "x.csv").write_text("a,b")
     for reference in (tmp_path, tmp_path / "x.csv"):
-        with pytest.raises(DataError, match=r"matches no file of a supported type; accepted are .*\.parquet"):
+        with pytest.raises(DataError, match=r"matches no file of a supported type; accepted: .*\.parquet"):
             read(reference)
 
 
