@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Spread, Variant, synchronise
+from benchmarks.measure import Spread, Unsupported, Variant, synchronise
 from benchmarks.rows.row import FAILURES, Row, Rows, dtype_name, race_row
 from benchmarks.rows.steps import forced, other_backends
 from benchmarks.settings import Settings
@@ -55,6 +55,9 @@ def deep_rollout(settings: Settings) -> Row:
         synchronise(device)
         read = time.perf_counter()
         request = RolloutRequest(model, state, anchors, G, T, Rng(0, 0), prompt=(PROMPT,))
+        supported, reason = engine.supports(request)
+        if not supported:
+            raise Unsupported(reason)
         rollout = engine.sample(request)
         synchronise(device)
         decode = time.perf_counter() - read

@@ -29,7 +29,7 @@ from benchmarks.measure import (
     race,
 )
 from benchmarks.rows import ROWS
-from benchmarks.rows.rollouts import _generate
+from benchmarks.rows.rollouts import _generate, deep_rollout
 from benchmarks.rows.row import Row
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
@@ -119,6 +119,13 @@ def test_keys_and_values_are_counted(dry_run):
         text, own = (-(-tokens // 16) * 16 for tokens in (P, 1 + T))
         assert deep["measured"]["rollout, compiled"]["kv_bytes"]["median"] == token * (P + text + G * own)
     assert deep["measured"]["generate, dynamic cache"]["kv_bytes"]["median"] == token * G * (P + T)
+
+
+def test_an_engine_that_does_not_support_a_rollout_has_not_failed():
+    settings = replace(SIZES["tiny"](CPU, torch.float32, None), deep=dict(P=16, G=2, T=4))
+    row = deep_rollout(settings)
+    assert row.measured["rollout, recorded"].unsupported.startswith("3 steps are too few")
+    assert row.measured["rollout"].figures and not row.failures()
 
 
 def test_a_decoding_step_counts_each_key_and_value_once(dry_run):
