@@ -123,7 +123,7 @@ class LoggingConfig(Part):
 class Recipe(Part):
     """A run. `rows_per_step` rows of `data.length` tokens make a step, whatever the devices or micro-batches."""
 
-    steps: int = Field(ge=1, description="each with objective.updates optimizer steps, or one", json_schema_extra=FREE)
+    steps: int = Field(ge=1, description="of rows_per_step rows each", json_schema_extra=FREE)
     objective: AnyObjective = Field(description="what is trained")
     control: AnyObjective | None = Field(
         default=None, description="trained afterwards into <run_dir>/control, at equal FLOPs", json_schema_extra=FREE
