@@ -223,7 +223,7 @@ def test_peak_memory_is_what_was_allocated_at_once():
     assert added_bytes(together) == pytest.approx(3 * 64 * 2**20, rel=0.1)
 
 
-def test_what_a_call_keeps_is_no_memory_that_it_adds():
+def test_memory_that_a_call_keeps_does_not_count_as_added():
     kept = []
 
     def run():
@@ -327,6 +327,42 @@ def test_neither_rich_nor_matplotlib_is_needed(tmp_path, monkeypatch, capsys):
     assert "quiet_star / next_token, memory" in said
     assert "no picture: matplotlib is not installed" in said
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
+
+
+def test_the_projects_optional_dependencies_are_not_needed(tmp_path):
+    """As on a GPU machine that has torch and little else; --help needs not even that."""
+    absent = (
+        "lightning",
+        "pydantic",
+        "datasets",
+        "wandb",
+        "rich",
+        "matplotlib",
+        "tokenizers",
+        "huggingface_hub",
+        "yaml",
+    )
+    code = f"""import sys
+sys.modules |= dict.fromkeys({absent})
+from benchmarks.command import main
+assert "torch" not in sys.modules
+main(["--tiny", "--only", "memory", "--out", {str(tmp_path)!r}])"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"FORETHOUGHT_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "cpu.json").exists()
+
+
+def test_a_command_that_is_not_installed_is_not_offered(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    with pytest.raises(SystemExit):
+        cli.main(["bench"])
+    assert "invalid choice: 'bench'" in capsys.readouterr().err
 
 
 def test_a_part_that_does_not_exist_is_named(capsys):
