@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory) -> tuple[Path, str]:
-    """Everything that is run on a GPU machine, on CPU and tiny; the results' directory and what was printed."""
+    """All that runs on a GPU machine, here on CPU at toy sizes; the results' directory and what was printed."""
     out = tmp_path_factory.mktemp("out")
     environment = os.environ | {"FORETHOUGHT_DEVICE": "cpu", "OUT": str(out), "PYTHON": sys.executable}
     run = subprocess.run(
@@ -84,7 +84,7 @@ def test_every_target_is_measured_by_a_row(dry_run):
 
 
 def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
-    """What a CPU has of them: all but those over a GPU's peak, and those of Triton with another backend."""
+    """As far as a CPU has them: without those relative to a GPU's peak, and with aten in place of Triton."""
     rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
     rows = {(row["part"], row["name"]): row for row in rows}
     for target in (t for t in TARGETS if t.device == "cuda"):
@@ -95,7 +95,7 @@ def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
             assert "triton" in row["measured"] and target.ratio.replace("triton", "aten") in row["ratios"]
 
 
-def test_gradients_are_memory_of_a_step():
+def test_gradients_count_as_memory_of_a_step():
     config = replace(TINY, vocab_size=2**16)
     model, text = make_model(config, torch.float32, CPU), make_text(config, 1, 4, CPU)
     head = model.head_weight_VW
@@ -109,7 +109,7 @@ def test_both_ways_of_scoring_give_the_same_log_probs(dry_run):
 
 
 def test_keys_and_values_are_counted(dry_run):
-    """The text's once and each thought's own, against all of both for every thought."""
+    """Ours holds the text's once and each thought's own; `generate` holds both for every thought."""
     rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
     deep = next(row for row in rows if (row["part"], row["name"]) == ("rollouts", "deep"))
     P, G, T = (deep["setting"][name] for name in "PGT")
@@ -129,7 +129,7 @@ def test_an_engine_that_does_not_support_a_rollout_has_not_failed():
 
 
 def test_a_decoding_step_counts_each_key_and_value_once(dry_run):
-    """Text and own, queries and output, in bf16."""
+    """Those of text and thoughts, queries and output, in bf16."""
     rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
     decode = next(row for row in rows if row["name"] == "deep decode")
     B, N, K, S, H, G, D = (decode["setting"][name] for name in "BNKSHGD")
@@ -157,7 +157,7 @@ def megabytes(n: int) -> torch.Tensor:
 
 
 def added_bytes(run: Variant) -> int:
-    """Of a call, where that can be known."""
+    """Added by a call; skips the test if that cannot be measured."""
     measured = race({"run": run}, CPU, repeats=0)["run"]
     assert measured.failed is None
     if measured.added_bytes is None:
@@ -165,7 +165,7 @@ def added_bytes(run: Variant) -> int:
     return measured.added_bytes
 
 
-def test_variants_take_turns_and_one_that_breaks_loses_only_its_own():
+def test_variants_take_turns_and_one_that_fails_loses_only_its_own_figures():
     order = []
 
     def variant(name, breaks_at=None):
@@ -301,7 +301,7 @@ def test_parts_run_apart_join_in_one_file(tmp_path, monkeypatch, capsys):
     assert [row["part"] for row in json.loads((tmp_path / "cpu.json").read_text())["rows"]] == ["memory"]
 
 
-def test_a_row_that_breaks_is_reported_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
+def test_a_row_that_fails_is_reported_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
 
     def broken():
@@ -410,7 +410,7 @@ def test_transformers_gets_the_same_model():
         assert relative_error(ours, theirs(text.tokens_BN).logits) <= 1e-5
 
 
-def test_transformers_generates_to_the_end_whatever_it_draws():
+def test_transformers_generates_to_the_end_whatever_it_samples():
     pytest.importorskip("transformers")
     theirs = transformers_model(make_model(TINY, torch.float32, CPU), torch.float32)
     prompt = torch.randint(3, TINY.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The checks that also run without pytest: on CPU, on CUDA where there is one, and that they see what is wrong."""
+"""The checks that also run without pytest: on CPU, on CUDA where there is one, and that they notice what is wrong."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_on_cuda(name):
     assert outcome in ("passed", "unsupported"), said
 
 
-def test_a_rollout_may_not_wait_from_its_first_pass_on(monkeypatch):
-    """What torch is told, in order with the passes; CUDA alone would raise."""
+def test_a_rollout_may_not_sync_from_its_first_pass_on(monkeypatch):
+    """What torch is told, in order with the passes; only on CUDA would it raise."""
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", said.append)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 2 if said and said[-1] == "error" else 0)

@@ -1,4 +1,4 @@
-"""The lab's benchmark in small: what it trains, and that its table holds what the runs' own records say."""
+"""The lab's benchmark in small: what it trains, and that its table matches the runs' own records."""
 
 from __future__ import annotations
 
