@@ -35,7 +35,7 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
 
 
 def export(checkpoint: str, out: str) -> None:
-    """Write a run's model as a Hugging Face directory that any engine loads.
+    """Write a run's model as a Hugging Face directory.
 
     CHECKPOINT is a checkpoint, or a run directory for its newest valid one. The parts that only thinking uses lie
     beside the plain language model in files of their own.
