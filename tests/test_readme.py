@@ -29,7 +29,7 @@ SMALL = [
     "--evaluation.rows",
     "2",
     "--data.length",
-    "64",
+    "32",
     "--dry-run",
 ]
 
