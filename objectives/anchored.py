@@ -27,6 +27,7 @@ from objectives.base import (
     Objective,
     ObjectiveConfig,
     SettingError,
+    ThinkingConfig,
     TokenScores,
     Vocabulary,
     setting,
@@ -38,7 +39,7 @@ from objectives.template import Template, checked_tag, encode_tag
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnchoredConfig(ObjectiveConfig):
+class AnchoredConfig(ThinkingConfig):
     """Settings of objectives that think at a few anchors."""
 
     length: int = setting(2048, "L, sampled tokens of a thought at most", ge=1)
@@ -64,15 +65,6 @@ class AnchoredConfig(ObjectiveConfig):
     )
     eps_low: float = setting(0.2, "ratios below 1 − ε_low are clipped", ge=0)
     eps_high: float = setting(0.2, "ratios above 1 + ε_high are clipped", ge=0)
-    anchors_at_once: int | None = setting(
-        None, "anchors of a row whose thoughts are held with gradient at once; default: all", free=True, ge=1
-    )
-    sampled_at_once: int | None = setting(
-        None,
-        "anchors of a row whose thoughts are sampled at once; default: anchors_at_once",
-        free=True,
-        ge=1,
-    )
     updates: int = setting(1, "optimizer steps on the same thoughts, all with the first one's rewards", ge=1)
     shuffle_rewards: bool = setting(False, "a control: rewards are dealt out at random within their group")
 
@@ -170,13 +162,9 @@ class Anchored(Objective):
     ) -> Anchors:
         """This step's anchors, by the predictions of the model `by`; as many chunks of them on every rank."""
         anchors = self.choice.choose(text, rng, no_think, by.head_weight_VW)
-        for at_once in (self.config.anchors_at_once, self._sampled_at_once):
+        for at_once in (self.config.anchors_at_once, self.config.rollout_anchors):
             anchors = same_number_of_chunks(model, anchors, at_once)
         return anchors
-
-    @property
-    def _sampled_at_once(self) -> int | None:
-        return self.config.sampled_at_once or self.config.anchors_at_once
 
     def request(
         self,
@@ -202,7 +190,7 @@ class Anchored(Objective):
             t.close if close is None else close,
             prediction,
             (*t.close, *t.allowed),
-            self._sampled_at_once,
+            self.config.rollout_anchors,
         )
 
     def bodies(self, rollout: Rollout) -> Tensor:

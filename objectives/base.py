@@ -68,6 +68,23 @@ class ObjectiveConfig:
         return dataclasses.replace(self, **changes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ThinkingConfig(ObjectiveConfig):
+    """Base of the settings of objectives that sample thoughts. Neither of these changes the update."""
+
+    anchors_at_once: int | None = setting(
+        None, "anchors of a row whose thoughts are held with gradient at once; default: all", free=True, ge=1
+    )
+    sampled_at_once: int | None = setting(
+        None, "anchors of a row whose thoughts are sampled at once; default: anchors_at_once", free=True, ge=1
+    )
+
+    @property
+    def rollout_anchors(self) -> int | None:
+        """`sampled_at_once` with its default."""
+        return self.sampled_at_once or self.anchors_at_once
+
+
 class SettingError(ValueError):
     """A setting that does not fit the tokenizer or model. The message begins with the setting's name."""
 

@@ -33,6 +33,7 @@ from objectives.base import (
     ObjectiveConfig,
     Term,
     TextPart,
+    ThinkingConfig,
     ThoughtPart,
     ThoughtRecord,
     ThoughtState,
@@ -45,7 +46,7 @@ from objectives.metrics import Mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuietStarConfig(ObjectiveConfig):
+class QuietStarConfig(ThinkingConfig):
     """Settings of Quiet-STaR; defaults are the paper's (12, 4) run.
 
     Where paper and public code (ezelikman/quiet-star at 892446b) differ, `variant` names whom to follow; where the
@@ -73,15 +74,6 @@ class QuietStarConfig(ObjectiveConfig):
     text_nll_weight: float = setting(0.5, "of the text's own cross-entropy", ge=0)
     thought_nll_weight: float = setting(0.5, "of the mixed predictions' cross-entropy", ge=0)
     variant: Literal["paper", "public_code"] = setting("paper", "whom to follow where paper and public code differ")
-    anchors_at_once: int | None = setting(
-        None, "positions of a row whose thoughts are held with gradient at once; default: all", free=True, ge=1
-    )
-    sampled_at_once: int | None = setting(
-        None,
-        "positions of a row whose thoughts are sampled at once; default: anchors_at_once",
-        free=True,
-        ge=1,
-    )
     start_from: str = setting(
         "---", "text whose first token's embedding the start of a thought begins as (appendix A)", min_length=1
     )
@@ -173,8 +165,7 @@ class QuietStar(Objective):
         self, model: ThinkingModel, state: TextState, K: int, rng: Rng, temperature: float, engine: Engine
     ) -> Thoughts:
         c, anchors = self.config, Anchors.everywhere(state.text)
-        at_once = c.sampled_at_once or c.anchors_at_once
-        request = RolloutRequest(model, state, anchors, K, c.L, rng, temperature, anchors_at_once=at_once)
+        request = RolloutRequest(model, state, anchors, K, c.L, rng, temperature, anchors_at_once=c.rollout_anchors)
         return engine.sample(request).thoughts
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> QuietStarTextPart:
