@@ -110,7 +110,8 @@ def sample_tokens(
     """One token per row by inverting the distribution function at that row's uniform; greedy at temperature 0.
 
     hidden [..., W], uniforms fp32 in (0, 1) [...] → int64 tokens [...], and their log-probs under what they were drawn
-    from [...] (greedy: at temperature 1), fp32 (fp64 for fp64).
+    from [...] (greedy: at temperature 1), fp32 (fp64 for fp64). A row whose logits are not finite gives token 0 with
+    log-prob nan: a step that goes wrong is to be seen in its loss, not to end in an index out of range.
     """
     hidden_RW, uniforms_R = hidden.flatten(0, -2), uniforms.flatten()
     tokens_R = torch.empty(len(uniforms_R), dtype=torch.int64, device=hidden.device)
@@ -121,8 +122,9 @@ def sample_tokens(
             logits_rV = _logits(product_CV[r], temperature or 1.0, banned_V)
             masses_rV = logits_rV.sub_(logits_rV.amax(-1, keepdim=True)).exp_()
             tokens_r = masses_rV.argmax(-1) if temperature == 0 else _drawn(masses_rV, uniforms_R[c][r])
-            tokens_R[c][r] = tokens_r
-            logprobs_R[c][r] = masses_rV.gather(-1, tokens_r[:, None])[:, 0].log() - masses_rV.sum(-1).log()
+            sum_r = masses_rV.sum(-1)
+            tokens_R[c][r] = tokens_r = tokens_r.where(sum_r.isfinite(), 0)
+            logprobs_R[c][r] = masses_rV.gather(-1, tokens_r[:, None])[:, 0].log() - sum_r.log()
     return tokens_R.view(uniforms.shape), logprobs_R.view(uniforms.shape)
 
 
@@ -156,9 +158,11 @@ def _drawn(masses_RV: Tensor, uniforms_R: Tensor) -> Tensor:
 
 
 def _first_above(cumulative_RX: Tensor, threshold_R1: Tensor) -> Tensor:
-    """int64 [R, 1], where the sums first exceed the threshold, which rounding may have brought up to the last one."""
+    """int64 [R, 1], where the sums first exceed the threshold, which rounding may have brought up to the last one; some
+    place among them where they are nan."""
     below_R1 = cumulative_RX[:, -1:] * (1 - torch.finfo(cumulative_RX.dtype).eps)
-    return torch.searchsorted(cumulative_RX, torch.minimum(threshold_R1, below_R1), right=True)
+    found_R1 = torch.searchsorted(cumulative_RX, torch.minimum(threshold_R1, below_R1), right=True)
+    return found_R1.clamp_(max=cumulative_RX.shape[1] - 1)
 
 
 @torch.no_grad()

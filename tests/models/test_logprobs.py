@@ -136,3 +136,17 @@ def test_greedy_is_the_most_probable():
     hidden, weight, _ = case()
     tokens, _ = sample_tokens(hidden, weight, torch.full((23,), 0.999), 0.0)
     assert torch.equal(tokens, (hidden @ weight.T).argmax(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 4100])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_logits_are_not_finite_a_token_is_drawn_all_the_same(vocabulary, temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 6, generator=generator) for rows in (4, vocabulary))
+    uniforms = torch.tensor([0.1, 0.4, 0.7, 0.99])
+    tokens, logprobs_R = sample_tokens(hidden, weight, uniforms, temperature)
+    hidden[1], hidden[3, 2] = float("nan"), float("inf")
+    got, got_logprobs = sample_tokens(hidden, weight, uniforms, temperature)
+    assert got.tolist() == [tokens[0], 0, tokens[2], 0]
+    assert got_logprobs.isnan().tolist() == [False, True, False, True]
+    assert torch.equal(got_logprobs[::2], logprobs_R[::2])

@@ -16,11 +16,16 @@ from tests.pretrain.test_fit import OBJECTIVES, lines, weights
 ROOT = Path(__file__).parents[2]
 
 
-def fit(arguments, run_directory: Path, devices: int) -> str:
+def started(arguments, run_directory: Path, devices: int, *more: Path) -> subprocess.CompletedProcess[str]:
+    """`more`: directories that modules are imported from."""
     command = [sys.executable, "-m", "pretrain", "fit", "smollm2-quiet-star", *arguments]
     command += ["--run-dir", str(run_directory), "--devices", str(devices)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *more))), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def fit(arguments, run_directory: Path, devices: int) -> str:
+    done = started(arguments, run_directory, devices)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -79,3 +84,28 @@ def test_two_processes_in_parts_are_one_in_one_piece(objective, at_once, tiny_ru
     for x, y in zip(*(lines(tmp_path / run / "metrics.jsonl") for run in ("one", "two")), strict=True):
         for key in ("loss", "nll_text", "grad_norm"):
             assert y[key] == pytest.approx(x[key], rel=1e-4), key
+
+
+POISONED = """
+import torch
+
+from objectives import {kind}
+
+
+class Poisoned({kind}):
+    def after_step(self, model):
+        super().after_step(model)
+        with torch.no_grad():
+            model.decoder.layers[0].mlp.down_proj.weight.mul_(float("nan"))
+"""
+
+
+@pytest.mark.parametrize(("kind", "devices"), [("Rlp", 1), ("Rpt", 2)])
+def test_a_model_that_becomes_nan_samples_and_its_steps_are_skipped(kind, devices, tiny_run, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED.format(kind=kind))
+    arguments = [*tiny_run, "--objective", "poisoned:Poisoned", *OBJECTIVES[kind.lower()][2:], "--steps", "9"]
+    arguments += ["--objective.updates", "1", "--optimizer.max_skipped", "3", "--evaluation.every", "100"]
+    done = started(arguments, tmp_path / "run", devices, tmp_path)
+    assert "Traceback" not in done.stderr, done.stderr[-4000:]
+    assert "3 steps in a row, up to step 4, had a non-finite loss or gradient" in done.stderr
+    assert [record["skipped"] for record in lines(tmp_path / "run" / "metrics.jsonl")][:3] == [0, 1, 2]
