@@ -73,7 +73,7 @@ def find_objective(name: str) -> type[Objective]:
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     module_name, colon, class_name = name.partition(":")
-    if not colon:
+    if not colon or not all(part.isidentifier() for part in module_name.split(".")):
         raise ValueError(f"must be one of {', '.join(OBJECTIVES)} or an import path package.module:Class, got {name!r}")
     try:
         module = importlib.import_module(module_name)

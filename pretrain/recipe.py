@@ -21,6 +21,9 @@ from objectives import OBJECTIVES, ObjectiveConfig, find_objective
 # Marks keys that may differ between a run and its continuation: none that changes what a step computes.
 FREE: dict[str, Any] = {"free": True}
 
+# Integers of this size do not fit into int64, and squares of such floats not into fp32.
+TOO_LARGE = 2**63
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every mistake in it."""
@@ -123,7 +126,8 @@ class LoggingConfig(Part):
 class Recipe(Part):
     """A run. `rows_per_step` rows of `data.length` tokens make a step, whatever the devices or micro-batches."""
 
-    steps: int = Field(ge=1, description="of rows_per_step rows each", json_schema_extra=FREE)
+    # Evaluation samples by the key of step 2**32 - 1.
+    steps: int = Field(ge=1, lt=2**32 - 1, description="of rows_per_step rows each", json_schema_extra=FREE)
     objective: AnyObjective = Field(description="what is trained")
     control: AnyObjective | None = Field(
         default=None, description="trained afterwards into <run_dir>/control, at equal FLOPs", json_schema_extra=FREE
@@ -193,7 +197,11 @@ class Recipe(Part):
         return self.replaced(objective=self.control, control=None, steps=steps, run_dir=run_dir, evaluation=evaluation)
 
     def problems(self) -> list[str]:
-        found = []
+        found = [
+            f"{path} must be within ±2**63, got {value}"
+            for path, value in _leaves(self.model_dump(mode="json"))
+            if isinstance(value, (int, float)) and abs(value) >= TOO_LARGE
+        ]
         if self.rows_per_step % self.ranks:
             found.append(
                 f"rows_per_step {self.rows_per_step} must be a multiple of the {self.ranks} devices; "
@@ -207,6 +215,18 @@ class Recipe(Part):
                     f"use at least {config.shortest_row}"
                 )
         return found
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings and lists, by dotted key."""
+    if isinstance(tree, dict):
+        for key, below in tree.items():
+            yield from _leaves(below, f"{path}.{key}" if path else key)
+    elif isinstance(tree, list):
+        for place, below in enumerate(tree):
+            yield from _leaves(below, f"{path}[{place}]")
+    else:
+        yield path, tree
 
 
 # What models and dataclasses say about their fields

@@ -42,7 +42,20 @@ SHOWN = 80
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of YAML 1.2: there `1e-6` is a number, and `1e3` the whole number 1000."""
+    """YAML 1.1 with the floats of YAML 1.2: there `1e-6` is a number, and `1e3` the whole number 1000.
+
+    A key that a mapping has twice is an error; PyYAML would keep the last.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"key {key.value!r} is on line {lines[key.value]} and again on {line}; keep one")
+            lines[key.value] = line
+        return node
 
 
 def _exponential(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
@@ -59,8 +72,14 @@ _Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: str(node
 
 
 def read_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    """Plain values, none of them shared. Raises yaml.YAMLError."""
+    try:
+        # Copied, so that a change of what an alias stands for leaves its twin alone.
+        return _plain(yaml.load(text, _Loader))
+    except RecursionError:
+        raise yaml.YAMLError("it contains itself; write out what its alias stands for") from None
+    except ValueError as error:  # PyYAML's own, of a date or number that cannot be
+        raise yaml.YAMLError(str(error)) from None
 
 
 def shipped() -> list[str]:
@@ -85,7 +104,10 @@ def _read_tree(reference: str, overrides: Sequence[str], problems: list[str]) ->
     if reference in shipped():
         text = (resources.files("pretrain") / "recipes" / f"{reference}.yaml").read_text(encoding="utf-8")
     elif Path(reference).is_file():
-        text = Path(reference).read_text(encoding="utf-8")
+        try:
+            text = Path(reference).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{reference} is not UTF-8 (at byte {error.start}); save it as UTF-8") from None
     else:
         raise RecipeError(f"no recipe {reference!r}: give a YAML file or one of {', '.join(shipped())}")
     try:
@@ -108,10 +130,7 @@ def _read_tree(reference: str, overrides: Sequence[str], problems: list[str]) ->
 def recipe_from_tree(tree: Tree, problems: Sequence[str] = ()) -> Recipe:
     """A recipe from nested dicts. Raises RecipeError with all mistakes, after those already in `problems`."""
     found = list(problems)
-    try:
-        tree = _plain(tree)
-    except RecursionError:
-        raise RecipeError("the recipe contains itself; write out what its YAML alias stands for") from None
+    tree = _plain(tree)
     if not isinstance(tree, dict):
         raise RecipeError(f"the recipe must be a mapping of keys to values, got {tree!r}")
     _rename(tree)

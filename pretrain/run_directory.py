@@ -89,7 +89,7 @@ class RunDirectory:
         """Raises RecipeError, in one line, for a recipe that cannot be read."""
         try:
             return recipe_from_tree(read_yaml(self.recipe.read_text(encoding="utf-8")))
-        except (RecipeError, yaml.YAMLError) as error:
+        except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
             first, *more = str(error).removeprefix("the recipe cannot be run:\n  - ").splitlines()
             others = f" and {len(more)} more" if more else ""
             raise RecipeError(

@@ -10,6 +10,7 @@ from objectives.next_token import NextTokenConfig
 from objectives.quiet_star import QuietStarConfig
 from objectives.rlp import RlpConfig
 from objectives.rpt import RptConfig
+from pretrain.cli import main
 from pretrain.recipe import Recipe, RecipeError, keys
 from pretrain.recipe_files import (
     help_on_keys,
@@ -19,6 +20,7 @@ from pretrain.recipe_files import (
     recipe_to_yaml,
     shipped,
 )
+from pretrain.run_directory import RunDirectory
 
 
 def test_shipped_recipes():
@@ -218,9 +220,35 @@ def test_a_changed_copy_is_checked():
             recipe.replaced(**change)
 
 
+def test_numbers_beyond_what_tensors_hold_are_refused(capsys):
+    for number in ("1e20", "99999999999999999999", str(-(2**63))):
+        (found,) = mistakes("--objective", "rlp", "--objective.band", f"[-1, {number}]")
+        assert found.startswith("objective.band[1] must be within ±2**63, got "), found
+    for key in ("steps", "seed", "rows_per_step", "data.length", "optimizer.lr"):
+        assert main(["fit", "smollm2-next-token", "--dry-run", f"--{key}", "99999999999999999999"]) == 1
+        (first, line) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"  - {key} must be "), line
+    assert load_recipe("smollm2-next-token", ["--seed", str(2**63 - 1)]).seed == 2**63 - 1
+
+
+def test_an_override_of_an_aliased_block_leaves_its_twin_alone(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 1\nobjective: &thinking {name: rlp, length: 9}\ncontrol: *thinking\n")
+    recipe = load_recipe(str(path), ["--objective.length", "5", "--control.thoughts", "3"])
+    assert recipe.objective == RlpConfig(length=5)
+    assert recipe.control == RlpConfig(length=9, thoughts=3)
+    path.write_text("steps: 1\nobjective: &thinking {name: rlp, length: 9}\ncontrol: {<<: *thinking, length: 7}\n")
+    assert load_recipe(str(path)).control == RlpConfig(length=7)
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
+        ("steps: 1\nobjective: next_token\nsteps: 2", "key 'steps' is on line 1 and again on 3; keep one$"),
+        ("{steps: 1, objective: next_token, optimizer: {lr: 1, lr: 2}}", "key 'lr' is on line 1 and again on 1"),
+        ("{steps: 1, objective: next_token, run_dir: 2020-13-45}", "is not valid YAML: month must be in 1..12"),
+        ("{steps: 1, objective: {name: [1], length: 3}}", "objective needs a name; give next_token"),
+        ("{steps: 1, objective: {name: '.mine:Mine'}}", "or an import path package.module:Class, got '.mine:Mine'"),
         ("objective: next_token", "steps is missing; write it into the recipe or give --steps"),
         ("steps: 3", "objective is missing"),
         ("{steps: 3, objective: sorcery}", "objective must be one of next_token, quiet_star"),
@@ -246,6 +274,15 @@ def test_single_mistakes(tmp_path, text, part):
     path.write_text(text)
     with pytest.raises(RecipeError, match=part):
         load_recipe(str(path))
+
+
+def test_a_recipe_that_is_not_utf8_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"# caf\xe9\nsteps: 1\nobjective: next_token\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml is not UTF-8 \(at byte 5\); save it as UTF-8$"):
+        load_recipe(str(path))
+    with pytest.raises(RecipeError, match=r"^[^\n]*recipe.yaml cannot be read [^\n]*; restore it"):
+        RunDirectory(tmp_path).load_recipe()
 
 
 def test_unknown_recipe_and_bad_overrides():
