@@ -30,7 +30,7 @@ class DataConfig(BaseModel):
         default=0.02,
         ge=0,
         le=0.5,
-        description="fraction of the tokens kept out of training, in whole documents where possible",
+        description="fraction of the tokens kept out of training, in whole documents where possible; 0: no evaluation",
     )
     skip_broken: bool = Field(
         default=False, description="count and skip rows and files that cannot be read, instead of stopping"

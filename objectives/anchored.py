@@ -68,6 +68,10 @@ class AnchoredConfig(ThinkingConfig):
     updates: int = setting(1, "optimizer steps on the same thoughts, all with the first one's rewards", ge=1)
     shuffle_rewards: bool = setting(False, "a control: rewards are dealt out at random within their group")
 
+    @property
+    def thought_length(self) -> tuple[str, int]:
+        return "length", self.length
+
     def showing(self, length: int | None, temperature: float, positions: int) -> ObjectiveConfig:
         # A marker says where to think; any other choice of positions is training's own.
         return self.replaced(

@@ -57,6 +57,11 @@ class ObjectiveConfig:
         """Tokens that a row must have at least."""
         return 2
 
+    @property
+    def thought_length(self) -> tuple[str, int] | None:
+        """The setting that says how many tokens of a thought are sampled, and its value; None without thoughts."""
+        return None
+
     def showing(self, length: int | None, temperature: float, positions: int) -> ObjectiveConfig | None:
         """The settings by which `sample` shows the thoughts at all of a text's `positions`; None if there are none.
 

@@ -95,6 +95,10 @@ class QuietStarConfig(ThinkingConfig):
     def shortest_row(self) -> int:
         return self.A + 2
 
+    @property
+    def thought_length(self) -> tuple[str, int]:
+        return ("length", self.L) if self.n_ahead is None else ("n_ahead", self.n_ahead)
+
     def showing(self, length: int | None, temperature: float, positions: int) -> ObjectiveConfig:
         # The paper's evaluation is greedy, the code's samples.
         variant: Literal["paper", "public_code"] = "paper" if temperature == 0 else "public_code"

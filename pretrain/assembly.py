@@ -26,8 +26,8 @@ from pretrain.state import Tensors, model_from_state
 
 @dataclass
 class Assembled:
-    """The parts of a run. evaluator: the objective that scores held-out text. checkpoint: that of `model`, for a run
-    that is continued."""
+    """The parts of a run. evaluator: the objective that scores held-out text, which has no rows where nothing is to be
+    held out. checkpoint: that of `model`, for a run that is continued."""
 
     objective: Objective
     evaluator: Objective
@@ -60,7 +60,7 @@ def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
     # By default a second instance of the trained one, with its own state.
     evaluator = objectives.get("evaluation.objective") or make_objective(recipe, tokenizer, evaluation=True)
     test = counterfactual_test(recipe.evaluation, tokenizer, data)
-    held_out = Text(**data.held_out_rows(recipe.evaluation.rows))
+    held_out = Text(**data.held_out_rows(recipe.evaluation.rows if recipe.data.held_out else 0))
     _check_held_out(recipe, evaluator, held_out)
     other_models = _resolve_other_models(objectives, tokenizer, recipe.model)
 
@@ -200,17 +200,23 @@ def _check_sizes(
             "embeddings; choose another model"
         )
     limit = min(config.max_positions, config.sliding_window or config.max_positions)
-    thought = max(objective.longest_thought for objective in objectives.values())
-    if recipe.data.length + thought > limit:
-        way = f"set data.length to at most {limit - thought}" if limit - thought > 1 else "make thoughts shorter"
-        raise RecipeError(
-            f"data.length {recipe.data.length} and thoughts of {thought} tokens exceed the {limit} positions of "
-            f"{recipe.model}; {way}"
-        )
+    key = max(objectives, key=lambda key: objectives[key].longest_thought)
+    thought, length = objectives[key].longest_thought, recipe.data.length
+    if length + thought <= limit:
+        return
+    # The longest that fit, each while the other stays.
+    fitting = {"data.length": (limit - thought, max(config.shortest_row for config in recipe.objectives.values()))}
+    if (named := recipe.objectives[key].thought_length) is not None:
+        fitting[f"{key}.{named[0]}"] = (named[1] + limit - thought - length, 1)
+    ways = [f"{name} to at most {value}" for name, (value, least) in fitting.items() if value >= least]
+    raise RecipeError(
+        f"data.length {length} and thoughts of {thought} tokens exceed the {limit} positions of {recipe.model}; "
+        + (f"set {' or '.join(ways)}" if ways else f"lower {' and '.join(fitting)}")
+    )
 
 
 def _check_held_out(recipe: Recipe, evaluator: Objective, held_out: Text) -> None:
-    if evaluator.scored(held_out):
+    if recipe.data.held_out == 0 or evaluator.scored(held_out):
         return
     if not held_out.targets(1)[1].any():
         why = f"data.held_out {recipe.data.held_out} keeps no text to predict; raise it, or give more text"

@@ -158,7 +158,10 @@ class Records(lightning.Callback):
 
 
 class HeldOutEvaluation(lightning.Callback):
-    """Scores held-out text at the start of the run, every so often, and at its end; writes evaluations.jsonl."""
+    """Scores held-out text at the start of the run, every so often, and at its end; writes evaluations.jsonl.
+
+    Does nothing where no text is held out.
+    """
 
     def __init__(
         self,
@@ -192,6 +195,8 @@ class HeldOutEvaluation(lightning.Callback):
             self._evaluate(trainer, module)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
+        if not self.text.shape[0]:
+            return
         # Every rank scores all rows: the passes of a sharded model are collective.
         text = self.text.to(module.device)
         # Evaluation samples with a key of its own: the same at every step, and none of training's.

@@ -123,11 +123,11 @@ class RunRecords:
 
     @property
     def before(self) -> Record:
-        return self.evaluations[0]
+        return self.evaluations[0] if self.evaluations else {}
 
     @property
     def after(self) -> Record:
-        return self.evaluations[-1]
+        return self.evaluations[-1] if self.evaluations else {}
 
     @property
     def last(self) -> Record:
@@ -285,13 +285,14 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    console.print(run.held_out().to_rich())
+    if run.evaluations:
+        console.print(run.held_out().to_rich())
     counterfactuals, sentence = run.counterfactuals(), run.counterfactual_sentence()
     if counterfactuals is not None:
         console.print(counterfactuals.to_rich())
     if sentence is not None:
         say(f"{sentence}\n")
-    if run.control is None or run.deciles_are_firm():
+    if run.evaluations and (run.control is None or run.deciles_are_firm()):
         console.print(run.deciles().to_rich())
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
@@ -329,7 +330,8 @@ def overview(run: RunRecords) -> Figure:
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
     left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
-    left.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    if run.evaluations:
+        left.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     if run.after.get("counterfactual"):
         _plot_counterfactuals(right, run.after["counterfactual"])
     else:
@@ -410,7 +412,7 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
         _paragraph(_what_it_is(run)),
         _image(picture, "Held-out NLL and counterfactual test"),
     ]
-    parts.append(run.held_out().to_html())
+    parts.append(run.held_out().to_html() if run.evaluations else _paragraph("No text was held out (data.held_out 0)."))
     counterfactuals, sentence = run.counterfactuals(), run.counterfactual_sentence()
     if counterfactuals is not None:
         parts += [
@@ -419,7 +421,8 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
         ]
     if sentence is not None:
         parts.append(_paragraph(sentence))
-    parts.append(run.deciles().to_html())
+    if run.evaluations:
+        parts.append(run.deciles().to_html())
     parts += ["<h2>Warnings</h2>", _list(run.warning_lines()) if run.warnings else _paragraph("None.")]
     if run.samples:
         half = HTML_THOUGHTS // 2

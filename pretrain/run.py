@@ -101,6 +101,8 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
         return True
 
+    if recipe.data.held_out == 0:
+        say("data.held_out is 0: nothing is evaluated")
     loggers = _loggers(recipe.logging, directory)
     evaluation = HeldOutEvaluation(
         directory,

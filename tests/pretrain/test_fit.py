@@ -107,11 +107,16 @@ def test_a_run_and_what_it_leaves(objective, tiny_run, run_directory, capsys):
 
 
 @pytest.mark.parametrize("objective", ["next_token", "rlp"])
-def test_without_held_out_text_nothing_is_begun(objective, tiny_run, run_directory, capsys):
-    assert fit(tiny_run, *OBJECTIVES[objective], "--steps", "1", "--data.held_out", "0") == 1
-    (message,) = capsys.readouterr().err.strip().splitlines()
-    assert "no held-out token can be scored: data.held_out 0.0 keeps no text" in message
-    assert not run_directory.exists()
+def test_without_held_out_text_nothing_is_evaluated(objective, tiny_run, run_directory, capsys):
+    arguments = [*OBJECTIVES[objective], "--data.held_out", "0", "--evaluation.every", "1"]
+    for steps in ("1", "2"):
+        assert fit(tiny_run, *arguments, "--steps", steps) == 0
+        shown = capsys.readouterr()
+        assert "data.held_out is 0: nothing is evaluated" in shown.err
+        assert "Held-out" not in shown.out
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == [1, 2]
+    assert not (run_directory / "evaluations.jsonl").exists()
+    assert "No text was held out" in (run_directory / "report.html").read_text()
 
 
 def test_before_the_run_a_thinking_model_is_its_base(tiny_run, run_directory):
@@ -332,7 +337,12 @@ def test_dry_run_writes_nothing(tiny_run, run_directory, capsys):
     [
         (["--model", "nowhere at all"], "no model 'nowhere at all'; give a local Hugging Face directory"),
         (["--data", "nowhere/at/all.txt"], "nowhere/at/all.txt"),
+        # Thoughts are 3 sampled tokens, an end, and 2 true ones.
+        (["--data.length", "252"], "; set data.length to at most 250 or objective.length to at most 1"),
         (["--data.length", "300"], "exceed the 256 positions"),
+        (["--objective.length", "2000"], "; set objective.length to at most 221"),
+        (["--objective.length", "null", "--objective.n_ahead", "2000"], "; set objective.n_ahead to at most 224"),
+        (["--objective.length", "2000", "--data.length", "300"], "; lower data.length and objective.length"),
         (["--data.end_of_document", "<none>"], "<none>"),
     ],
 )
