@@ -185,14 +185,17 @@ class HeldOutEvaluation(lightning.Callback):
         self.test = test
         self.engine = engine
 
-    def on_train_start(self, trainer, module) -> None:
-        if self.difficulty_E is None:
+    def on_fit_start(self, trainer, module) -> None:
+        # A run that ended between a step's checkpoint and its evaluation continues with the evaluation.
+        if self.difficulty_E is None or (self._is_due(module) and not self.directory.is_evaluated(module.step)):
             self._evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        last = module.step == module.steps
-        if last or (self.every is not None and module.step % self.every == 0):
+        if self._is_due(module):
             self._evaluate(trainer, module)
+
+    def _is_due(self, module: PretrainModule) -> bool:
+        return module.step == module.steps or (self.every is not None and module.step % self.every == 0)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
         if not self.text.shape[0]:

@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Preparing a batch takes microseconds; and users cannot change how Lightning calls torch's pytrees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # A run that only lacks its last evaluation has no more batches.
+    warnings.filterwarnings("ignore", message="Total length of .* is zero.*")
     # So that an objective by import path may lie where the command is given, as with `python -m pretrain`.
     if not {"", os.getcwd()} & {*sys.path}:
         sys.path.append(os.getcwd())

@@ -97,7 +97,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
     if is_rank_zero():
         directory.create(recipe, run.tokenizer_directory)
         directory.rewind(module.step if run.checkpoint is not None else -1)
-    if module.step >= recipe.steps:
+    if module.step > recipe.steps or (module.step == recipe.steps and directory.is_evaluated(module.step)):
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
         return True
 
@@ -125,7 +125,8 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         strategy=make_strategy(recipe.ranks),
         max_epochs=1,
         logger=False,
-        callbacks=[records, evaluation, checkpoints],
+        # Checkpoints first: an evaluation that fails then costs no training.
+        callbacks=[records, checkpoints, evaluation],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -103,6 +103,9 @@ class RunDirectory:
                 kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
                 _write_durably(path, "".join(line + "\n" for line in kept))
 
+    def is_evaluated(self, step: int) -> bool:
+        return any(record["step"] == step for record in self.read(self.evaluations))
+
     def append(self, path: Path, record: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

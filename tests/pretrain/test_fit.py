@@ -26,6 +26,7 @@ from models.thoughts import Text
 from objectives import Step
 from pretrain.assembly import make_objective
 from pretrain.cli import main
+from pretrain.evaluation import score_held_out
 from pretrain.module import learning_rate
 from pretrain.opening import open_model
 from pretrain.recipe import OptimizerConfig
@@ -170,6 +171,25 @@ def test_killed_twice_and_started_again_is_bit_identical(objective, tiny_run, tm
         if (whole / name).exists():
             a, b = ([{k: v for k, v in m.items() if k not in timing} for m in lines(d / name)] for d in (whole, killed))
             assert a == b, name
+
+
+def test_an_evaluation_that_fails_costs_no_training(tiny_run, run_directory, monkeypatch, capsys):
+    """The checkpoint of its step is there, and the same command evaluates that."""
+
+    def failing(*arguments):
+        if (run_directory / "checkpoints").exists():
+            raise MemoryError
+        return score_held_out(*arguments)
+
+    monkeypatch.setattr("pretrain.callbacks.score_held_out", failing)
+    with pytest.raises(MemoryError):
+        fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "2")
+    monkeypatch.undo()
+    assert load_checkpoint(find_checkpoint(run_directory))[1]["step"] == 2
+    assert fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "2") == 0
+    assert "Held-out NLL" in capsys.readouterr().out
+    assert [e["step"] for e in lines(run_directory / "evaluations.jsonl")] == [0, 2]
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == [1, 2]
 
 
 def test_asked_to_stop_it_saves_at_the_step_and_continues(tiny_run, run_directory):
