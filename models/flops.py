@@ -4,10 +4,14 @@
         ...
     ledger.total
 
-Attention counts the query-key pairs that may see each other, not what a kernel wastes. A pass with gradient counts its
-backward too: twice its forward, and three times for the vocabulary, since chunked log-probs compute their logits again.
-So do blocks under activation checkpointing, counted whole: in mixed precision they are, in fp32 all but their last
-product. Counting reads shapes alone, and nothing is counted outside a ledger.
+Attention counts the query-key pairs that may see each other, not what a kernel wastes, and a thought counts until it
+ends: the padding behind it, and anchors that are padding, cost nothing here. So a step costs the same however it is
+cut, and a control at equal FLOPs is not given compute that no thought had.
+
+A pass with gradient counts its backward too: twice its forward, and three times for the vocabulary, since chunked
+log-probs compute their logits again. So do blocks under activation checkpointing, counted whole: in mixed precision
+they are, in fp32 all but their last product. Counting reads shapes and lengths alone, and nothing is counted outside a
+ledger.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 
 from models.decoder import Decoder, DecoderConfig
-from models.thoughts import Anchors, Text
+from models.thoughts import Anchors, Text, Thoughts
 
 _open: list[Ledger] = []
 
@@ -78,26 +82,29 @@ def count_read(decoder: Decoder, text: Text) -> None:
         _spend("text", _passes(decoder) * (blocks(decoder.config, B * N) + attention(decoder.config, pairs)))
 
 
-def _thinking(config: DecoderConfig, anchors: Anchors, K: int, S: int) -> int:
-    """S tokens of each of K thoughts at every anchor, in one pass or step by step."""
-    B, M = anchors.index_BM.shape
-    text_pairs = K * S * sum(end - start for _, _, start, end in anchors.prefixes)
-    own_pairs = B * M * K * S * (S + 1) // 2
-    return blocks(config, B * M * K * S) + attention(config, text_pairs + own_pairs)
+def _thinking(config: DecoderConfig, anchors: Anchors, tokens_BKM: Tensor) -> int:
+    """So many tokens of each thought, in one pass or step by step."""
+    start_BM, end_BM = anchors.visible_BM
+    prefix_B1M = (end_BM - start_BM).clamp(min=0)[:, None]
+    tokens_BKM = tokens_BKM * (anchors.index_BM >= 0)[:, None]
+    pairs_BKM = tokens_BKM * prefix_B1M + tokens_BKM * (tokens_BKM + 1) // 2
+    tokens, pairs = torch.stack([tokens_BKM.sum(), pairs_BKM.sum()]).tolist()
+    return blocks(config, tokens) + attention(config, pairs)
 
 
-def count_think(decoder: Decoder, anchors: Anchors, K: int, S: int) -> None:
-    """One pass over whole thoughts of S tokens."""
+def count_think(decoder: Decoder, thoughts: Thoughts) -> None:
+    """One pass over whole thoughts. Synchronises with the host."""
     if _open:
-        _spend("thoughts", _passes(decoder) * _thinking(decoder.config, anchors, K, S))
+        _spend("thoughts", _passes(decoder) * _thinking(decoder.config, thoughts.anchors, thoughts.lengths_BKM))
 
 
-def count_rollout(decoder: Decoder, anchors: Anchors, K: int, S: int, steps: int) -> None:
-    """S tokens of each thought went through the model, and one was sampled for each thought at every step."""
+def count_rollout(decoder: Decoder, thoughts: Thoughts, sampled_BKSM: Tensor) -> None:
+    """Thoughts were sampled: all their tokens but the last went through the model, and the vocabulary for each that is
+    marked. Synchronises with the host."""
     if _open:
         c = decoder.config
-        head = 2 * c.vocab_size * c.width * anchors.index_BM.numel() * K * steps
-        _spend("rollout", _thinking(c, anchors, K, S) + head)
+        head = 2 * c.vocab_size * c.width * int(sampled_BKSM.sum())
+        _spend("rollout", _thinking(c, thoughts.anchors, thoughts.lengths_BKM - 1) + head)
 
 
 def count_vocabulary(rows: int, head_weight_VW: Tensor) -> None:

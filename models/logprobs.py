@@ -1,5 +1,9 @@
 """Log-probs and samples from hidden states, without ever holding [tokens × vocabulary] logits.
 
+Logits are fp32 (fp64 for fp64) from the product on: rounded to bf16 they would err by up to 2⁻⁹ of their size, as much
+as all else that is bf16. A CPU pays for that with a product in fp32, which takes several times as long where it has
+instructions for bf16.
+
 Both work through the rows in chunks; the differentiable one computes each chunk's logits again in backward.
 
 Shapes: R rows (tokens), C rows of a chunk, W width, V vocabulary.
@@ -12,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flops import count_vocabulary
-from models.precision import accumulation_dtype, linear, working_copy
+from models.precision import accumulation_dtype, operands, wide, wide_linear
 
 # Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB. Each chunk adds to the whole gradient of the head, on
 # which a GPU would spend most of its time if chunks were small: 2²⁸ are 1 GiB.
@@ -37,24 +41,23 @@ def _in_cache(product_CV: Tensor) -> list[slice]:
 
 
 def _logits(product_CV: Tensor, temperature: float, banned_V: Tensor | None) -> Tensor:
-    """The head's product in fp32 (fp64 for fp64), written over where it is that already."""
-    logits_CV = product_CV.to(accumulation_dtype(product_CV.dtype))
+    """Written over the head's product."""
     if temperature != 1.0:
-        logits_CV /= temperature
+        product_CV /= temperature
     if banned_V is not None:
         # Many times faster than masked_fill with a mask that is broadcast.
-        logits_CV += torch.zeros_like(banned_V, dtype=logits_CV.dtype).masked_fill_(banned_V, float("-inf"))
-    return logits_CV
+        product_CV += torch.zeros_like(banned_V, dtype=product_CV.dtype).masked_fill_(banned_V, float("-inf"))
+    return product_CV
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RW, weight_VW, targets_R, temperature, banned_V):
-        copy = working_copy(weight_VW, hidden_RW.dtype)
+        copy = operands(hidden_RW[:0], weight_VW)[1]
         logprobs_R = hidden_RW.new_empty(len(targets_R), dtype=accumulation_dtype(hidden_RW.dtype))
         lse_R = torch.empty_like(logprobs_R)
         for c in _chunks(hidden_RW, weight_VW):
-            product_CV, targets_C1 = F.linear(hidden_RW[c], copy), targets_R[c, None]
+            product_CV, targets_C1 = wide(hidden_RW[c].to(copy.dtype), copy.t()), targets_R[c, None]
             for r in _in_cache(product_CV):
                 logits_rV = _logits(product_CV[r], temperature, banned_V)
                 target_r, highest_r1 = logits_rV.gather(-1, targets_C1[r])[:, 0], logits_rV.amax(-1, keepdim=True)
@@ -72,21 +75,22 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_RW) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for c in _chunks(hidden_RW, copy):
-            product_CV = F.linear(hidden_RW[c], copy)
+            hidden_CW = hidden_RW[c].to(copy.dtype)
+            product_CV = wide(hidden_CW, copy.t())
             targets_C1, lse_C1, scale_C1 = targets_R[c, None], lse_R[c, None], scale_R1[c]
             for r in _in_cache(product_CV):
                 # d logprob / d logits = (onehot − softmax) / temperature, which takes the place of the product.
                 grad_rV = _logits(product_CV[r], temperature, banned_V).sub_(lse_C1[r]).exp_().mul_(-scale_C1[r])
                 grad_rV.scatter_add_(-1, targets_C1[r], scale_C1[r])
-                if grad_rV.dtype != product_CV.dtype:
-                    product_CV[r] = grad_rV
+            grad_CV = product_CV.to(copy.dtype)
             if grad_hidden is not None:
-                grad_hidden[c] = product_CV @ copy
+                grad_hidden[c] = grad_CV @ copy
             if ctx.needs_input_grad[1]:
-                part_VW = product_CV.t() @ hidden_RW[c]
-                grad_weight = part_VW.to(ctx.master_dtype) if grad_weight is None else grad_weight.add_(part_VW)
-        if ctx.needs_input_grad[1] and grad_weight is None:
-            grad_weight = torch.zeros_like(copy, dtype=ctx.master_dtype)
+                part_VW = wide(grad_CV.t(), hidden_CW)
+                grad_weight = part_VW if grad_weight is None else grad_weight.add_(part_VW)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(copy) if grad_weight is None else grad_weight
+            grad_weight = grad_weight.to(ctx.master_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -103,6 +107,12 @@ def token_logprobs(
     return flat.view(targets.shape)
 
 
+def token_logprobs_where(where: Tensor, hidden: Tensor, weight_VW: Tensor, targets: Tensor) -> Tensor:
+    """`token_logprobs` of the rows that bool `where` [...] marks, 0 elsewhere, where nothing is computed."""
+    found = token_logprobs(hidden[where], weight_VW, targets[where])
+    return found.new_zeros(targets.shape).masked_scatter(where, found)
+
+
 @torch.no_grad()
 def sample_tokens(
     hidden: Tensor, weight_VW: Tensor, uniforms: Tensor, temperature: float, banned_V: Tensor | None = None
@@ -117,7 +127,7 @@ def sample_tokens(
     tokens_R = torch.empty(len(uniforms_R), dtype=torch.int64, device=hidden.device)
     logprobs_R = torch.empty(len(uniforms_R), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     for c in _chunks(hidden_RW, weight_VW):
-        product_CV = linear(hidden_RW[c], weight_VW)
+        product_CV = wide_linear(hidden_RW[c], weight_VW)
         for r in _in_cache(product_CV):
             logits_rV = _logits(product_CV[r], temperature or 1.0, banned_V)
             masses_rV = logits_rV.sub_(logits_rV.amax(-1, keepdim=True)).exp_()
@@ -175,7 +185,7 @@ def token_entropies(hidden: Tensor, weight_VW: Tensor, top: int | None = None) -
     count_vocabulary(len(hidden_RW), weight_VW)
     entropy_R = torch.empty(len(hidden_RW), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     for c in _chunks(hidden_RW, weight_VW):
-        logits_CV = _logits(linear(hidden_RW[c], weight_VW), 1.0, None)
+        logits_CV = wide_linear(hidden_RW[c], weight_VW)
         if top is not None:
             logits_CV = logits_CV.topk(min(top, logits_CV.shape[-1])).values
         logprobs_CV = logits_CV.log_softmax(-1)
@@ -190,5 +200,5 @@ def most_probable(hidden: Tensor, weight_VW: Tensor) -> Tensor:
     count_vocabulary(len(hidden_RW), weight_VW)
     tokens_R = torch.empty(len(hidden_RW), dtype=torch.int64, device=hidden.device)
     for c in _chunks(hidden_RW, weight_VW):
-        tokens_R[c] = _logits(linear(hidden_RW[c], weight_VW), 1.0, None).argmax(-1)
+        tokens_R[c] = wide_linear(hidden_RW[c], weight_VW).argmax(-1)
     return tokens_R.view(hidden.shape[:-1])

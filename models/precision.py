@@ -85,6 +85,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, working_copy(weight, x.dtype), bias)
 
 
+def operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the weight, without gradient, as `wide` multiplies them: as they are on CUDA, in bf16 the working copy, and
+    elsewhere in fp32 (fp64 for fp64), since only CUDA hands out the fp32 sums of a product of bf16 operands."""
+    dtype = x.dtype if x.is_cuda else accumulation_dtype(x.dtype)
+    return x.to(dtype), working_copy(weight, dtype)
+
+
+def wide(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two matrices in the accumulation dtype, never rounded to that of the `operands`."""
+    dtype = accumulation_dtype(a.dtype)
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ, without gradient, in the accumulation dtype; x [R, W]."""
+    if x.is_cuda:
+        x, weight = operands(x, weight)
+        return wide(x, weight.t())
+    return linear(x.to(accumulation_dtype(x.dtype)), weight)
+
+
 class _MasterWeightLinear(torch.autograd.Function):
     """x @ weightᵀ + bias in x.dtype, with the weight's gradient in the master's dtype."""
 

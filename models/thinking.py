@@ -111,7 +111,7 @@ class ThinkingModel(nn.Module):
 
     def think(self, thoughts: Thoughts, state: TextState) -> Tensor:
         """Hidden states [B, K, S, M, W] of whole thoughts in one differentiable pass; see Decoder.think."""
-        count_think(self.decoder, thoughts.anchors, *thoughts.tokens_BKSM.shape[1:3])
+        count_think(self.decoder, thoughts)
         return self.decoder.think(self.embed_thoughts(thoughts.tokens_BKSM), thoughts.anchors, state)
 
     def continue_thoughts(self, tokens_BKSM: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache) -> Tensor:

@@ -106,7 +106,7 @@ class Anchors:
     """The text positions that thoughts hang on.
 
     text: the rows they lie in.
-    index_BM: int64, position in the row; -1 for "no text at all" (the thought sees itself alone).
+    index_BM: int64, position in the row; -1 is padding, where there is no anchor; what is computed there sees no text.
     window: (start, end) if the anchors of every row are these positions, in order; lets attention treat a slice over M
     as a piece of text.
     """
@@ -137,7 +137,7 @@ class Anchors:
         return Anchors(self.text, self.index_BM[:, cut], window)
 
     def padded(self, M: int) -> Anchors:
-        """At least M anchors in each row, those that are added with no text at all."""
+        """At least M anchors in each row, those that are added padding."""
         missing = M - self.index_BM.shape[1]
         if missing <= 0:
             return self
@@ -222,6 +222,10 @@ class Thoughts:
         """The same with S slots for tokens: the first, or empty ones behind."""
         more = S - self.tokens_BKSM.shape[2]
         return Thoughts(torch.nn.functional.pad(self.tokens_BKSM, (0, 0, 0, more), value=PAD), self.anchors)
+
+    def trimmed(self) -> Thoughts:
+        """The same with as many slots as the longest has tokens. Synchronises with the host."""
+        return self.slots(int(self.lengths_BKM.max()))
 
     @staticmethod
     def joined(parts: Sequence[Thoughts], anchors: Anchors) -> Thoughts:

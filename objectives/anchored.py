@@ -33,7 +33,7 @@ from objectives.base import (
     setting,
 )
 from objectives.counterfactuals import CounterfactualTest
-from objectives.credit import ADVANTAGES, clipped_surrogate, shuffled_in_groups
+from objectives.credit import ADVANTAGES, clipped_surrogate, shuffled_in_groups, truncated_importance
 from objectives.metrics import Mean
 from objectives.template import Template, checked_tag, encode_tag
 
@@ -65,6 +65,11 @@ class AnchoredConfig(ThinkingConfig):
     )
     eps_low: float = setting(0.2, "ratios below 1 − ε_low are clipped", ge=0)
     eps_high: float = setting(0.2, "ratios above 1 + ε_high are clipped", ge=0)
+    importance_cap: float | None = setting(
+        None,
+        "C, tokens weigh min(π_old / π_sampler, C), to correct for the sampler's own numbers; default: 1",
+        gt=0,
+    )
     updates: int = setting(1, "optimizer steps on the same thoughts, all with the first one's rewards", ge=1)
     shuffle_rewards: bool = setting(False, "a control: rewards are dealt out at random within their group")
 
@@ -88,8 +93,8 @@ class AnchoredBatch(Batch):
     """What one rollout phase leaves behind for the updates that use it.
 
     target_BHM: int64, the H true tokens behind each anchor. base_BHM: their log-probs without a thought.
-    real_BM: bool, whether there is an anchor at all. rng: of the step. reward_BKM, advantage_BKM: of the first update,
-    kept for the others.
+    real_BM: bool, whether there is an anchor at all. rng: of the step. reward_BKM, advantage_BKM, old_BKSM (the sampled
+    tokens' log-probs): of the first update's pass, kept for the others.
     """
 
     rollout: Rollout
@@ -99,20 +104,23 @@ class AnchoredBatch(Batch):
     rng: Rng
     reward_BKM: Tensor | None = None
     advantage_BKM: Tensor | None = None
+    old_BKSM: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
     """The policy's part of a loss.
 
-    surrogate: Σ_i 1/|c_i| Σ_u of the clipped surrogate. tokens_J, logprob_J (with gradient), old_J: of each sampled
-    token that counts, which `where_BKSM` marks, under the policy and when it was sampled. weight_J: 1/|c_i|.
+    surrogate: Σ_i 1/|c_i| Σ_u of the clipped surrogate. tokens_J, logprob_J (with gradient), old_J, sampler_J: of each
+    sampled token that counts, which `where_BKSM` marks, under the policy, before the first update, and as it was
+    sampled. weight_J: 1/|c_i|.
     """
 
     surrogate: Tensor
     tokens_J: Tensor
     logprob_J: Tensor
     old_J: Tensor
+    sampler_J: Tensor
     weight_J: Tensor
     where_BKSM: Tensor
 
@@ -215,24 +223,36 @@ class Anchored(Objective):
         return ADVANTAGES[self.config.advantage](reward_BKM) * counts_BKM
 
     def policy(
-        self, model: ThinkingModel, hidden_BKSMW: Tensor, rollout: Rollout, advantage_BKM: Tensor, counts_BKM: Tensor
+        self,
+        model: ThinkingModel,
+        hidden_BKSMW: Tensor,
+        batch: AnchoredBatch,
+        advantage_BKM: Tensor,
+        counts_BKM: Tensor,
     ) -> Policy:
         """The clipped surrogate of the sampled tokens of thoughts that count, at the temperature of sampling.
 
-        hidden: of a pass over thoughts that begin with those of the rollout.
+        hidden: of a pass over thoughts that begin with those of the rollout. π_old is this pass's own π at the first
+        update, where ρ is 1 then: the sampler's log-probs, which come from other kernels, differ in bf16 by hundredths
+        of a nat, and would clip tokens that no update has moved.
         """
-        c = self.config
+        c, rollout = self.config, batch.rollout
         where_BKSM = rollout.sampled_BKSM & counts_BKM[:, :, None]
         hidden_JW = predicting(hidden_BKSMW, where_BKSM)
         tokens_J = rollout.thoughts.tokens_BKSM[where_BKSM]
         banned_V = self.template.banned(model.banned_V)
         logprob_J = token_logprobs(hidden_JW, model.head_weight_VW, tokens_J, c.temperature, banned_V)
-        old_J = rollout.logprobs_BKSM[where_BKSM]
+        sampler_J = rollout.logprobs_BKSM[where_BKSM]
+        if batch.old_BKSM is None:
+            batch.old_BKSM = torch.zeros_like(rollout.logprobs_BKSM).masked_scatter(where_BKSM, logprob_J.detach())
+        old_J = batch.old_BKSM[where_BKSM]
         length_BKM = rollout.sampled_BKSM.sum(dim=2).clamp(min=1)
         weight_J = length_BKM[:, :, None].expand_as(where_BKSM)[where_BKSM].to(logprob_J.dtype).reciprocal()
         advantage_J = advantage_BKM[:, :, None].expand_as(where_BKSM)[where_BKSM]
         surrogate_J = clipped_surrogate(logprob_J, old_J, advantage_J, c.eps_low, c.eps_high)
-        return Policy((surrogate_J * weight_J).sum(), tokens_J, logprob_J, old_J, weight_J, where_BKSM)
+        if c.importance_cap is not None:
+            surrogate_J = surrogate_J * truncated_importance(old_J, sampler_J, c.importance_cap)
+        return Policy((surrogate_J * weight_J).sum(), tokens_J, logprob_J, old_J, sampler_J, weight_J, where_BKSM)
 
     @torch.no_grad()
     def evaluate(
@@ -314,8 +334,12 @@ def last_hidden(hidden_BKSMW: Tensor, thoughts: Thoughts) -> Tensor:
 
 
 def predicting(hidden_BKSMW: Tensor, where_BKSM: Tensor) -> Tensor:
-    """The hidden states [J, W] that predict the marked tokens: those one slot before them."""
-    return hidden_BKSMW[:, :, : where_BKSM.shape[2] - 1][where_BKSM[:, :, 1:]]
+    """The hidden states [J, W] that predict the marked tokens: those one slot before them.
+
+    hidden may have fewer slots, where none behind them is marked.
+    """
+    S = min(hidden_BKSMW.shape[2], where_BKSM.shape[2] - 1)
+    return hidden_BKSMW[:, :, :S][where_BKSM[:, :, 1 : S + 1]]
 
 
 def documents_skipped(text: Text, anchors: Anchors) -> Mean:

@@ -297,7 +297,8 @@ class Objective(ABC):
         """The text's own part."""
 
     def thoughts_to_score(self, batch: Any) -> Thoughts:
-        """What goes through the model with gradient, in a single pass: by default the batch's thoughts as they are."""
+        """What goes through the model with gradient, in a single pass, without slots that none of them fills: by
+        default the batch's thoughts as they are."""
         return batch.thoughts
 
     def thought_terms(
@@ -306,6 +307,11 @@ class Objective(ABC):
         """The part of a batch, or of a chunk of one. thought: the pass over `thoughts_to_score`; text: what
         `text_terms` gave."""
         raise TypeError(f"{type(self).__name__} samples thoughts but has no thought_terms")
+
+    def step_flops(self, model: ThinkingModel, text: Text) -> int | None:
+        """What a step on a text costs, by the ledger, where that is known without taking it: not where thoughts are
+        sampled, which end when they end."""
+        return None
 
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
         """Called after every optimizer step."""

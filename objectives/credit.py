@@ -115,6 +115,15 @@ def clipped_surrogate(
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
+def truncated_importance(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(π_old / π_sampler, C) of each token, without gradient.
+
+    Corrects the expectation for a sampler whose numbers differ from the trainer's, at the price of a bias by the cap.
+    Ionides 2008, as used between sampler and trainer by Yao et al. 2025.
+    """
+    return (old_logprobs - sampler_logprobs).exp().clamp(max=cap).detach()
+
+
 def kl_to_reference(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """exp(d) − d − 1 with d = log π_ref − log π of each sampled token: unbiased for KL(π ‖ π_ref), never negative.
 

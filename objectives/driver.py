@@ -135,7 +135,8 @@ def in_chunks(
 
 
 def _think(objective: Objective, model: ThinkingModel, state: TextState, chunk: Batch) -> ThoughtState:
-    thoughts = objective.thoughts_to_score(chunk)
+    # A chunk has as many slots as the longest thought of all of them.
+    thoughts = objective.thoughts_to_score(chunk).trimmed()
     return ThoughtState(thoughts, model.think(thoughts, state))
 
 

@@ -84,6 +84,10 @@ METRICS: Mapping[str, Metric] = {
     "entropy": Metric("the policy's entropy, nats per token", "mean of −log π over sampled tokens"),
     "ratio": Metric("importance ratio ρ", "mean of π / π_old over sampled tokens"),
     "ratio_clipped": Metric("share of tokens whose ratio leaves [1 − ε_low, 1 + ε_high]", "mean over sampled tokens"),
+    "sampler_gap": Metric(
+        "how far the sampler's log-probs are from the trainer's, nats",
+        "mean of abs(log π_old − log π_sampler) over sampled tokens",
+    ),
 }
 
 
@@ -120,8 +124,8 @@ def thought_metrics(
     }
 
 
-def policy_metrics(logprob_J: Tensor, old_J: Tensor, eps_low: float, eps_high: float) -> Means:
-    """How far the policy has moved from the one that sampled."""
+def policy_metrics(logprob_J: Tensor, old_J: Tensor, sampler_J: Tensor, eps_low: float, eps_high: float) -> Means:
+    """How far the policy has moved since the first update, and how far it was from what sampled."""
     ratio_J = (logprob_J - old_J).exp().detach()
     all_J = torch.ones_like(ratio_J, dtype=torch.bool)
     clipped_J = (ratio_J > 1 + eps_high) | (ratio_J < 1 - eps_low)
@@ -129,6 +133,7 @@ def policy_metrics(logprob_J: Tensor, old_J: Tensor, eps_low: float, eps_high: f
         "entropy": Mean.over(-logprob_J, all_J),
         "ratio": Mean.over(ratio_J, all_J),
         "ratio_clipped": Mean.over(clipped_J.double(), all_J),
+        "sampler_gap": Mean.over((old_J - sampler_J).abs(), all_J),
     }
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from models.decoder import TextState
-from models.logprobs import token_logprobs
+from models.logprobs import token_logprobs, token_logprobs_where
 from models.philox import Rng
 from models.rollout import Engine
 from models.thinking import ThinkingModel
@@ -115,8 +115,10 @@ class Rlp(Anchored):
         at_BM = anchors.index_BM.clamp(min=0)
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         hidden = [gather_positions(no_think.hidden_BNW.roll(-h, 1), at_BM) for h in range(c.horizon)]
-        base_BHM = token_logprobs(torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
-        return AnchoredBatch(rollout.thoughts, rollout, target_BHM, base_BHM, anchors.index_BM >= 0, rng)
+        real_BM = anchors.index_BM >= 0
+        real_BHM = real_BM[:, None].expand_as(target_BHM)
+        base_BHM = token_logprobs_where(real_BHM, torch.stack(hidden, dim=1), teacher.head_weight_VW, target_BHM)
+        return AnchoredBatch(rollout.thoughts, rollout, target_BHM, base_BHM, real_BM, rng)
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> RlpTextPart:
         """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
@@ -145,14 +147,17 @@ class Rlp(Anchored):
         slots_BKHM = first_BKM[:, :, None] + torch.arange(c.horizon, device=first_BKM.device)[:, None]
         index = slots_BKHM[..., None].expand(*slots_BKHM.shape, hidden_BKSMW.shape[-1])
         target_BKHM = batch.target_BHM[:, None].expand_as(slots_BKHM)
-        predicted_BKHM = token_logprobs(hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM)
+        real_BKHM = batch.real_BM[:, None, None].expand_as(slots_BKHM)
+        predicted_BKHM = token_logprobs_where(
+            real_BKHM, hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM
+        )
         gain_BKM = discounted(information_gain(predicted_BKHM, batch.base_BHM[:, None]), c.discount)
 
         counts_BKM = self.rewardable(batch)
         if batch.reward_BKM is None or batch.advantage_BKM is None:
             batch.reward_BKM = self.reward(gain_BKM)
             batch.advantage_BKM = self.advantages(batch.reward_BKM, counts_BKM, batch)
-        policy = self.policy(model, hidden_BKSMW, batch.rollout, batch.advantage_BKM, counts_BKM)
+        policy = self.policy(model, hidden_BKSMW, batch, batch.advantage_BKM, counts_BKM)
         terms = [Term(policy.surrogate, "thoughts")]
         if c.train_predictor:
             terms.append(Term(-(predicted_BKHM.sum(dim=2) * counts_BKM).sum(), "thoughts", c.train_predictor))
@@ -168,7 +173,7 @@ class Rlp(Anchored):
 
         b = batch
         metrics = thought_metrics(b.rollout, self.bodies(b.rollout), b.target_BHM, b.base_BHM, b.real_BM, gain_BKM)
-        metrics |= policy_metrics(policy.logprob_J, policy.old_J, c.eps_low, c.eps_high)
+        metrics |= policy_metrics(policy.logprob_J, policy.old_J, policy.sampler_J, c.eps_low, c.eps_high)
         metrics |= {
             "zero_variance_groups": Mean.over((~has_variance(batch.reward_BKM)[:, 0]).double(), b.real_BM),
             "nll_thought": Mean.over(-predicted_BKHM[:, :, 0], b.real_BM[:, None].expand_as(gain_BKM)),

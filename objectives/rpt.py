@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from models.decoder import TextState
-from models.logprobs import token_logprobs
+from models.logprobs import token_logprobs_where
 from models.philox import Rng
 from models.rollout import Engine, Prediction, Rollout
 from models.thinking import ThinkingModel
@@ -190,7 +190,7 @@ class Rpt(Anchored):
         at_BM, real_BM = anchors.index_BM.clamp(min=0), anchors.index_BM >= 0
         target_B1M = text.targets(1)[0].gather(1, at_BM)[:, None]
         hidden_B1MW = gather_positions(no_think.hidden_BNW, at_BM)[:, None]
-        base_B1M = token_logprobs(hidden_B1MW, proxy.head_weight_VW, target_B1M)
+        base_B1M = token_logprobs_where(real_BM[:, None], hidden_B1MW, proxy.head_weight_VW, target_B1M)
         predictions = self.predictions(rollout)
         reward_BKM = self._rewards(predictions, rollout, base_B1M.dtype)
         kept_BM = real_BM
@@ -304,9 +304,9 @@ class Rpt(Anchored):
         assert b.reward_BKM is not None
         counts_BKM = self.rewardable(b) & b.kept_BM[:, None]
         advantage_BKM = self.advantages(b.reward_BKM, counts_BKM, b)
-        policy = self.policy(model, thought.hidden_BKSMW, b.rollout, advantage_BKM, counts_BKM)
+        policy = self.policy(model, thought.hidden_BKSMW, b, advantage_BKM, counts_BKM)
         metrics = thought_metrics(b.rollout, self.bodies(b.rollout), b.target_BHM, b.base_BHM, b.real_BM, b.reward_BKM)
-        metrics |= policy_metrics(policy.logprob_J, policy.old_J, c.eps_low, c.eps_high)
+        metrics |= policy_metrics(policy.logprob_J, policy.old_J, policy.sampler_J, c.eps_low, c.eps_high)
         metrics |= {
             "answered": Mean.over(b.answered_BKM.double(), b.real_BM[:, None].expand_as(counts_BKM)),
             "zero_variance_groups": Mean.over((~has_variance(b.reward_BKM)[:, 0]).double(), b.real_BM),

@@ -64,14 +64,18 @@ def _locked(directory: RunDirectory) -> contextlib.AbstractContextManager[None]:
 def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     """Steps of the control that cost as many FLOPs as the run, by the cost of its first step."""
     control = assemble(recipe.control_recipe(1, str(directory.control)))
-    parts = micro_batches(Text(**control.data.rows(0, recipe.rows_per_step)), recipe.micro_batch_rows)
-    # With grad enabled, since only then the ledger counts the backward, which is not run.
-    with Ledger() as ledger:
-        step = Step(control.objective, control.model, parts, Rng(recipe.seed, 0), control.engine)
-        for _ in range(step.updates):
-            for _ in step.losses():
-                pass
-    return max(1, round(directory.read(directory.metrics)[-1]["flops"] / ledger.total))
+    text = Text(**control.data.rows(0, recipe.rows_per_step))
+    cost: float | None = control.objective.step_flops(control.model, text)
+    if cost is None:
+        part = micro_batches(text, recipe.micro_batch_rows)[0]
+        # With grad enabled, since only then the ledger counts the backward, which is not run.
+        with Ledger() as ledger:
+            step = Step(control.objective, control.model, [part], Rng(recipe.seed, 0), control.engine)
+            for _ in range(step.updates):
+                for _ in step.losses():
+                    pass
+        cost = ledger.total * text.shape[0] / part.shape[0]
+    return max(1, round(directory.read(directory.metrics)[-1]["flops"] / cost))
 
 
 def _train(recipe: Recipe, directory: RunDirectory) -> bool:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.decoder import RMSNorm
 from models.thinking import ThinkingModel
 
 
@@ -22,11 +23,17 @@ def make_strategy(ranks: int) -> str | Strategy:
 
 
 def shard(model: ThinkingModel, mesh: DeviceMesh) -> None:
-    """Shards a model in place, block by block; weights are gathered in the compute dtype, gradients summed in fp32."""
-    policy = MixedPrecisionPolicy(param_dtype=model.decoder.compute_dtype, reduce_dtype=torch.float32)
+    """Shards a model in place, block by block; gradients are summed in fp32.
+
+    A block's matrices are gathered in the compute dtype. Embedding and head, norms, mixing head and delimiters are
+    gathered as the fp32 masters that they are.
+    """
+    masters = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    low = MixedPrecisionPolicy(param_dtype=model.decoder.compute_dtype, reduce_dtype=torch.float32)
     for block in model.decoder.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard([module for module in block.modules() if isinstance(module, RMSNorm)], mesh=mesh, mp_policy=masters)
+        fully_shard(block, mesh=mesh, mp_policy=low)
+    fully_shard(model, mesh=mesh, mp_policy=masters)
     # Weights outside the blocks, the head above all, serve several losses in turn: they stay gathered until `reshard`.
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_backward(False, recurse=False)

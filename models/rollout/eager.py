@@ -18,6 +18,7 @@ from torch import Tensor
 from models.decoder import ThoughtCache
 from models.flops import count_rollout
 from models.logprobs import sample_tokens
+from models.precision import accumulation_dtype
 from models.rollout.request import NextTokens, Rollout, RolloutRequest
 from models.thoughts import PAD, Thoughts
 
@@ -80,7 +81,7 @@ def _sample(request: RolloutRequest, step: NextTokens) -> Rollout:
     shape = (B, K, S, M)
     tokens_BKSM = torch.full(shape, PAD, device=device)
     tokens_BKSM[:, :, :P] = torch.tensor(request.prompt, dtype=torch.int64, device=device)[:, None]
-    logprobs_BKSM = request.state.hidden_BNW.new_zeros(shape, dtype=model.head_weight_VW.dtype)
+    logprobs_BKSM = request.state.hidden_BNW.new_zeros(shape, dtype=accumulation_dtype(request.state.hidden_BNW.dtype))
     sampled_BKSM, predicting_BKSM = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
     phase_BKM = torch.full((B, K, M), THINKING if length or prediction else ENDED, device=device)
     # Tokens sampled in the current phase, and how many of `forced` are still to be appended.
@@ -88,6 +89,9 @@ def _sample(request: RolloutRequest, step: NextTokens) -> Rollout:
     if prediction is not None and length == 0:
         phase_BKM.fill_(PREDICTING)
         pending_BKM.fill_(len(forced))
+    # Where there is no anchor there is no thought, which others would have to wait for.
+    padding_B1M = (anchors.index_BM < 0)[:, None]
+    phase_BKM, pending_BKM = phase_BKM.masked_fill(padding_B1M, ENDED), pending_BKM.masked_fill(padding_B1M, 0)
     closed_BKM = torch.full_like(phase_BKM, not close, dtype=torch.bool)
     predicted_BKM = torch.full_like(phase_BKM, not end, dtype=torch.bool)
     forced_Q1 = torch.tensor([*forced, PAD], dtype=torch.int64, device=device)
@@ -136,8 +140,8 @@ def _sample(request: RolloutRequest, step: NextTokens) -> Rollout:
         if may_end_early and since == LOOK_EVERY - 1 and model.all_agree((phase_BKM == ENDED).all()):
             S = s + 1
             break
-    count_rollout(model.decoder, anchors, K, S - 1, S - P)
     thoughts = Thoughts(tokens_BKSM, anchors)
+    count_rollout(model.decoder, thoughts, sampled_BKSM)
     return Rollout(thoughts, sampled_BKSM, logprobs_BKSM, closed_BKM, predicting_BKSM, predicted_BKM, len(close)).slots(
         S
     )

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import flops
 from models.flops import Ledger
 from models.philox import Rng
+from models.rollout import EAGER, Eager, Prediction, RolloutRequest
 from models.rollout.eager import LOOK_EVERY
-from models.thoughts import Anchors
+from models.thoughts import Anchors, Thoughts
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
@@ -52,6 +53,7 @@ def test_next_token():
     model.decoder.attention_backend = "reference"
     seen, reported = counted(NextToken(), model, text)
     assert reported + wasted(model, text, []) == seen
+    assert NextToken().step_flops(model, text) == reported  # known without taking the step
 
 
 @pytest.mark.parametrize("policy", [True, False])
@@ -64,22 +66,20 @@ def test_quiet_star(policy):
     assert expected == pytest.approx(seen, rel=0.005)
 
 
-@pytest.mark.parametrize(
-    ("positions", "closes"), [("random", False), ("band", False), ("entropy", False), ("random", True)]
-)
-def test_rlp(positions, closes):
+@pytest.mark.parametrize("positions", ["random", "band", "entropy"])
+def test_rlp(positions):
     """With few anchors the reference meets every text key with every thought token, and the ledger only those seen.
 
-    Thoughts that all close at once are neither sampled nor scored to their full length.
+    All thoughts are as long: the closing tag is hardly ever written by chance.
     """
-    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model, text = tiny_model(), packed_text([[8, 8], [9, 7]], N)
     model.decoder.attention_backend = "reference"
-    model.ban(61, tuple(range(61)) if closes else (3,))
-    P, L, K = 2, 5, 4
+    model.ban(61, (3,))
+    P, L, K, close = 2, 5, 4, (3, 4)
     # Without a next-token term the text's last block has no backward but that of its keys and values, which the ledger
     # counts like all others: one part in as many as there are layers.
     config = RlpConfig(
-        length=3 * LOOK_EVERY if closes else L,
+        length=L,
         thoughts=K,
         anchors_per_document=2,
         positions=positions,
@@ -87,17 +87,16 @@ def test_rlp(positions, closes):
         next_token_weight=0.1,
         train_predictor=0.1,
     )
-    L = LOOK_EVERY if closes else L
-    objective = Rlp(config, Template((1, 2), (3,)))
+    objective = Rlp(config, Template((1, 2), close))
     objective.teacher.model(model)
     seen, reported = counted(objective, model, text)
     anchors = objective.choice.choose(text, Rng(0, 0), model.read(text), model.head_weight_VW)
     prefix = sum(end - start for _, _, start, end in anchors.prefixes)
     M = anchors.index_BM.numel()
     text_pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
-    # The teacher reads, and the model reads with gradient; then P + L − 1 tokens are fed, and P + L + 1 scored.
+    # The teacher reads, and the model reads with gradient; then P + L − 1 tokens are fed, and all scored.
     total = (1 + 3) * flops.attention(model.decoder.config, 2 * N * N - text_pairs)
-    for tokens, passes in ((P + L - 1, 1), (P + L + 1, 3)):
+    for tokens, passes in ((P + L - 1, 1), (P + L + len(close), 3)):
         own = (P * P if passes == 1 else tokens * tokens) - (P if passes == 1 else tokens) * (
             (P if passes == 1 else tokens) + 1
         ) // 2
@@ -108,11 +107,11 @@ def test_rlp(positions, closes):
 @pytest.mark.parametrize("template", ["forced", "free"])
 def test_rpt(template):
     """Sampling ahead takes a reading of its own; the reference meets every text key with every token."""
-    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model, text = tiny_model(), packed_text([[8, 8], [9, 7]], N)
     model.decoder.attention_backend = "reference"
     K, P, L = 4, 2, 5
     config = RptConfig(length=L, thoughts=K, anchors_per_document=2, template=template, answer_length=3, hard_entropy=0)
-    rpt = Rpt(config, (1, 2), (3,), [b"a"] * 61, ((), ()), () if template == "forced" else (60,))
+    rpt = Rpt(config, (1, 2), (3, 4), [b"a"] * 61, ((), ()), () if template == "forced" else (59, 60))
     batch = sampled(rpt, model, text, Rng(0, 0))
     anchors, S = batch.anchors, batch.rollout.thoughts.tokens_BKSM.shape[2]
     prefix = sum(end - start for _, _, start, end in anchors.prefixes)
@@ -125,6 +124,69 @@ def test_rpt(template):
         total += passes * flops.attention(c, K * tokens * (M * N - prefix) + M * K * own)
     seen, reported = counted(rpt, model, text)
     assert reported + total == pytest.approx(seen, rel=0.03)
+
+
+def test_a_thought_counts_until_it_ends():
+    """A batch of thoughts of all lengths, among padding, costs what torch sees of each of them alone."""
+    model, text = tiny_model(), packed_text([[40], [24, 16], [12, 28]], 40)
+    model.decoder.attention_backend = "reference"
+    model.ban(61, (3, 60))
+    anchors = Anchors(text, torch.tensor([[5, 20, -1], [30, -1, -1], [9, 15, 38]]))
+    request = RolloutRequest(
+        model, model.read(text), anchors, 4, 30, Rng(0, 0), 3.0, (1, 2), (3,), Prediction((4,), 3, (5,))
+    )
+    c, alone = model.decoder.config, {"thoughts": 0, "rollout": 0}
+    with torch.no_grad():
+        with Ledger() as ledger:
+            rollout = EAGER.sample(request)
+            model.think(rollout.thoughts, request.state)
+        lengths = set()
+        for b, m in (anchors.index_BM >= 0).nonzero().tolist():
+            (prefix,) = [end - start for row, place, start, end in anchors.prefixes if (row, place) == (b, m)]
+            row = text.rows(slice(b, b + 1))
+            for k in range(4):
+                tokens_S = rollout.thoughts.tokens_BKSM[b, k, :, m]
+                tokens_S = tokens_S[tokens_S >= 0]
+                lengths.add(S := len(tokens_S))
+                one = Thoughts(tokens_S[None, None, :, None], Anchors(row, anchors.index_BM[b : b + 1, m : m + 1]))
+                for stage, fed in (("thoughts", S), ("rollout", S - 1)):
+                    # The reference meets all keys of the row and of the thought; those not seen are put back.
+                    with FlopCounterMode(display=False) as counter:
+                        model.think(one.slots(fed), model.read(row))
+                    with FlopCounterMode(display=False) as reading:
+                        model.read(row)
+                    unseen = flops.attention(c, fed * (40 - prefix) + fed * (fed - 1) // 2)
+                    alone[stage] += counter.get_total_flops() - reading.get_total_flops() - unseen
+        alone["rollout"] += 2 * c.vocab_size * c.width * int(rollout.sampled_BKSM.sum())
+    assert len(lengths) > 4 and not rollout.sampled_BKSM.transpose(2, 3)[:, :, anchors.index_BM[0] < 0][0].any()
+    assert alone == {stage: ledger.spent[stage] for stage in alone}
+
+
+class Counting(Eager):
+    """Counts the model's steps."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def steps(self, request):
+        step = super().steps(request)
+
+        def counted(tokens_BKSM):
+            self.taken += 1
+            return step(tokens_BKSM)
+
+        return counted
+
+
+def test_no_thought_waits_for_padding():
+    """Where the real thoughts have ended the rollout ends, whatever stands beside them."""
+    model, text = tiny_model(), packed_text([[40], [24, 16]], 40)
+    model.ban(61, tuple(range(61)))  # but what closes a thought
+    anchors, engine = Anchors(text, torch.tensor([[5, -1], [30, 35]])), Counting()
+    request = RolloutRequest(model, model.read(text), anchors, 2, 66, Rng(0, 0), prompt=(1,), close=(3,))
+    rollout = engine.sample(request)
+    assert engine.taken == LOOK_EVERY
+    assert rollout.sampled_BKSM.sum(dim=2).tolist() == [[[1, 0], [1, 0]], [[1, 1], [1, 1]]]
 
 
 @pytest.mark.parametrize("objective", [NextToken(), QuietStar(QuietStarConfig(length=3, lookahead=2, thoughts=2))])
@@ -147,7 +209,8 @@ def test_units():
     layers = [m for block in model.decoder.layers for m in block.modules() if isinstance(m, torch.nn.Linear)]
     linear = sum(layer.weight.numel() for layer in layers)
     assert flops.blocks(c, 1) == 2 * linear
+    thought = Thoughts(torch.tensor([[[[5]]]]), Anchors(text, torch.tensor([[2]])))
     with torch.no_grad(), Ledger() as ledger:
-        flops.count_think(model.decoder, Anchors(text, torch.tensor([[2]])), K=1, S=1)
-    flops.count_think(model.decoder, Anchors(text, torch.tensor([[2]])), K=1, S=1)
+        flops.count_think(model.decoder, thought)
+    flops.count_think(model.decoder, thought)
     assert ledger.total == 2 * linear + 4 * 4 * c.layers * c.heads * c.head_dim

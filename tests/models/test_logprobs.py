@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from models import logprobs
-from models.logprobs import sample_tokens, token_logprobs
+from models.logprobs import sample_tokens, token_entropies, token_logprobs
 from tests.helpers import relative_error
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def case(rows=23, width=8, vocabulary=17, dtype=torch.float64):
@@ -61,6 +63,18 @@ def test_bf16_activations_give_the_master_its_gradient_in_its_own_dtype():
     exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().requires_grad_()
     truth = torch.autograd.grad(token_logprobs(exact_hidden, exact_weight, targets).sum(), (exact_hidden, exact_weight))
     assert max(relative_error(a, b) for a, b in zip(grads, truth, strict=True)) <= 2**-6
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_logits_are_not_rounded_to_bf16(device):
+    """Log-probs, draws and entropies of bf16 hidden states, against fp64 from the same numbers."""
+    hidden, weight, targets = (x.detach().to(device) for x in case(vocabulary=600, dtype=torch.bfloat16))
+    master, uniforms = weight.bfloat16().float(), torch.full((23,), 0.5, device=device)
+    exact = (hidden.double() @ master.double().T).log_softmax(-1)
+    assert relative_error(token_logprobs(hidden, master, targets), exact.gather(-1, targets[:, None])[:, 0]) <= 1e-6
+    tokens, drawn = sample_tokens(hidden, master, uniforms, 1.0)
+    assert relative_error(drawn, exact.gather(-1, tokens[:, None])[:, 0]) <= 1e-6
+    assert relative_error(token_entropies(hidden, master), -(exact.exp() * exact).sum(-1)) <= 1e-6
 
 
 def test_no_logits_of_all_rows_are_held(monkeypatch):

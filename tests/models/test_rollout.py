@@ -213,15 +213,15 @@ def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
 
     @torch.no_grad()
     def run(dtype, thoughts=None):
-        """Log-probs of thoughts, drawn or scored."""
+        """Log-probs of the thoughts' sampled tokens, drawn or scored."""
         model.decoder.compute_dtype = dtype
         state = model.read(text)
         if thoughts is None:
             places = Anchors.everywhere(text) if anchors == "everywhere" else few
             drawn = rollout(model, state, places, 8, 12, Rng(0, 2), engine=engine)
-            return drawn.thoughts, drawn.logprobs_BKSM[:, :, 1:]
-        hidden = model.think(thoughts, state)[:, :, :-1]
-        return thoughts, token_logprobs(hidden, model.head_weight_VW, thoughts.tokens_BKSM[:, :, 1:])
+            return drawn.thoughts, drawn.logprobs_BKSM[drawn.sampled_BKSM]
+        hidden, tokens = model.think(thoughts, state)[:, :, :-1], thoughts.tokens_BKSM[:, :, 1:]
+        return thoughts, token_logprobs(hidden[tokens >= 0], model.head_weight_VW, tokens[tokens >= 0])
 
     thoughts, drawn = run(None)
     assert (drawn - run(None, thoughts)[1]).square().mean() <= 1e-5**2

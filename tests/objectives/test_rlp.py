@@ -150,6 +150,31 @@ def test_the_ratio_is_one_on_the_first_update(monkeypatch):
     assert relative_error(rolled_out, seen[1].logprob_J) <= 2e-6
 
 
+def test_the_ratio_is_exactly_one_on_the_first_update_in_bf16():
+    """And what sampled, by other kernels, is seen to be off; with a cap its tokens weigh by their importance."""
+    model = tiny_model(torch.float32)
+    model.ban(61, (9,))
+    model.decoder.compute_dtype = torch.bfloat16
+    source, outputs = text(), {}
+    for cap in (None, 1.02):
+        rlp = objective(dataclasses.replace(SMALL, importance_cap=cap))
+        batch = sampled(rlp, model, source, RNG)
+        output = scored(rlp, model, model.read(source), batch, rlp.counts(source))
+        outputs[cap] = output.loss
+        metrics, where = output.metrics, batch.rollout.sampled_BKSM & batch.real_BM[:, None, None]
+        assert metrics["ratio"].sum.item() == metrics["ratio"].count.item() > 100
+        assert metrics["ratio_clipped"].sum.item() == 0
+        gap_J = (batch.old_BKSM - batch.rollout.logprobs_BKSM)[where]
+        assert metrics["sampler_gap"].sum.item() == pytest.approx(gap_J.double().abs().sum().item())
+        assert 1e-4 < gap_J.abs().mean() < 0.1
+    length_BKM = batch.rollout.sampled_BKSM.sum(dim=2).clamp(min=1)
+    weight_BKM = (gap_J.new_zeros(where.shape).masked_scatter(where, gap_J.exp().clamp(max=1.02)) * where).sum(dim=2)
+    expected = -(batch.advantage_BKM * weight_BKM / length_BKM).sum() / rlp.counts(source)["thoughts"]
+    # Without a cap the surrogate is a sum of advantages: 0 but for rounding.
+    assert outputs[1.02].item() == pytest.approx(expected.item(), abs=1e-7)
+    assert abs(outputs[None].item()) < 1e-7 < abs(expected.item()) / 100
+
+
 def test_the_baseline_cancels_as_published_and_not_after_a_clip():
     model, source = likely_to_close(), text()
     other = tiny_model(seed=5)
@@ -176,6 +201,7 @@ def test_the_update_does_not_depend_on_the_cut_of_the_batch():
     parts = [step_of(objective(config), model, source.rows(cut), RNG, counts) for cut in (slice(0, 1), slice(1, 3))]
     cut = gradients(model, sum(p.loss for p in parts))
     assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-10
+    assert sum(p.flops for p in parts) == whole.flops
     assert counts["thoughts"].item() == (2 + 2 + 2 + 1 + 0 + 2) * SMALL.thoughts
 
 

@@ -285,6 +285,8 @@ def test_the_update_does_not_depend_on_the_cut_of_the_batch():
     together = Step(rpt, model, parts, RNG)
     assert all(torch.equal(together.counts[name], total[name]) for name in total)
     assert max(relative_error(cut[n], truth[n]) for n in truth) <= 1e-10
+    whole, *single = (step_of(rpt, model, part, RNG, total) for part in (source, *parts))
+    assert sum(p.flops for p in single) == whole.flops
 
 
 # At the edges

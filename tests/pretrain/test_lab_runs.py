@@ -18,6 +18,8 @@ from pretrain.assembly import make_objective
 from pretrain.cli import main
 from pretrain.opening import open_model
 from pretrain.recipe_files import load_recipe, recipe_from_tree, recipe_to_tree
+from pretrain.run import equal_flops_steps
+from pretrain.run_directory import RunDirectory
 from tests.pretrain.test_fit import lines
 
 SMALL = [
@@ -53,6 +55,12 @@ def test_a_control_of_several_updates_spends_as_much(tmp_path):
     metrics = [lines(directory / "metrics.jsonl") for directory in (tmp_path / "run", tmp_path / "run" / "control")]
     main_run, its_control = (of[-1]["flops"] for of in metrics)
     assert abs(its_control - main_run) <= metrics[1][0]["flops"]
+
+
+def test_what_a_step_of_the_control_costs_is_known_without_one(quickstart, monkeypatch):
+    monkeypatch.setattr("pretrain.run.Step", None)
+    recipe, control = (load_recipe(str(d / "recipe.yaml")) for d in (quickstart, quickstart / "control"))
+    assert equal_flops_steps(recipe, RunDirectory(quickstart)) == control.steps
 
 
 def test_the_control_spends_as_much_on_the_same_problems(quickstart):
