@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers import relative_error
+from tests.pretrain.sharded_step import results
 from tests.pretrain.test_fit import OBJECTIVES, lines, weights
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +60,22 @@ def test_two_processes_are_one(objective, tiny_run, tmp_path):
     a, b = (lines(d / "evaluations.jsonl")[-1]["nll_text"] for d in (tmp_path / "one", tmp_path / "two"))
     assert b == pytest.approx(a, rel=1e-5)
     assert torch.isfinite(torch.tensor(b))
+
+
+def test_two_processes_are_one_in_bf16(tmp_path):
+    """To fp32: head, norms, mixing head, delimiters, losses; to bf16: the gradients of blocks, which are that."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.pretrain.sharded_step"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store"), str(tmp_path / "out")], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    two, one = load_file(tmp_path / "out"), results()
+    assert two.keys() == one.keys()
+    assert 0 < one["quiet_star/mixing_weight"].abs() < 0.002
+    errors = {name: relative_error(two[name], one[name]) for name in one}
+    assert all(errors[n] <= (2**-7 if "proj" in n else 1e-5) for n in errors), errors
 
 
 @pytest.mark.parametrize(("objective", "at_once"), [("quiet_star", 12), ("rlp", 1), ("rpt", 3)])

@@ -1,0 +1,87 @@
+"""One process of a step of Quiet-STaR and one of RLP on a sharded model in bf16:
+
+    python -m tests.pretrain.sharded_step RANK RANKS STORE OUT
+
+Rank 0 writes losses and whole gradients to OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+
+from models.philox import Rng
+from models.thinking import ThinkingModel
+from objectives.driver import Step
+from objectives.quiet_star import QuietStar, QuietStarConfig
+from objectives.rlp import Rlp, RlpConfig
+from objectives.template import Template
+from pretrain.sharding import full, reshard, shard
+from tests.helpers import packed_text, tiny_model
+
+QUIET = QuietStarConfig(length=3, lookahead=2, thoughts=2, policy_weight=1.0, anchors_at_once=4)
+RLP = RlpConfig(
+    length=6, thoughts=4, anchors_per_document=3, next_token_weight=0.5, train_predictor=0.5, anchors_at_once=2
+)
+RNG = Rng(0, 0)
+
+
+def model_and_objectives() -> tuple[ThinkingModel, dict]:
+    """The same on every rank; the mixing weights are small, as at the start of a run."""
+    model = tiny_model(torch.float32, tie_embeddings=False)
+    model.ban(61, (9,))
+    model.decoder.compute_dtype = torch.bfloat16
+    with torch.no_grad():
+        model.mixing_head.out.weight.mul_(5e-4)
+    return model, {"quiet_star": QuietStar(QUIET), "rlp": Rlp(RLP, Template((7, 8), (9,)))}
+
+
+def results(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
+    """Losses, mean mixing weight and gradients by objective, of parts of one row of which each rank takes its own."""
+    model, objectives = model_and_objectives()
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for other in (*objectives["rlp"].other_models(model), model):
+            shard(other, mesh)
+    text = packed_text([[12, 8], [20], [9, 11], [6, 14]], 20)
+    parts = [text.rows(slice(row, row + 1)) for row in range(rank, 4, ranks)]
+    found = {}
+    for name, objective in objectives.items():
+        model.zero_grad()
+        step = Step(objective, model, parts, RNG)
+        counts = {key: summed(count, ranks) for key, count in step.counts.items()}
+        loss, mixing = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for output in step.losses(counts):
+            (output.loss * ranks).backward()  # sharding averages gradients
+            loss += output.loss.detach()
+            if "mixing_weight" in output.metrics:
+                mean = output.metrics["mixing_weight"]
+                mixing += torch.stack([mean.sum, mean.count])
+        reshard(model)
+        found[f"{name}/loss"] = summed(loss, ranks)
+        if name == "quiet_star":
+            total, count = summed(mixing, ranks)
+            found[f"{name}/mixing_weight"] = total / count
+        gradients = {key: full(p.grad) for key, p in model.named_parameters() if p.grad is not None}
+        found |= {f"{name}/{key}": gradient.clone() for key, gradient in gradients.items()}
+    return found
+
+
+def summed(value: torch.Tensor, ranks: int) -> torch.Tensor:
+    value = value.clone()
+    if ranks > 1:
+        dist.all_reduce(value)
+    return value
+
+
+if __name__ == "__main__":
+    rank, ranks, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = results(ranks, rank)
+    if rank == 0:
+        save_file(found, out)
+    dist.destroy_process_group()
