@@ -255,12 +255,21 @@ def export(
     tokenizer_directory: Path | None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a Hugging Face directory atomically. Raises CheckpointError if the directory is not empty.
+    """Writes a Hugging Face directory atomically. Raises CheckpointError if it is not empty or cannot be written.
 
     The language model is stored in `dtype`, the parts used only for thinking in their own dtype.
     """
     if isinstance(model, Decoder):
         model = ThinkingModel(model)
+    try:
+        _export(model, directory, tokenizer_directory, dtype)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory} cannot be written ({error}); choose another directory to export to"
+        ) from None
+
+
+def _export(model: ThinkingModel, directory: Path, tokenizer_directory: Path | None, dtype: torch.dtype) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; choose another directory to export to")
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from models.thoughts import Text
 from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingError, find_objective
 from objectives.base import Needs
 from objectives.template import encode_tag
-from pretrain.opening import compute_dtype, load_reference
+from pretrain.opening import compute_dtype, load_reference, longest_sequence
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
 from pretrain.state import Tensors, model_from_state
 
@@ -199,7 +199,7 @@ def _check_sizes(
             f"the tokenizer of {recipe.model} has {tokenizer.size} tokens, its model only {config.vocab_size} "
             "embeddings; choose another model"
         )
-    limit = min(config.max_positions, config.sliding_window or config.max_positions)
+    limit = longest_sequence(config)
     key = max(objectives, key=lambda key: objectives[key].longest_thought)
     thought, length = objectives[key].longest_thought, recipe.data.length
     if length + thought <= limit:

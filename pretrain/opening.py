@@ -12,6 +12,7 @@ from checkpoints.hugging_face import load_decoder, load_thinking_model
 from checkpoints.references import resolve
 from checkpoints.run import find_checkpoint, load_checkpoint
 from data_pipelines import Tokenizer
+from models.decoder import DecoderConfig
 from models.thinking import ThinkingModel
 from pretrain.recipe import Recipe
 from pretrain.run_directory import RunDirectory
@@ -28,6 +29,11 @@ def compute_dtype(setting: str) -> torch.dtype | None:
             bf16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
         return torch.bfloat16 if bf16 else None
     return torch.bfloat16 if setting == "bf16" else None
+
+
+def longest_sequence(config: DecoderConfig) -> int:
+    """Tokens that a text and a thought may have together."""
+    return min(config.max_positions, config.sliding_window or config.max_positions)
 
 
 def load_reference(reference: str, directory: Path, dtype: torch.dtype | None, seed: int = 0) -> ThinkingModel:

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data_pipelines.lab import END_OF_DOCUMENT
 from objectives import Metric, find_objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_yaml
@@ -242,9 +243,13 @@ class RunRecords:
         return found
 
     def _text_to_think_about(self) -> str:
-        """Where the model thinks only at a marker, a text that has one."""
+        """Where the model thinks only at a marker, a text that has one and a token to predict behind it."""
         positions = getattr(self.recipe.objective, "positions", None)
-        read = [sample["text"] for sample in self.samples if sample["text"].isprintable()]
+        read = [
+            sample["text"] + sample["continues"].removesuffix(END_OF_DOCUMENT)
+            for sample in self.samples
+            if sample["text"].isprintable()
+        ]
         return read[-1] if positions == "marker" and read else "The capital of France is"
 
 

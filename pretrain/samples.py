@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.thoughts import Text, Thoughts
 from objectives import TokenScores, find_objective
-from pretrain.opening import OpenedModel
+from pretrain.opening import OpenedModel, longest_sequence
 
 CONTEXT_TOKENS = 24
 CONTINUATION_TOKENS = 6
@@ -48,8 +49,13 @@ def describe_thought(thoughts: Thoughts, row: int, k: int, m: int, tokenizer: To
 def print_thoughts(opened: OpenedModel, words: str, length: int | None, temperature: float, seed: int) -> None:
     """Prints, for each position of a text, the thought there and the next token's probability without and with it.
 
-    Raises CheckpointError for a model that was not trained to think.
+    Raises CheckpointError for a model that was not trained to think, or that cannot do so in this way.
     """
+    if length is not None and length < 1:
+        raise CheckpointError(f"--length must be at least 1, got {length}")
+    # fp32 logits overflow where they are divided by much less.
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:
+        raise CheckpointError(f"--temperature must be 0 (greedy) or at least 1e-6, got {temperature}")
     tokenizer = opened.tokenizer
     ids = tokenizer.encode([words])[0]
     if not ids:
@@ -87,4 +93,18 @@ def _evaluate(opened: OpenedModel, text: Text, length: int | None, temperature: 
             "this model has no thought delimiters or mixing head; sample a run of quiet_star, or the run directory of "
             "one of rlp or rpt"
         )
-    return find_objective(config.name).build(config, opened.tokenizer).evaluate(model, text, rng)
+    objective = find_objective(config.name).build(config, opened.tokenizer)
+    limit, thought = longest_sequence(model.decoder.config), objective.longest_thought
+    if text.shape[1] + thought > limit:
+        raise CheckpointError(
+            f"a text of {text.shape[1]} tokens and thoughts of {thought} exceed the model's {limit} positions; "
+            "give a shorter --text or --length"
+        )
+    if not objective.scored(text):
+        rule = objective.scoring_rule()
+        raise CheckpointError(
+            "the model thinks at no position of this text, which must be followed by a token to predict"
+            + (f" and fit {rule}" if rule else "")
+            + "; give another --text"
+        )
+    return objective.evaluate(model, text, rng)

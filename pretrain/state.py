@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.errors import CheckpointError
 from models.decoder import Decoder, DecoderConfig
 from models.thinking import ThinkingModel
 from pretrain import __version__
@@ -67,17 +68,44 @@ def run_state(
 
 
 def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: torch.dtype | None) -> ThinkingModel:
-    """The model of a checkpoint, from the checkpoint alone."""
+    """The model of a checkpoint, from the checkpoint alone. Raises CheckpointError where its tensors do not fit."""
     decoder = Decoder(DecoderConfig(**state["decoder"]), compute_dtype)
     model = ThinkingModel(decoder, delimiters=state["delimiters"], mixing_head=state["mixing_head"])
+    _check_fit("model", tensors, model.state_dict(), state)
     model.load_state_dict(tensors["model"])
     return model
 
 
+def _check_fit(group: str, tensors: Tensors, wanted: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, in one line, for tensors of other names, shapes or dtypes than those wanted."""
+    found = tensors.get(group, {})
+    problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    for name in wanted.keys() & found.keys():
+        is_a, not_a = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (found[name], wanted[name]))
+        problems += [f"{name} is {is_a}, not {not_a}"] if is_a != not_a else []
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint step-{state['step']:08d} cannot be used: {group}.safetensors does not fit its state.json "
+            f"({'; '.join(sorted(problems)[:3])}{more}); restore it, or remove it to use an older one"
+        )
+
+
 def restore_before_setup(module: PretrainModule, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Restores counters and the objective's state before anything is sharded; the model is already loaded."""
+    """Restores counters and the objective's state before anything is sharded; the model is already loaded.
+
+    Raises CheckpointError where the optimizer's tensors do not fit.
+    """
     for name in COUNTERS:
         setattr(module, name, state[name])
+    stepped = {name.rpartition("/")[0] for name in tensors["optimizer"]}
+    wanted: dict[str, Tensor] = {}
+    for name, parameter in module.model.named_parameters():
+        if name in stepped:
+            moments = {f"{name}/exp_avg": parameter, f"{name}/exp_avg_sq": parameter}
+            wanted |= {**moments, f"{name}/step": torch.zeros(())}
+    _check_fit("optimizer", tensors, wanted, state)
     module.objective.load_state(module.model, tensors.get("objective", {}))
 
 

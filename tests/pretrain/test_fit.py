@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from checkpoints.hugging_face import load_thinking_model
-from checkpoints.run import find_checkpoint, load_checkpoint
+from checkpoints.run import find_checkpoint, load_checkpoint, save_checkpoint
 from data_pipelines import Tokenizer, open_data
 from models.philox import Rng
 from models.thoughts import Text
@@ -334,6 +334,54 @@ def test_a_thinking_model_can_be_trained_on(tiny_run, run_directory, tmp_path):
     parts = [n for n in expected if n.startswith(("model/delimiters", "model/mixing_head"))]
     assert len(parts) == 8
     assert all(torch.equal(expected[n], got[n]) for n in parts)
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "dtype", "optimizer"])
+def test_a_checkpoint_whose_tensors_do_not_fit_is_named_in_one_line(change, tiny_run, run_directory, tmp_path, capsys):
+    """Its manifest is that of its files, and its state.json is of another model."""
+    assert fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "1") == 0
+    tensors, state = load_checkpoint(find_checkpoint(run_directory))
+    weights, name = tensors["model"], "decoder.norm.weight"
+    if change == "name":
+        weights["decoder.another"] = weights.pop(name)
+        part = f"model.safetensors does not fit its state.json (missing {name}; unexpected decoder.another)"
+    elif change == "shape":
+        weights[name] = torch.ones(25)
+        part = f"({name} is (25,) float32, not (24,) float32)"
+    elif change == "dtype":
+        weights[name] = weights[name].bfloat16()
+        part = f"({name} is (24,) bfloat16, not (24,) float32)"
+    else:
+        tensors["optimizer"][f"{name}/exp_avg"] = torch.ones(25)
+        part = f"optimizer.safetensors does not fit its state.json ({name}/exp_avg is (25,) float32, not (24,) float32)"
+    save_checkpoint(run_directory / "checkpoints", 1, tensors, state)
+    capsys.readouterr()
+    assert fit(tiny_run, *OBJECTIVES["next_token"], "--steps", "2") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("forethought: checkpoint step-00000001 cannot be used: ")
+    assert part in message
+    assert main(["export", str(run_directory), str(tmp_path / "out")]) == (0 if change == "optimizer" else 1)
+
+
+def test_what_sample_and_export_cannot_do_is_said_in_one_line(tiny_run, run_directory, tmp_path, capsys):
+    assert fit(tiny_run, *QUIET, "--steps", "1") == 0
+    (tmp_path / "file").write_text("")
+    words = ["--text", "The reader thinks"]
+    for arguments, part in (
+        (["sample", *words, "--length", "0"], "--length must be at least 1, got 0"),
+        (["sample", *words, "--length", "-2"], "--length must be at least 1, got -2"),
+        (["sample", *words, "--length", "300"], "thoughts of 302 exceed the model's 256 positions; give a shorter"),
+        (["sample", *words, "--temperature", "-1"], "--temperature must be 0 (greedy) or at least 1e-6, got -1.0"),
+        (["sample", *words, "--temperature", "nan"], "at least 1e-6, got nan"),
+        (["sample", *words, "--temperature", "1e-40"], "at least 1e-6, got 1e-40"),
+        (["sample", "--text", "a"], "no position of this text, which must be followed by a token to predict; give"),
+        (["export", str(tmp_path / "file" / "below")], "; choose another directory to export to"),
+        (["export", "/proc/unwritable"], "/proc/unwritable cannot be written ("),
+    ):
+        capsys.readouterr()
+        assert main([arguments[0], str(run_directory), *arguments[1:]]) == 1
+        (message,) = capsys.readouterr().err.strip().splitlines()
+        assert part in message, message
 
 
 def test_sample_needs_a_model_that_thinks(tiny_directory, capsys):

@@ -219,9 +219,10 @@ def test_sampling_is_offered_with_a_text_to_think_about(tmp_path, capsys):
     command = f"forethought sample '{tmp_path / 'a run'}' --text"
     assert f"{command} 'The capital of France is'" in printed((directory, quiet_star, seconds), capsys)
     assert f"{command} 'The capital of France is'" in printed((directory, marker, seconds), capsys)
-    directory.append(directory.samples, sample(1) | {"text": "it's 3+5="})
+    # The marker needs a token to predict behind it; `<|endoftext|>` on a command line would be read as text.
+    directory.append(directory.samples, sample(1) | {"text": "it's 3+5=", "continues": "8<|endoftext|>"})
     directory.append(directory.samples, sample(1) | {"text": "\x1b[31m3+5="})
-    assert command + " " + shlex.quote("it's 3+5=") in printed((directory, marker, seconds), capsys)
+    assert command + " " + shlex.quote("it's 3+5=8") in printed((directory, marker, seconds), capsys)
 
 
 @pytest.mark.parametrize("kind", ["thinking", "controlled", "plain", "gaps"])
