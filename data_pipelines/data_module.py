@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -9,6 +11,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from data_pipelines.config import DataError
 from data_pipelines.rows import PackedText
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A process group's signals reach workers, too; but when to end, their parent says, or its death."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Steps(Dataset[dict[str, Tensor]]):
@@ -67,5 +75,6 @@ class TextDataModule(LightningDataModule):
             # In a distributed run Lightning would replace any other sampler with one that splits the steps among ranks.
             sampler=DistributedSampler(steps, num_replicas=1, rank=0, shuffle=False),
             num_workers=self.num_workers,
+            worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # else each iterator takes a seed from the global generator
         )

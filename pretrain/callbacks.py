@@ -1,10 +1,9 @@
-"""Callbacks around a step: records, progress, held-out evaluation, checkpoints, a clean stop on SIGTERM and SIGINT."""
+"""Callbacks around a step: records, progress, held-out evaluation, checkpoints, a stop when a signal asks for it."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-import signal
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.state import run_state
+from pretrain.stopping import StopSignals
 
 # Least seconds of training between two lines of progress, where stderr is no terminal.
 SECONDS_PER_LINE = 2.0
@@ -219,9 +219,9 @@ class HeldOutEvaluation(lightning.Callback):
 
 
 class Checkpoints(lightning.Callback):
-    """Saves every so often, at the end, and when the process is told to stop; then stops it at the step's boundary.
+    """Saves every so often, at the end, and when a signal asks the run to stop, which it then does after the step.
 
-    Saving inside a signal handler can hang, so the handler only raises a flag. constants: see `run_state`.
+    constants: see `run_state`.
     """
 
     def __init__(
@@ -230,27 +230,25 @@ class Checkpoints(lightning.Callback):
         config: CheckpointConfig,
         constants: Mapping[str, Any],
         evaluation: HeldOutEvaluation,
+        signals: StopSignals,
     ):
         self.directory = directory
         self.config = config
         self.constants = constants
         self.evaluation = evaluation
-        self.asked_to_stop = False
-        self._previous: dict[int, Any] = {}
+        self.signals = signals
 
     def on_train_start(self, trainer, module) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._ask_to_stop)
+        # Lightning has just put its own handler of SIGTERM there, which makes a collective call at any moment.
+        self.signals.install()
 
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        # A second signal takes effect at once.
-        signal.signal(number, self._previous[number])
-        self.asked_to_stop = True
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.signals.deferred = True
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         config, last = self.config, module.step == module.steps
         # If one rank is to stop, all are.
-        stop = trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(self.signals.asked, all=False)
         if last or stop or (config.every is not None and module.step % config.every == 0):
             tensors, state = run_state(module, self.constants, self.evaluation.difficulty_E)
             if trainer.is_global_zero:
@@ -260,5 +258,4 @@ class Checkpoints(lightning.Callback):
         trainer.should_stop = trainer.should_stop or stop
 
     def teardown(self, trainer, module, stage) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self.signals.deferred = False

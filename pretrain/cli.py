@@ -1,5 +1,8 @@
 """The command line: `forethought fit | export | sample`, the same as `python -m pretrain`, and what is installed beside
-it: an entry point of the group COMMANDS is a pair of the function to run and what adds its arguments to a parser."""
+it: an entry point of the group COMMANDS is a pair of the function to run and what adds its arguments to a parser.
+
+Ours is imported where it is needed: --help is quick, and signals are handled before anything large is imported.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,23 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from pretrain.recipe import RecipeError
-from pretrain.recipe_files import help_on_keys, load_recipe, objective_names, shipped
+from pretrain.stopping import Stopped, StopSignals
 
 COMMANDS = "forethought.commands"
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: worth another try
 
 
 def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
     """Train a recipe: a shipped name or a YAML file, changed by --key value.
 
     The same command on the same run directory continues an interrupted run.
+
+    Exit codes: 0 finished; 1 a mistake, which one line names; 2 a command that cannot be read; 75 unfinished, because
+    SIGTERM or SIGINT asked it to stop: it saved after its step, and the same command continues. A second signal ends it
+    at once.
     """
     from pretrain import run
+    from pretrain.recipe_files import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
@@ -61,6 +69,8 @@ def sample(model: str, text: str, length: int | None, temperature: float, seed: 
 
 def _help_on_recipes(arguments: Sequence[str]) -> str:
     """What `fit --help` says of recipes; with a recipe among the arguments, of the objectives that it names, too."""
+    from pretrain.recipe_files import help_on_keys, objective_names, shipped
+
     rest = [argument for argument in arguments if argument not in ("-h", "--help", "--dry-run")]
     named = objective_names(rest[0], rest[1:]) if rest else []
     return f"shipped recipes: {', '.join(shipped())}\n\nkeys:\n{textwrap.indent(help_on_keys(named), '  ')}"
@@ -106,7 +116,23 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 after one line that names the mistake and the way out; 2 for a command that cannot be read."""
+    """The exit code, as `fit --help` lists them."""
+    try:
+        with StopSignals():
+            return _main(sys.argv[1:] if argv is None else list(argv))
+    except Stopped as stopped:
+        return _end(stopped, UNFINISHED)
+
+
+def _end(stopped: BaseException, code: int) -> int:
+    """The exit code of a run that all its processes have ended; rank 0 says so, and is killed if another one fails."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return 0
+    print(f"forethought: {stopped}", file=sys.stderr)
+    return code
+
+
+def _main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # Preparing a batch takes microseconds; and users cannot change how Lightning calls torch's pytrees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -116,7 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # So that an objective by import path may lie where the command is given, as with `python -m pretrain`.
     if not {"", os.getcwd()} & {*sys.path}:
         sys.path.append(os.getcwd())
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser(argv)
     arguments, rest = parser.parse_known_args(argv)
     options = vars(arguments)
@@ -125,14 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options["overrides"] = rest
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    # Imported late so that --help is quick.
     from checkpoints.errors import CheckpointError
     from data_pipelines import DataError
     from pretrain.module import TrainingStopped
+    from pretrain.recipe import RecipeError
 
     try:
         function(**options)
-    except (RecipeError, DataError, CheckpointError, TrainingStopped) as error:
+    except TrainingStopped as stopped:
+        return _end(stopped, 1)
+    except (RecipeError, DataError, CheckpointError) as error:
         print(f"forethought: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory
 from pretrain.sharding import make_strategy
 from pretrain.state import restore_after_setup, restore_before_setup
+from pretrain.stopping import Stopped, StopSignals
 
 log = logging.getLogger(__name__)
 # Lightning announces its hardware and products at every start.
@@ -37,19 +39,22 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
 def fit(recipe: Recipe) -> Path:
     """Runs a recipe to its end, then its control if it has one, continuing what its directory holds; returns that.
 
-    Raises RecipeError, DataError or CheckpointError for what the user can fix, TrainingStopped if the run gave up.
+    Raises RecipeError, DataError or CheckpointError for what the user can fix, TrainingStopped if the run gave up, and
+    Stopped if a signal asked it to stop: then the same call continues.
     """
     started = time.perf_counter()
     directory = RunDirectory(recipe.run_dir or "runs/run")
-    with _locked(directory):
-        finished = _train(recipe, directory)
-        if finished and recipe.control is not None:
+    with StopSignals(announce=is_rank_zero()) as signals, _locked(directory):
+        _train(recipe, directory, signals)
+        if recipe.control is not None:
+            if signals.asked:
+                raise Stopped(f"{directory.path} is finished, its control not begun; the same command goes on")
             steps = equal_flops_steps(recipe, directory)
             say(f"control: {recipe.control.name} on the same data for the same FLOPs, {steps} steps")
             control = RunDirectory(directory.control)
             with _locked(control):
-                finished = _train(recipe.control_recipe(steps, str(directory.control)), control)
-        if finished and is_rank_zero():
+                _train(recipe.control_recipe(steps, str(directory.control)), control, signals)
+        if is_rank_zero():
             seconds = time.perf_counter() - started
             write_report(directory, recipe, seconds)
             print_report(directory, recipe, seconds)
@@ -78,8 +83,8 @@ def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     return max(1, round(directory.read(directory.metrics)[-1]["flops"] / cost))
 
 
-def _train(recipe: Recipe, directory: RunDirectory) -> bool:
-    """One run; whether it reached its last step."""
+def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals) -> None:
+    """One run, to its last step. Raises Stopped."""
     directory.check(recipe)
     run = assemble(recipe, directory.checkpoints)
     module = PretrainModule(
@@ -103,7 +108,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         directory.rewind(module.step if run.checkpoint is not None else -1)
     if module.step > recipe.steps or (module.step == recipe.steps and directory.is_evaluated(module.step)):
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
-        return True
+        return
 
     if recipe.data.held_out == 0:
         say("data.held_out is 0: nothing is evaluated")
@@ -120,7 +125,7 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
         run.engine,
     )
     constants = {"recipe": recipe_to_tree(recipe), "data_fingerprint": run.data.fingerprint}
-    checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation)
+    checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals)
     records = Records(directory, recipe.logging, run.tokenizer, run.data.counts, loggers)
     trainer = lightning.Trainer(
         accelerator="auto",
@@ -139,13 +144,17 @@ def _train(recipe: Recipe, directory: RunDirectory) -> bool:
     data_module = TextDataModule(
         run.data, recipe.steps, recipe.rows_per_step, start_step=module.step, num_workers=recipe.data_workers
     )
-    trainer.fit(module, datamodule=data_module)
+    try:
+        trainer.fit(module, datamodule=data_module)
+    except Stopped:
+        # Perhaps only this process got the signal, and the others of its node wait for it.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        raise
     for logger in loggers:
         logger.finalize("success")
     if module.step < recipe.steps:
-        say(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
-        return False
-    return True
+        raise Stopped(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
 
 
 def dry_run(recipe: Recipe) -> None:

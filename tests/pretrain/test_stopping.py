@@ -1,0 +1,99 @@
+"""Signals: wherever a run is, it ends soon, in order, and with an exit code that says that it is unfinished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from checkpoints.run import find_checkpoint, load_checkpoint
+from pretrain import assembly, evaluation
+from tests.pretrain.test_fit import OBJECTIVES, fit, lines, start, wait_for_step
+
+NEXT_TOKEN = OBJECTIVES["next_token"]
+SLOW = """
+import time
+from objectives import NextToken
+
+class Slow(NextToken):
+    def after_step(self, model):
+        print("training", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+def test_a_signal_to_the_process_group_stops_after_the_step(number, workers, tiny_run, run_directory):
+    arguments = [*tiny_run, *NEXT_TOKEN, "--checkpoint.every", "null", "--data_workers", workers]
+    process = start([*arguments, "--steps", "4000"], start_new_session=True)
+    wait_for_step(run_directory, 3, process)
+    os.killpg(process.pid, number)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    assert "stopping after this step; a second signal ends the run at once" in errors
+    step = load_checkpoint(find_checkpoint(run_directory))[1]["step"]
+    assert f"stopped at step {step} of 4000; the same command continues" in errors
+    assert step == len(lines(run_directory / "metrics.jsonl")) < 4000
+    assert fit(arguments, "--steps", str(step + 1), "--data_workers", "0") == 0
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == list(range(1, step + 2))
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "left"),
+    [
+        ("pretrain.run.assemble", assembly.assemble, False),
+        ("pretrain.callbacks.score_held_out", evaluation.score_held_out, True),
+    ],
+)
+def test_before_the_first_step_a_signal_ends_it_at_once(
+    where, what, left, tiny_run, run_directory, monkeypatch, capsys
+):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return what(*arguments)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(where, interrupted)
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1") == 75
+    assert capsys.readouterr().err.splitlines()[-1] == "forethought: stopped by SIGINT; the same command starts again"
+    assert run_directory.exists() == left
+    monkeypatch.undo()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1") == 0
+
+
+def test_a_second_signal_ends_it_at_once(tiny_run, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = start([*tiny_run, "--objective", "slow:Slow", "--steps", "9"], tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"training\n"
+    process.send_signal(signal.SIGTERM)
+    while b"stopping after this step" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_asked_to_stop_at_its_end_a_run_does_not_begin_its_control(tiny_run, run_directory, monkeypatch, capsys):
+    def last(*arguments):
+        if (run_directory / "checkpoints").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation.score_held_out(*arguments)
+
+    monkeypatch.setattr("pretrain.callbacks.score_held_out", last)
+    assert fit(tiny_run, *OBJECTIVES["rlp"], "--control", "next_token", "--steps", "1") == 75
+    assert "is finished, its control not begun; the same command goes on" in capsys.readouterr().err
+    assert [e["step"] for e in lines(run_directory / "evaluations.jsonl")] == [0, 1]
+    assert not (run_directory / "control").exists()
+
+
+@pytest.mark.parametrize("command", [["fit", "quickstart"], ["export", "a", "b"]])
+def test_a_signal_during_import_is_one_line(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    process = start([], tmp_path, command=command)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 75
+    assert errors == "forethought: stopped by SIGINT; the same command starts again\n"
