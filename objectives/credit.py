@@ -6,8 +6,7 @@ carry no gradient; log-probs do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,12 +28,24 @@ def discounted(gain_BKHM: Tensor, discount: float) -> Tensor:
     return (gain_BKHM * weight_H[:, None]).sum(dim=2)
 
 
-def prefix_match(predicted: bytes | None, continuation: Sequence[bytes]) -> bool:
-    """Whether the prediction is a prefix of the true continuation that ends where one of its tokens ends.
+def prefix_match(predicted: bytes | None, continuation: Iterable[bytes | None], goes_on: bool = False) -> bool | None:
+    """Whether the prediction is a prefix of the true continuation that ends where one of its tokens ends: RPT's reward,
+    2506.08007 §3.2 eq. 3. No prediction, or an empty one, is wrong.
 
-    `continuation`: the bytes of each true token. No prediction, or an empty one, is wrong. RPT, 2506.08007 §3.2.
+    `continuation`: the bytes of each true token, None for one that is no text, read as far as the prediction goes.
+    goes_on: the text goes on behind it, unknown how. The paper's completion x_≥t is always long enough; one that was
+    cut off can leave a prediction undecided: None if that holds all of it and more.
     """
-    return predicted is not None and predicted != b"" and predicted in accumulate(continuation)
+    if not predicted:
+        return False
+    end = 0
+    for token in continuation:
+        if token is None or not predicted.startswith(token, end):
+            return False
+        end += len(token)
+        if end == len(predicted):
+            return True
+    return None if goes_on else False
 
 
 # Advantages: over the K thoughts of the same anchor, dimension 1 of [B, K, M].

@@ -78,6 +78,10 @@ METRICS: Mapping[str, Metric] = {
     "thought_distinct": Metric("share of thoughts unlike all earlier ones of their group", "mean over thoughts"),
     "target_in_thought": Metric("share of thoughts that contain the token to predict", "mean over thoughts"),
     "answered": Metric("share of responses that hold a complete prediction", "mean over responses"),
+    "undecided": Metric(
+        "share of responses that are right as far as their row goes, and longer",
+        "mean over responses; each earns the mean of its group's others",
+    ),
     "zero_variance_groups": Metric("share of groups whose thoughts all earn the same", "mean over anchors"),
     "kept_groups": Metric("share of groups that count", "mean over anchors"),
     "documents_skipped": Metric("share of documents without an anchor", "mean over documents"),

@@ -13,6 +13,11 @@ A model that follows instructions writes tags and box by itself (template `free`
 counts). A base model has them forced upon it (template `forced`): it writes the thought and what is in the box. With an
 empty box the prediction is simply the next `answer_length` tokens.
 
+The paper's continuation (§3.2 eq. 3) is the rest of the document. Here a row of packed text may cut a document off, and
+a prediction that is right up to the cut and longer is neither right nor wrong: it is undecided. It gets the mean reward
+of its group's decided responses, so that its advantage is 0 and it moves nobody's baseline. A document that ends in its
+row, by its end-of-document token or before another document or padding, has really ended: what is longer is wrong.
+
 objectives/naive/rpt.py is the same as a plain loop.
 
 Shapes: B rows, N text positions, M anchors of a row, K = G responses of an anchor, S tokens of a response, L of its
@@ -98,10 +103,16 @@ class RptConfig(AnchoredConfig):
 
 @dataclass(eq=False, kw_only=True)
 class ResponseBatch(AnchoredBatch):
-    """Responses with their rewards. kept_BM: bool, groups that count. answered_BKM: bool, who predicted anything."""
+    """Responses with their rewards. kept_BM: bool, groups that count. answered_BKM: bool, who predicted anything.
+    undecided_BKM: bool, whose prediction is right as far as the row goes, and longer."""
 
     kept_BM: Tensor
     answered_BKM: Tensor
+    undecided_BKM: Tensor
+
+
+# How a control token is spelled in a prediction: a byte that UTF-8 does not have, and so no text.
+NO_TEXT = b"\xff"
 
 
 class Rpt(Anchored):
@@ -192,7 +203,7 @@ class Rpt(Anchored):
         hidden_B1MW = gather_positions(no_think.hidden_BNW, at_BM)[:, None]
         base_B1M = token_logprobs_where(real_BM[:, None], hidden_B1MW, proxy.head_weight_VW, target_B1M)
         predictions = self.predictions(rollout)
-        reward_BKM = self._rewards(predictions, rollout, base_B1M.dtype)
+        reward_BKM, undecided_BKM = self._rewards(predictions, rollout, base_B1M.dtype)
         kept_BM = real_BM
         if c.drop_zero_variance_from is not None and rng.step >= c.drop_zero_variance_from:
             kept_BM = kept_BM & has_variance(reward_BKM)[:, 0]
@@ -207,6 +218,7 @@ class Rpt(Anchored):
             reward_BKM,
             kept_BM=kept_BM,
             answered_BKM=answered_BKM.to(real_BM.device),
+            undecided_BKM=undecided_BKM,
         )
 
     def bodies(self, rollout: Rollout) -> Tensor:
@@ -229,7 +241,7 @@ class Rpt(Anchored):
     # What is rewarded
 
     def predictions(self, rollout: Rollout) -> list[list[list[bytes | None]]]:
-        """The bytes that each response [B][K][M] predicts; None where it predicts nothing."""
+        """The bytes that each response [B][K][M] predicts; None where it predicts none, or not text alone."""
         B, K, S, M = rollout.thoughts.tokens_BKSM.shape
         forced = self.config.template == "forced"
         where = rollout.predicting_BKSM if forced else rollout.sampled_BKSM
@@ -239,10 +251,12 @@ class Rpt(Anchored):
         def prediction(said: list[int], answered: bool) -> bytes | None:
             ids = [token for token in said if token != PAD]
             if not forced:
-                return self._boxed(b"".join(map(self._spelled, ids)))
-            if not answered:
-                return None
-            return b"".join(self.token_bytes[token] or b"" for token in ids[: len(ids) - len(self.box_ids[1])])
+                predicted = self._boxed(b"".join(map(self._spelled, ids)))
+            else:
+                # A tag that is a control token is no text here, where nothing is found by it.
+                spelled = [self.token_bytes[token] for token in ids[: len(ids) - len(self.box_ids[1])]]
+                predicted = b"".join(NO_TEXT if s is None else s for s in spelled) if answered else None
+            return None if predicted is None or NO_TEXT in predicted else predicted
 
         return [
             [[prediction(said_BKMS[b][k][m], answered_BKM[b][k][m]) for m in range(M)] for k in range(K)]
@@ -256,7 +270,7 @@ class Rpt(Anchored):
             for ids, text in ((self.template.close, self.config.close), (self.box_ids[1], self.config.box_close)):
                 if ids == (token,):
                     return text.encode()
-        return spelled or b""
+        return NO_TEXT if spelled is None else spelled
 
     def _boxed(self, response: bytes) -> bytes | None:
         """What stands in the last box behind the closing tag; brackets in it, as in `\\boxed{x^{2}}`, come in pairs."""
@@ -273,23 +287,25 @@ class Rpt(Anchored):
                 return content[: bracket.start()]
         return None
 
-    def _rewards(self, predictions: list[list[list[bytes | None]]], rollout: Rollout, dtype: torch.dtype) -> Tensor:
+    def _rewards(
+        self, predictions: list[list[list[bytes | None]]], rollout: Rollout, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """What each response [B, K, M] earns, and bool, whether it is undecided."""
         anchors = rollout.thoughts.anchors
-        tokens, documents = anchors.text.tokens_BN.tolist(), anchors.text.document_BN.tolist()
+        text, at_BM = anchors.text, anchors.index_BM.clamp(min=0)
+        tokens, end_BM = text.tokens_BN.tolist(), text.document_end_BN.gather(1, at_BM).tolist()
         reward_BKM = torch.zeros(rollout.closed_BKM.shape, dtype=dtype)
         for b, row in enumerate(anchors.index_BM.tolist()):
             for m, anchor in enumerate(row):
-                if anchor < 0:
-                    continue
-                continuation = []
-                for n in range(anchor + 1, len(tokens[b])):
-                    token_bytes = self.token_bytes[tokens[b][n]]
-                    if documents[b][n] != documents[b][anchor] or token_bytes is None:
-                        break
-                    continuation.append(token_bytes)
-                for k in range(reward_BKM.shape[1]):
-                    reward_BKM[b, k, m] = float(prefix_match(predictions[b][k][m], continuation))
-        return reward_BKM.to(rollout.closed_BKM.device)
+                end = end_BM[b][m]
+                for k in range(reward_BKM.shape[1] if anchor >= 0 else 0):
+                    continuation = (self.token_bytes[tokens[b][n]] for n in range(anchor + 1, end))
+                    right = prefix_match(predictions[b][k][m], continuation, goes_on=end == text.shape[1])
+                    reward_BKM[b, k, m] = torch.nan if right is None else right
+        undecided_BKM = reward_BKM.isnan()
+        mean_B1M = reward_BKM.nanmean(dim=1, keepdim=True).nan_to_num()
+        device = rollout.closed_BKM.device
+        return torch.where(undecided_BKM, mean_B1M, reward_BKM).to(device), undecided_BKM.to(device)
 
     # The update
 
@@ -309,6 +325,7 @@ class Rpt(Anchored):
         metrics |= policy_metrics(policy.logprob_J, policy.old_J, policy.sampler_J, c.eps_low, c.eps_high)
         metrics |= {
             "answered": Mean.over(b.answered_BKM.double(), b.real_BM[:, None].expand_as(counts_BKM)),
+            "undecided": Mean.over(b.undecided_BKM.double(), b.real_BM[:, None].expand_as(counts_BKM)),
             "zero_variance_groups": Mean.over((~has_variance(b.reward_BKM)[:, 0]).double(), b.real_BM),
             "kept_groups": Mean.over(b.kept_BM.double(), b.real_BM),
         }

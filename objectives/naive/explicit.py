@@ -17,10 +17,12 @@ from models.thoughts import Text
 
 @dataclass(frozen=True)
 class Document:
-    """tokens: of one document. uniform: (position, thought, token) → the draw in (0, 1) that belongs to that place."""
+    """tokens: of one document. uniform: (position, thought, token) → the draw in (0, 1) that belongs to that place.
+    goes_on: behind its tokens it goes on, unknown how."""
 
     tokens: list[int]
     uniform: Callable[[int, int, int], float]
+    goes_on: bool = False
 
 
 def hidden_states(model: ThinkingModel, tokens: Sequence[int]) -> Tensor:

@@ -50,12 +50,12 @@ def rpt_loss(
                 first = len(response.tokens)
                 complete = response.go_on(answer_length, box[1])
                 said = response.tokens[first : len(response.tokens) - len(box[1])]
-                prediction = b"".join(token_bytes[token] or b"" for token in said)
                 responses.append(response)
-                rewards.append(float(complete and prediction in right_predictions(truth, token_bytes)))
+                rewards.append(reward(said, truth, document.goes_on, token_bytes) if complete else 0.0)
 
-            # A_i = (r_i − r̄) / std(r)
+            # A_i = (r_i − r̄) / std(r); what is undecided has the mean of the others as its reward.
             r = torch.tensor(rewards, dtype=torch.float64)
+            r = torch.where(r.isnan(), r.nanmean().nan_to_num(), r)
             if drop_zero_variance and r.min() == r.max():
                 continue
             advantages = (r - r.mean()) / (r.std() + 1e-6)
@@ -81,16 +81,21 @@ def hard_positions(
     return sorted(found, key=lambda t: document.uniform(t - 1, POSITION, 0))
 
 
-def right_predictions(truth: Sequence[int], token_bytes: Sequence[bytes | None]) -> set[bytes]:
-    """Every prefix of the true continuation that ends where one of its tokens ends."""
-    right, text = set(), b""
+def reward(said: Sequence[int], truth: Sequence[int], goes_on: bool, token_bytes: Sequence[bytes | None]) -> float:
+    """1 for a prefix of the true continuation that ends where one of its tokens ends, else 0; nan, undecided, for what
+    is longer than a continuation that `goes_on`, and right up to there."""
+    spelled = [token_bytes[token] for token in said]
+    prediction, text = b"".join(b for b in spelled if b is not None), b""
+    if prediction == b"" or None in spelled:
+        return 0.0
     for token in truth:
-        spelled = token_bytes[token]
-        if spelled is None:
-            break
-        text += spelled
-        right.add(text)
-    return right - {b""}
+        token_text = token_bytes[token]
+        if token_text is None:
+            return 0.0
+        text += token_text
+        if prediction == text:
+            return 1.0
+    return torch.nan if goes_on and prediction.startswith(text) else 0.0
 
 
 @dataclass

@@ -137,7 +137,21 @@ def test_kl_to_reference_is_unbiased():
     ],
 )
 def test_prefix_match(predicted, expected):
-    assert prefix_match(predicted, [b" the", b" c", b"at", b" sat"]) == expected
+    assert prefix_match(predicted, [b" the", b" c", b"at", b" sat"]) is expected
+    # Cut off there, it cannot be told; but what already differs is wrong.
+    cut = None if predicted and len(predicted) > len(b" the cat sat") else expected
+    assert prefix_match(predicted, [b" the", b" c", b"at", b" sat"], goes_on=True) is cut
+
+
+def test_prefix_match_ends_before_a_control_token_and_reads_no_further_than_the_prediction():
+    assert prefix_match(b" the cat", [b" the", None, b" cat"], goes_on=True) is False
+    assert prefix_match(b" the", [b" the", None]) is True
+
+    def endless():
+        yield from [b" the", b" cat", b" sat"]
+        raise AssertionError("read on")
+
+    assert [prefix_match(p, endless()) for p in (b" the cat sat", b" the cats", b"no")] == [True, False, False]
 
 
 def test_prefix_match_compares_bytes_not_characters():

@@ -22,7 +22,8 @@ from tests.helpers import packed_text, relative_error, sampled, tiny_model
 
 RNG = Rng(seed=3, step=1)
 OPEN, CLOSE, BOX = (7, 8), (9, 10), ((11,), (12,))
-BYTES = [b"ab" if token == 6 else b"ab"[token % 2 :][:1] for token in range(60)] + [None]
+# The first token of the closing tag is no text, but can be sampled.
+BYTES = [None if token in (9, 60) else b"aa" if token == 6 else b"aab"[token % 3 :][:1] for token in range(61)]
 # Few tokens can be sampled, so that thoughts end early, late and not at all.
 ALLOWED = (2, 3, 6, 9, 10, 12)
 BANNED = tuple(token for token in range(61) if token not in ALLOWED)
@@ -34,8 +35,8 @@ def model_of_few_words(seed: int = 0):
     return model
 
 
-def packed() -> Text:
-    return packed_text([[6, 5], [11], [2, 1, 7]], 11)
+def packed(seed: int = 1) -> Text:
+    return packed_text([[6, 5], [11], [2, 1, 7]], 11, seed=seed)
 
 
 def documents(text: Text) -> list[Document]:
@@ -44,7 +45,7 @@ def documents(text: Text) -> list[Document]:
             place = (torch.tensor(x) for x in (int(text.sample_id_B[row]), start + position, thought, token))
             return RNG.uniform(*place).item()
 
-        return Document(text.tokens_BN[row, start:end].tolist(), uniform)
+        return Document(text.tokens_BN[row, start:end].tolist(), uniform, goes_on=end == text.shape[1])
 
     return [document(*span) for span in text.spans]
 
@@ -110,7 +111,7 @@ def test_quiet_star(K, anchors_at_once, micro_batches):
 @pytest.mark.parametrize(("anchors_at_once", "micro_batches"), [(None, 1), (2, 2)])
 @pytest.mark.parametrize("drop", [False, True])
 def test_rpt(drop, anchors_at_once, micro_batches):
-    model, text = model_of_few_words(), packed()
+    model, text = model_of_few_words(), packed(seed=10)
     settings = dict(length=5, answer_length=3, temperature=3.0, hard_entropy=2.0)
     config = RptConfig(
         thoughts=4,
@@ -124,6 +125,7 @@ def test_rpt(drop, anchors_at_once, micro_batches):
     batch = sampled(rpt, model, text, RNG)
     assert 0 < batch.rollout.closed_BKM.sum() < batch.rollout.closed_BKM.numel()
     assert 0 < batch.reward_BKM.sum() < batch.reward_BKM.numel()
+    assert (batch.undecided_BKM & (batch.reward_BKM > 0)).any()
     loss = rpt_loss(
         model,
         documents(text),

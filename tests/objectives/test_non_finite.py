@@ -22,8 +22,7 @@ ENGINES = [EAGER, pytest.param(Preferred(Native(), EAGER), marks=pytest.mark.ski
     "objective",
     [
         QuietStar(QuietStarConfig(length=3, lookahead=2)),
-        *(Rlp(RlpConfig(positions=p, **RLP), Template((7,), (9,))) for p in ("random", "band", "hard", "entropy")),
-        *(Rpt(RptConfig(positions=p, **RPT), (7,), (9,), BYTES) for p in ("random", "hard")),
+        *(Rlp(RlpConfig(positions=p, **RLP), Template((7,), (9,))) for p in ("random", "band", "entropy")),
         Rpt(RptConfig(drop_zero_variance_from=0, **RPT), (7,), (9,), BYTES),
     ],
     ids=lambda objective: f"{objective.config.name} {getattr(objective.config, 'positions', '')}",

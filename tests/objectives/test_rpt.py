@@ -15,6 +15,7 @@ import torch
 from models.philox import Rng
 from models.rollout import Rollout
 from models.thoughts import PAD, Anchors, Text, Thoughts
+from objectives.credit import standardised_advantage
 from objectives.driver import Step
 from objectives.rpt import Rpt, RptConfig
 from tests.helpers import explicit_hidden, packed_text, relative_error, sampled, scored, step_of, tiny_model
@@ -211,6 +212,12 @@ def test_forced_predictions_are_what_stands_before_the_end():
     tokens = [7, 9, 11, 6, 3, 12]
     assert rpt.predictions(drawn_tokens(tokens, answering, True)) == [[[b"abb"]]]
     assert rpt.predictions(drawn_tokens(tokens, answering, False)) == [[[None]]]
+    # With a control token in it, or the closing tag, it is no text.
+    for token in (60, 9):
+        said = [7, 9, 11, 6, token, 12]
+        assert objective(token_bytes=[*BYTES[:9], None, *BYTES[10:]]).predictions(
+            drawn_tokens(said, answering, True)
+        ) == [[[None]]]
     unboxed = objective(box=((), ()))
     assert unboxed.predictions(drawn_tokens([7, 9, 6, 3], [False, False, True, True], True)) == [[[b"abb"]]]
 
@@ -227,8 +234,32 @@ def test_the_continuation_ends_with_its_document_and_before_control_tokens():
     anchors = Anchors(source, torch.tensor([[0]]))
     drawn = dataclasses.replace(drawn, thoughts=Thoughts(drawn.thoughts.tokens_BKSM, anchors))
     for prediction, reward in ((b"b", 1), (b"ba", 1), (b"baa", 0), (b"a", 0), (b"", 0), (None, 0)):
-        assert rpt._rewards([[[prediction]]], drawn, torch.float64).item() == reward
+        reward_BKM, undecided_BKM = rpt._rewards([[[prediction]]], drawn, torch.float64)
+        assert (reward_BKM.item(), undecided_BKM.item()) == (reward, False)
     assert rpt.choice.eligible(source).tolist() == [[True, True, False, False, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("documents", "cut"),
+    [([0, 0, 0, 0], True), ([0, 0, 0, 1], False), ([0, 0, 0, -1], False)],
+    ids=["cut", "before another", "before padding"],
+)
+def test_a_right_prediction_longer_than_its_row_is_neither_right_nor_wrong(documents, cut):
+    """Behind the anchor the row has `ab` (or `aba`); the group's others decide what is left open."""
+    source = Text(torch.tensor([[3, 2, 3, 2]]), torch.tensor([documents]), torch.arange(4)[None], torch.tensor([0]))
+    rpt = objective(box=((), ()))
+    tokens_BKSM = torch.full((1, 4, 1, 1), 7)
+    yes = torch.ones(1, 4, 1, dtype=torch.bool)
+    thoughts = Thoughts(tokens_BKSM, Anchors(source, torch.tensor([[0]])))
+    drawn = Rollout(thoughts, tokens_BKSM < 0, tokens_BKSM.double(), yes, tokens_BKSM < 0, yes, 0)
+    known = b"aba" if cut else b"ab"
+    predictions = [[[known + b"b"], [known], [b"ab"], [b"b"]]]
+    reward_BKM, undecided_BKM = rpt._rewards(predictions, drawn, torch.float64)
+    assert undecided_BKM.flatten().tolist() == [cut, False, False, False]
+    assert reward_BKM.flatten().tolist() == [2 / 3 if cut else 0, 1, 1, 0]
+    assert (standardised_advantage(reward_BKM)[0, 0].item() == 0) == cut
+    alone, _ = rpt._rewards([[[known + b"b"]] * 4], drawn, torch.float64)
+    assert alone.flatten().tolist() == [0, 0, 0, 0]
 
 
 # Where, and which groups
