@@ -12,7 +12,6 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +23,7 @@ from data_pipelines.tokenizer import Tokenizer
 
 _FORMAT = 1  # bump it when the same sources would give different tokens, so that no old cache is used
 _BATCH_CHARACTERS = 1 << 20
+Part = tuple[str, int, int]  # of a text, from start to stop
 
 
 class Corpus:
@@ -104,16 +104,17 @@ def _make(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: i
 
 def _write(directory: Path, documents: Documents, tokenizer: Tokenizer, end_id: int) -> None:
     counts = documents.counts
-    prefix = [tokenizer.bos_id] if tokenizer.add_bos else []
+    before = np.array([tokenizer.bos_id] if tokenizer.add_bos else [], "<u4")
+    after = np.array([end_id], "<u4")
     digest = hashlib.sha256()
     offsets, hashes = [0], []
     with (directory / "tokens.npy").open("wb") as file:
         _header(file, 0)
         for text, ids in _encoded(documents, tokenizer):
-            if not ids:  # the normaliser removed everything
+            if not len(ids):  # the normaliser removed everything
                 counts["empty"] += 1
                 continue
-            data = np.array([*prefix, *ids, end_id], dtype="<u4").tobytes()
+            data = np.concatenate([before, ids, after]).tobytes()
             file.write(data)
             digest.update(data)
             offsets.append(offsets[-1] + len(data) // 4)
@@ -137,36 +138,43 @@ def _header(file: BinaryIO, length: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<u4", "fortran_order": False, "shape": (length,)})
 
 
-def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    """Yields each text with its token ids, encoding many at a time to use the tokenizer's threads."""
-    limit = documents.config.max_document_characters
-    for texts in _batches(text for _, text in documents):
-        parts = [_parts(text, limit) for text in texts]
-        encoded = iter(tokenizer.encode(list(chain.from_iterable(parts))))
-        for text, own in zip(texts, parts, strict=True):
-            documents.counts["enormous"] += len(own) > 1
-            yield text, list(chain.from_iterable(islice(encoded, len(own))))
+def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each text with its token ids, uint32, encoding many parts at a time to use the tokenizer's threads.
+
+    The tokenizer takes some hundred bytes for a token, so that a long text must not be encoded in one go.
+    """
+    done: list[np.ndarray] = []
+    for batch in _batches(_parts(documents)):
+        encoded = tokenizer.encode([text[start:stop] for text, start, stop in batch])
+        for (text, _, stop), ids in zip(batch, encoded, strict=True):
+            done.append(np.array(ids, dtype="<u4"))
+            if stop == len(text):
+                documents.counts["enormous"] += len(done) > 1
+                yield text, np.concatenate(done)
+                done = []
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
     characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
+    for text, start, stop in parts:
+        if batch and characters + stop - start > _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
+        batch.append((text, start, stop))
+        characters += stop - start
     if batch:
         yield batch
 
 
-def _parts(text: str, limit: int) -> list[str]:
-    """Cuts a text into parts of at most `limit` characters, before whitespace where possible."""
-    parts, start = [], 0
-    while len(text) - start > limit:
-        cut = max(text.rfind(space, start + 1, start + limit + 1) for space in " \n\t")
-        stop = cut if cut > start else start + limit
-        parts.append(text[start:stop])
-        start = stop
-    return [*parts, text[start:]]
+def _parts(documents: Documents) -> Iterator[Part]:
+    """Cuts texts into parts of at most `max_document_characters`, before whitespace where possible."""
+    limit = documents.config.max_document_characters
+    for _, text in documents:
+        start = 0
+        while len(text) - start > limit:
+            cut = max(text.rfind(space, start + 1, start + limit + 1) for space in " \n\t")
+            stop = cut if cut > start else start + limit
+            yield text, start, stop
+            start = stop
+        yield text, start, len(text)

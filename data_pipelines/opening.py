@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from data_pipelines.config import DataConfig
-from data_pipelines.corpus import end_of_document, tokenised
+from data_pipelines.corpus import Corpus, end_of_document, tokenised
 from data_pipelines.lab import LabConfig, LabText
-from data_pipelines.packing import CorpusText
+from data_pipelines.packing import REPEAT, CorpusText
 from data_pipelines.rows import PackedText
+from data_pipelines.sources import warn_once
 from data_pipelines.tokenizer import Tokenizer
+
+REPEATED = 0.1  # share of held-out text that may be in the training text without a word
 
 
 def open_data(
@@ -22,7 +26,21 @@ def open_data(
 
     Raises DataError for a reference, sources or a cache that the user has to fix.
     """
-    if config.reference.partition(":")[0] == "lab":
+    if config.is_lab:
         end_id = end_of_document(config, tokenizer)
         return LabText(LabConfig.parse(config.reference), tokenizer, end_id, config.length, seed)
-    return CorpusText(tokenised(config, tokenizer, cache_dir), config.length, config.held_out, seed)
+    text = CorpusText(tokenised(config, tokenizer, cache_dir), config.length, config.held_out, seed)
+    repeated, stretches = _repeated(text.corpus.directory, config.held_out)
+    if repeated > REPEATED * stretches:
+        warn_once(
+            f"{repeated} of the held-out text's {stretches} stretches of {REPEAT} tokens ({repeated / stretches:.0%}) "
+            "are in the training text as well, where memory helps; remove duplicates from "
+            f"{config.reference}, or hold out text of its own"
+        )
+    return text
+
+
+@cache
+def _repeated(directory: Path, held_out: float) -> tuple[int, int]:
+    """`CorpusText.repeated`, counted once for a corpus."""
+    return CorpusText(Corpus(directory), 2, held_out, 0).repeated()

@@ -22,6 +22,7 @@ from torch import Tensor
 from data_pipelines.corpus import Corpus
 from data_pipelines.rows import PackedText, packed_rows
 
+REPEAT = 32  # a power of 2: tokens in a row that two texts hardly have in common by chance
 Fragment = tuple[int, int]  # start and stop among the corpus's tokens
 
 
@@ -76,6 +77,32 @@ class CorpusText(PackedText):
         starts = range(0, line.tokens, self.length)[:limit]
         return self._pack(0, [line.between(start, min(start + self.length, line.tokens)) for start in starts])
 
+    def repeated(self) -> tuple[int, int]:
+        """(those that the training text has as well, all): the held-out text's stretches of REPEAT tokens.
+
+        By 64-bit hashes, in one pass over the training text.
+        """
+        tokens_T, spans = self.corpus.tokens_T, zip(self._held_out.start_D, self._held_out.stop_D, strict=True)
+        held = [_hashes(tokens_T[start:stop])[::REPEAT] for start, stop in spans]
+        hash_H = np.concatenate(held) if held else np.zeros(0, np.uint64)
+        # Most hashes of the training text are dismissed by their first bits.
+        maybe = np.zeros(1 << 20, bool)
+        maybe[hash_H >> np.uint64(44)] = True
+        found = [np.zeros(0, np.uint64)]
+        for start, stop in self._training_spans():
+            for first in range(start, stop, 1 << 20):
+                hash_T = _hashes(tokens_T[first : min(first + (1 << 20) + REPEAT - 1, stop)])
+                found.append(np.intersect1d(hash_T[maybe[hash_T >> np.uint64(44)]], hash_H))
+        return int(np.isin(hash_H, np.concatenate(found)).sum()), len(hash_H)
+
+    def _training_spans(self) -> Iterator[Fragment]:
+        """The corpus without what is held out."""
+        start = 0
+        for first, last in sorted(zip(self._held_out.start_D, self._held_out.stop_D, strict=True)):
+            yield start, int(first)
+            start = int(last)
+        yield start, len(self.corpus.tokens_T)
+
     def _pack(self, first: int, rows: list[Iterator[Fragment]]) -> dict[str, Tensor]:
         tokens_T = self.corpus.tokens_T
         return packed_rows(first, [(tokens_T[start:stop] for start, stop in row) for row in rows], self.length)
@@ -94,6 +121,15 @@ class CorpusText(PackedText):
             words_D = np.random.Philox(key=key).random_raw(len(self._train.end_D))
             self._epoch = (epoch, self._train.permuted(np.argsort(words_D, kind="stable")))
         return self._epoch[1]
+
+
+def _hashes(tokens: np.ndarray) -> np.ndarray:
+    """uint64: a hash of each stretch of REPEAT tokens, by where it starts."""
+    hashes, span, factor = tokens.astype(np.uint64) + np.uint64(1), 1, 0x9E3779B97F4A7C15
+    while span < REPEAT:
+        hashes = hashes[:-span] * np.uint64(factor) + hashes[span:]
+        span, factor = 2 * span, factor * factor % 2**64
+    return hashes ^ (hashes << np.uint64(32))
 
 
 def _split(corpus: Corpus, share: float) -> tuple[_Line, _Line]:

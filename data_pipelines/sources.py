@@ -11,19 +11,23 @@ import ast
 import glob
 import gzip
 import json
+import logging
 import sysconfig
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
 from data_pipelines.config import DataConfig, DataError
 
+log = logging.getLogger(__name__)
 PYTHON_DOCS = "python-docs"
 _TEXT = (".txt", ".md", ".text")
 _SUFFIXES = (*_TEXT, ".jsonl", *(f"{suffix}.gz" for suffix in (*_TEXT, ".jsonl")), ".parquet")
+_NAMED = 5  # files that a warning names at most
 # Folders inside the standard library's that are not part of it, or only test it.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -151,7 +155,7 @@ def _open(file: Path) -> gzip.GzipFile | BufferedReader:
 def _find(reference: str) -> list[Path]:
     path = Path(reference).expanduser()
     if path.is_dir():
-        found = list(path.rglob("*"))
+        found = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
     elif path.exists():
         found = [path]
     else:
@@ -163,7 +167,21 @@ def _find(reference: str) -> list[Path]:
             problem = "matches no file of a supported type"
         accepted = f"{PYTHON_DOCS}, lab, lab:SETTINGS, or a file, directory or glob of {' '.join(_SUFFIXES)}"
         raise DataError(f"data reference {reference!r} {problem}; accepted: {accepted}")
+    others = sorted(str(file) for file in found if not file.name.endswith(_SUFFIXES) and file.is_file())
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        warn_once(f"not read: {', '.join(others[:_NAMED])}{more}; only {' '.join(_SUFFIXES)} are")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A run opens its data several times."""
+    log.warning("%s", message)
 
 
 def _python_docs_files() -> list[Path]:

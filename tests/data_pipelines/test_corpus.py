@@ -2,6 +2,8 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +74,26 @@ def test_enormous_documents_are_cut_before_whitespace(tmp_path, cache, tokenizer
     words = tokenizer.encode(["word" + " word" * 49])[0]
     assert cut.tokens_T[: len(words)].tolist() == whole.tokens_T[: len(words)].tolist() == words
     assert whole.counts["enormous"] == 0
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from data_pipelines import DataConfig, Tokenizer
+from data_pipelines.corpus import tokenised
+tokenizer = Tokenizer.from_directory(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenised(DataConfig(reference=sys.argv[2]), tokenizer, Path(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_single_long_line_takes_memory_for_its_text_not_for_its_tokens(tmp_path, cache, tokenizer_directory):
+    """6 MB in one line: the encodings of its 6 million tokens would take a hundred bytes each."""
+    (tmp_path / "x.txt").write_text("xy " * 2_000_000)
+    command = [sys.executable, "-c", MEMORY, str(tokenizer_directory), str(tmp_path / "x.txt"), str(cache)]
+    grown = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout) * 1024
+    assert grown < 400e6, grown
 
 
 def test_bos_and_another_end_of_document(config, cache, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import pickle
+import random
 from collections import Counter
 
 import numpy as np
@@ -166,6 +167,29 @@ def test_held_out_of_few_texts(tmp_path, tokenizer, texts, expected):
     kept = held["tokens_BN"][held["document_BN"] >= 0].tolist()
     assert tokenizer.decode(kept) == expected
     assert Counter(kept + stream(text, text.tokens_per_epoch)) == Counter(text.corpus.tokens_T.tolist())
+
+
+def test_held_out_text_that_the_training_text_has_as_well_is_said(tmp_path, tokenizer, caplog):
+    """Against a search for every stretch in the training text, document by document."""
+    draw = random.Random(0)
+    pages = [" ".join(draw.choice(["cat", "dog", "mat", "sat", "ran"]) for _ in range(200)) for _ in range(30)]
+    # Copies that differ in a word, which equal hashes of whole texts do not show.
+    for name, texts in (("copies", [*pages, *(f"copy {text}" for text in pages)]), ("apart", pages)):
+        reference = write(tmp_path / f"{name}.jsonl", texts)
+        caplog.clear()
+        text = open_data(DataConfig(reference=reference, held_out=0.1), tokenizer, 0, tmp_path / "cache")
+        tokens = text.corpus.tokens_T.tolist()
+        train, held = (
+            [tokens[start:stop] for start, stop in zip(line.start_D, line.stop_D, strict=True)]
+            for line in (text._train, text._held_out)
+        )
+        stretches = [ids[n : n + 32] for ids in held for n in range(0, len(ids) - 31, 32)]
+        there = {tuple(ids[n : n + 32]) for ids in train for n in range(len(ids) - 31)}
+        expected = sum(tuple(ids) in there for ids in stretches), len(stretches)
+        assert text.repeated() == expected
+        said = f"{expected[0]} of the held-out text's {expected[1]} stretches of 32 tokens"
+        assert [m[: len(said)] for m in caplog.messages] == ([said] if name == "copies" else [])
+        assert (expected[0] > 0) == (name == "copies")
 
 
 def test_copies_of_a_text_stay_together(tmp_path, tokenizer):

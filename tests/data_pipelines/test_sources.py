@@ -165,6 +165,16 @@ def test_unknown_reference_says_what_is_accepted(reference):
         read(reference)
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", "b.TXT", "c.json", "d.csv", ".hidden.txt", ".git/e.md", ".git/config"):
+        (tmp_path / name).write_text("words")
+    for _ in range(2):
+        assert read(tmp_path) == (["words"], {})
+    (message,) = caplog.messages
+    assert message.startswith(f"not read: {tmp_path}/b.TXT, {tmp_path}/c.json, {tmp_path}/d.csv; only .txt .md")
+
+
 def test_folder_without_readable_files(tmp_path):
     (tmp_path / "x.csv").write_text("a,b")
     for reference in (tmp_path, tmp_path / "x.csv"):
