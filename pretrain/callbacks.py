@@ -61,6 +61,7 @@ class Records(lightning.Callback):
         tokenizer: Tokenizer,
         counts: dict[str, int],
         loggers: list[Logger],
+        diagnostics: Diagnostics,
     ):
         self.directory = directory
         self.config = config
@@ -68,7 +69,7 @@ class Records(lightning.Callback):
         self.counts = {f"data/{name}": count for name, count in counts.items()}
         self.loggers = loggers
         self.progress: Progress | None = None
-        self.diagnostics = Diagnostics()
+        self.diagnostics = diagnostics
         self._said = -SECONDS_PER_LINE
         self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._last = (0, 0.0)

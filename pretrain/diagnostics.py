@@ -14,6 +14,7 @@ from typing import Any
 
 WINDOW = 20  # records
 DIAGNOSED = (
+    "nll_text",
     "thought_length",
     "thought_closed",
     "thought_distinct",
@@ -24,6 +25,7 @@ DIAGNOSED = (
     "reward_std",
 )
 
+FAR = 1.0  # nats above chance; fresh weights are less
 COLLAPSED = 0.5  # of the first window's length
 NEARLY_ALL, NEARLY_NONE = 0.9, 0.1
 # A thought may contain the next token by chance, the more often the longer it is: the first window measures how often.
@@ -52,8 +54,10 @@ class Diagnostics:
     counts the records that have it.
     """
 
-    def __init__(self, window: int = WINDOW):
-        self.window = window
+    def __init__(self, window: int = WINDOW, chance: float = math.inf, lab: bool = False):
+        """chance: the loss of a uniform guess, in nats per token. lab: whether the text is the lab's."""
+        self.window, self.chance, self.lab = window, chance, lab
+        self._harder = "a longer or shorter chain (data.reference lab:chain=…)" if lab else "other objective.positions"
         self._seen: dict[str, list[float]] = {name: [] for name in DIAGNOSED}
         self._issued: set[str] = set()
 
@@ -63,6 +67,7 @@ class Diagnostics:
             if name in record and math.isfinite(record[name]):
                 values.append(record[name])
         rules = {
+            "worse_than_chance": (self._worse_than_chance, "nll_text"),
             "length_collapse": (self._length_collapse, "thought_length"),
             "leakage": (self._leakage, "target_in_thought"),
             "dead_groups": (self._dead_groups, "zero_variance_groups"),
@@ -87,20 +92,37 @@ class Diagnostics:
             return None
         return fmean(values[:window]), fmean(values[-window:])
 
+    def _worse_than_chance(self) -> str | None:
+        window = max(1, self.window // 4)  # a mean over many tokens: five in a row a nat above chance are no noise
+        values = self._seen["nll_text"][-window:]
+        if len(values) < window or min(values) <= self.chance + FAR:
+            return None
+        return (
+            f"a loss of {fmean(values):.1f} nats per token without thoughts over {window} records is far above the "
+            f"{self.chance:.1f} of a uniform guess: usually the weights diverged or belong to another tokenizer; try a "
+            "lower optimizer.lr, and check model and its held-out NLL at step 0"
+        )
+
     def _length_collapse(self) -> str | None:
         window = max(1, self.window // 2)  # a mean length varies little from step to step, and may collapse in ten
         change = self._change("thought_length", window)
         if change is None or change[1] >= COLLAPSED * change[0]:
             return None
+        thinking = (
+            "a chain that needs thinking (data.reference lab:chain=…)"
+            if self.lab
+            else "positions that need thinking (objective.positions band or entropy)"
+        )
         return (
             f"thoughts shrank from {change[0]:.1f} to {change[1]:.1f} tokens (first and last {window} records): "
-            "usually they are not rewarded and the model learns to say little; try positions that need thinking "
-            "(objective.positions band or entropy), more objective.thoughts, or a lower optimizer.lr"
+            f"usually they are not rewarded and the model learns to say little; try {thinking}, more "
+            "objective.thoughts, or a lower optimizer.lr"
         )
 
     def _leakage(self) -> str | None:
         change, length = self._change("target_in_thought", self.window), self._recent("thought_length")
-        if change is None:
+        # A right thought of the lab ends with the answer.
+        if change is None or self.lab:
             return None
         first, last = change
         rose = last >= LEAKS and last >= first + LEAKS_MORE
@@ -109,9 +131,9 @@ class Diagnostics:
             return None
         return (
             f"{last:.0%} of thoughts contain the token they are rewarded for predicting, {first:.0%} did in the first "
-            f"{self.window} records: on ordinary text the thought guesses the token instead of reasoning; where right "
-            "thoughts end with the answer, as in the lab, that is expected; compare own and shuffled thoughts in the "
-            "counterfactual test, and if they are equal try a longer objective.horizon or other objective.positions"
+            f"{self.window} records: usually the thought guesses the token instead of reasoning; compare own and "
+            "shuffled thoughts in the counterfactual test, and if they are equal try a longer objective.horizon or "
+            "other objective.positions"
         )
 
     def _dead_groups(self) -> str | None:
@@ -125,8 +147,8 @@ class Diagnostics:
         return (
             f"in {equal:.0%} of groups all thoughts earned the same over {self.window} records"
             f"{' (' + ', '.join(known) + ')' if known else ''}, which gives no gradient: usually the task is solved, "
-            "or never solved, or the thoughts are all alike; try harder or easier objective.positions, more "
-            "objective.thoughts, or a higher objective.temperature"
+            f"or never solved, or the thoughts are all alike; try {self._harder}, more objective.thoughts, or a higher "
+            "objective.temperature"
         )
 
     def _flat_reward(self) -> str | None:
@@ -136,18 +158,22 @@ class Diagnostics:
         return (
             f"rewards of thoughts at the same anchor differ by only {std:.4f}, around a mean of {reward:+.3f} "
             f"({self.window} records): usually having a thought is what is rewarded, not its content; compare own and "
-            "filler thoughts in the counterfactual test, and try a higher objective.temperature or other "
-            "objective.positions"
+            "filler thoughts in the counterfactual test, and try a higher objective.temperature or "
+            f"{self._harder}"
         )
 
     def _unclosed_thoughts(self) -> str | None:
         closed = self._recent("thought_closed")
         if closed is None or closed > NEARLY_NONE:
             return None
+        why, instead = (
+            ("its steps need more tokens, or the model was not trained on worked documents", "--model lab")
+            if self.lab
+            else ("common for base models, which do not know the closing tag", "a close that the model writes anyway")
+        )
         return (
             f"{closed:.0%} of thoughts ended by themselves over {self.window} records, the others were cut at the "
-            "length limit: common for base models, which do not know the closing tag; try a longer objective.length, "
-            "an objective.close that the model writes anyway, or objective.unclosed drop"
+            f"length limit: {why}; try a longer objective.length, {instead}, or objective.unclosed drop"
         )
 
     def _unopened_tags(self) -> str | None:
@@ -157,7 +183,8 @@ class Diagnostics:
         return (
             f"{answered:.0%} of responses held a complete prediction over {self.window} records, and the others earn "
             "nothing: common for base models, which do not know the template; try objective.template "
-            "forced (there: a longer objective.answer_length) or an objective.instruction that shows the template"
+            "forced (there: a longer objective.answer_length)"
+            + ("" if self.lab else " or an objective.instruction that shows the template")
         )
 
 

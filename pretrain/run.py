@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from models.thoughts import Text
 from objectives import Step
 from pretrain.assembly import assemble
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
+from pretrain.diagnostics import Diagnostics
 from pretrain.module import PretrainModule, micro_batches
 from pretrain.recipe import LoggingConfig, Recipe
 from pretrain.recipe_files import recipe_to_tree
@@ -126,7 +128,8 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals) -> Non
     )
     constants = {"recipe": recipe_to_tree(recipe), "data_fingerprint": run.data.fingerprint}
     checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals)
-    records = Records(directory, recipe.logging, run.tokenizer, run.data.counts, loggers)
+    diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
+    records = Records(directory, recipe.logging, run.tokenizer, run.data.counts, loggers, diagnostics)
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=recipe.devices,

@@ -70,6 +70,45 @@ def test_each_failure_is_named_once_in_one_line(name, changed, said):
     assert "\n" not in warnings[0].message
 
 
+def test_a_loss_far_above_chance_is_named():
+    chance = math.log(61)
+
+    def found(*losses):
+        diagnostics = Diagnostics(chance=chance)
+        return [w for n, loss in enumerate(losses) for w in diagnostics.update({"step": n, "nll_text": loss})]
+
+    (warning,) = found(*[chance + 0.2] * 3, *[9.0] * LONG)
+    assert (warning.name, warning.metric) == ("worse_than_chance", "nll_text")
+    assert "is far above the 4.1 of a uniform guess" in warning.message
+    assert found(*[chance + 0.5] * LONG, 9.0, *[chance] * LONG) == []
+
+
+def test_advice_for_the_lab_fits_the_lab():
+    """It thinks at its marker, its right thoughts end with the answer, and chains set how hard it is."""
+    said = []
+    for changed in (
+        {"thought_length": (40.0, 5.0)},
+        {"target_in_thought": (0.1, 0.9)},
+        {"zero_variance_groups": 0.97},
+        {"reward": 0.82, "reward_std": 0.008},
+        {"thought_closed": 0.02},
+        {"answered": 0.04},
+    ):
+        diagnostics = Diagnostics(lab=True)
+        said += [w for record in run(**changed) for w in diagnostics.update(record)]
+    assert [w.name for w in said] == [
+        "length_collapse",
+        "dead_groups",
+        "flat_reward",
+        "unclosed_thoughts",
+        "unopened_tags",
+    ]
+    advice = " ".join(w.message for w in said)
+    assert advice.count("lab:chain=") == 3
+    assert "objective.positions" not in advice
+    assert "instruction" not in advice
+
+
 def test_what_is_diagnosed_has_a_meaning():
     assert METRICS.keys() >= {*DIAGNOSED}
 
