@@ -249,27 +249,47 @@ def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = Non
     return model
 
 
+def thought_length(directory: Path) -> int | None:
+    """Tokens of the thoughts that an exported model was trained with; None where it does not say.
+
+    Raises CheckpointError.
+    """
+    path = directory / "thinking.json"
+    length = read_json(path).get("length") if path.exists() else None
+    if length is not None and (type(length) is not int or length < 1):
+        raise CheckpointError(f"{path} has length {length!r}, not a number of tokens; export the run again")
+    return length
+
+
 def export(
     model: ThinkingModel | Decoder,
     directory: Path,
     tokenizer_directory: Path | None,
     dtype: torch.dtype = torch.float32,
+    thought_length: int | None = None,
 ) -> None:
     """Writes a Hugging Face directory atomically. Raises CheckpointError if it is not empty or cannot be written.
 
-    The language model is stored in `dtype`, the parts used only for thinking in their own dtype.
+    The language model is stored in `dtype`, the parts used only for thinking in their own dtype. thought_length: of the
+    thoughts that it was trained with, in tokens.
     """
     if isinstance(model, Decoder):
         model = ThinkingModel(model)
     try:
-        _export(model, directory, tokenizer_directory, dtype)
+        _export(model, directory, tokenizer_directory, dtype, thought_length)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written ({error}); choose another directory to export to"
         ) from None
 
 
-def _export(model: ThinkingModel, directory: Path, tokenizer_directory: Path | None, dtype: torch.dtype) -> None:
+def _export(
+    model: ThinkingModel,
+    directory: Path,
+    tokenizer_directory: Path | None,
+    dtype: torch.dtype,
+    thought_length: int | None,
+) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; choose another directory to export to")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +311,9 @@ def _export(model: ThinkingModel, directory: Path, tokenizer_directory: Path | N
                 n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(THINKING_PARTS)
             }
             save_file(thinking, made / "thinking.safetensors", metadata={"format": "pt"})
-            (made / "thinking.json").write_text(json.dumps({"format": FORMAT, "parts": parts}, indent=2))
+            (made / "thinking.json").write_text(
+                json.dumps({"format": FORMAT, "parts": parts, "length": thought_length}, indent=2)
+            )
         for name in TOKENIZER_FILES:
             if tokenizer_directory is not None and (tokenizer_directory / name).exists():
                 shutil.copyfile(tokenizer_directory / name, made / name)

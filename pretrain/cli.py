@@ -52,7 +52,7 @@ def export(checkpoint: str, out: str) -> None:
     from pretrain.opening import open_model
 
     opened = open_model(checkpoint)
-    write(opened.model, Path(out), opened.tokenizer_directory)
+    write(opened.model, Path(out), opened.tokenizer_directory, thought_length=opened.thought_length)
     print(f"wrote {out}")
 
 

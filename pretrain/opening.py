@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.errors import CheckpointError
-from checkpoints.hugging_face import load_decoder, load_thinking_model
+from checkpoints.hugging_face import load_decoder, load_thinking_model, thought_length
 from checkpoints.references import resolve
 from checkpoints.run import find_checkpoint, load_checkpoint
 from data_pipelines import Tokenizer
@@ -48,12 +48,16 @@ def load_reference(reference: str, directory: Path, dtype: torch.dtype | None, s
 
 @dataclass
 class OpenedModel:
-    """A model for use after training, with its tokenizer and, from a run, its recipe."""
+    """A model for use after training, with its tokenizer and, from a run, its recipe.
+
+    thought_length: sampled tokens of the thoughts that it was trained with, where that is known.
+    """
 
     model: ThinkingModel
     tokenizer: Tokenizer
     tokenizer_directory: Path
     recipe: Recipe | None
+    thought_length: int | None
 
 
 def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
@@ -66,9 +70,12 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
             raise CheckpointError(f"{checkpoint} lies in no run directory (no {directory.recipe}); move it back")
         model = model_from_state(*load_checkpoint(checkpoint), dtype)
         tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
+        shown = recipe.objective.showing(None, 0.0, 1)
+        length = shown.thought_length[1] if shown is not None and shown.thought_length is not None else None
     else:
         tokenizer_directory, recipe = resolve(reference), None
         model = load_reference(reference, tokenizer_directory, dtype)
+        length = thought_length(tokenizer_directory)
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     model.ban(tokenizer.size, tokenizer.control_ids)
-    return OpenedModel(model, tokenizer, tokenizer_directory, recipe)
+    return OpenedModel(model, tokenizer, tokenizer_directory, recipe, length)

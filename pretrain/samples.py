@@ -85,7 +85,11 @@ def _evaluate(opened: OpenedModel, text: Text, length: int | None, temperature: 
     if opened.recipe is not None:
         config = opened.recipe.objective.showing(length, temperature, text.shape[1])
     elif model.delimiters is not None and model.mixing_head is not None:
-        config = find_objective("quiet_star").Config().showing(length or DEFAULT_LENGTH, temperature, text.shape[1])
+        config = (
+            find_objective("quiet_star")
+            .Config()
+            .showing(length or opened.thought_length or DEFAULT_LENGTH, temperature, text.shape[1])
+        )
     else:
         config = None
     if config is None:

@@ -303,12 +303,22 @@ def test_export_loads_in_transformers_and_thinks_here(tiny_run, run_directory, t
     thinking = load_thinking_model(tmp_path / "out")
     assert all(torch.equal(thinking.state_dict()[n], t) for n, t in opened.model.state_dict().items())
     capsys.readouterr()
-    shown = []
-    for place in (run_directory, find_checkpoint(run_directory), tmp_path / "out"):
-        assert main(["sample", str(place), "--text", "The reader thinks", "--length", "3"]) == 0
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] == shown[2]
-    assert "p without" in shown[0]
+    # By default thoughts are as long as the run's, also where only thinking.json says so.
+    tables = set()
+    for length in ([], ["--length", "2"]):
+        shown = []
+        for place in (run_directory, find_checkpoint(run_directory), tmp_path / "out"):
+            assert main(["sample", str(place), "--text", "The reader thinks", *length]) == 0
+            shown.append(capsys.readouterr().out)
+        assert shown[0] == shown[1] == shown[2]
+        assert "p without" in shown[0]
+        tables.add(shown[0])
+    assert len(tables) == 2
+    (tmp_path / "out" / "thinking.json").write_text(
+        '{"format": 1, "parts": ["delimiters", "mixing_head"], "length": 0}'
+    )
+    assert main(["sample", str(tmp_path / "out"), "--text", "The reader thinks"]) == 1
+    assert "thinking.json has length 0, not a number of tokens; export the run again" in capsys.readouterr().err
     assert main(["export", str(run_directory), str(tmp_path / "out")]) == 1
     assert "is not empty" in capsys.readouterr().err
 
