@@ -268,13 +268,21 @@ def export(
     dtype: torch.dtype = torch.float32,
     thought_length: int | None = None,
 ) -> None:
-    """Writes a Hugging Face directory atomically. Raises CheckpointError if it is not empty or cannot be written.
+    """Writes a Hugging Face directory atomically.
+
+    Raises CheckpointError if it is not empty or cannot be written, or if weights are not finite.
 
     The language model is stored in `dtype`, the parts used only for thinking in their own dtype. thought_length: of the
     thoughts that it was trained with, in tokens.
     """
     if isinstance(model, Decoder):
         model = ThinkingModel(model)
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"weights are not finite ({broken[0]} and {len(broken) - 1} more), so nothing is written; export an older "
+            "checkpoint"
+        )
     try:
         _export(model, directory, tokenizer_directory, dtype, thought_length)
     except (OSError, SafetensorError) as error:

@@ -74,7 +74,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 def newest_checkpoint(directory: Path) -> Path | None:
     """The newest valid checkpoint in a directory; invalid ones are skipped with a warning."""
-    for path in reversed(_all(directory)):
+    for path in reversed(all_checkpoints(directory)):
         problem = _problem(path)
         if problem is None:
             return path
@@ -100,17 +100,28 @@ def prune(directory: Path, keep: int) -> None:
     if keep < 1:
         raise ValueError(f"at least one checkpoint must be kept, got {keep}")
     valid = 0
-    for path in reversed(_all(directory)):
+    for path in reversed(all_checkpoints(directory)):
         if valid < keep:
             valid += _problem(path) is None
             continue
-        # Renamed first, so that an interrupted removal never leaves part of a checkpoint under its name.
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.gone")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(path)
 
 
-def _all(directory: Path) -> list[Path]:
+def remove_after(directory: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    for path in all_checkpoints(directory):
+        if path.name > f"step-{step:08d}":
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first, so that an interrupted removal never leaves part of a checkpoint under its name.
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.gone")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def all_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints, oldest first; a replaced one counts if a kill came before its successor was renamed."""
     if not directory.is_dir():
         return []

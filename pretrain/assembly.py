@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.references import resolve
-from checkpoints.run import load_checkpoint, newest_checkpoint
+from checkpoints.run import load_checkpoint
 from data_pipelines import PackedText, Tokenizer, open_data
 from models.pointwise import compile_chains
 from models.rollout import EAGER, Engine, Native, Preferred, Recorded
@@ -41,8 +41,8 @@ class Assembled:
     checkpoint: tuple[Tensors, dict] | None
 
 
-def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
-    """The parts of a recipe; the model is that of the newest checkpoint in `checkpoints`, if there is one.
+def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
+    """The parts of a recipe; the model is that of a checkpoint of the run, if one is given.
 
     Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
     """
@@ -64,16 +64,15 @@ def assemble(recipe: Recipe, checkpoints: Path | None = None) -> Assembled:
     _check_held_out(recipe, evaluator, held_out)
     other_models = _resolve_other_models(objectives, tokenizer, recipe.model)
 
-    newest = newest_checkpoint(checkpoints) if checkpoints is not None else None
     checkpoint = None
-    if newest is None:
+    if from_checkpoint is None:
         source = load_reference(recipe.model, directory, dtype, recipe.seed)
         model = _with_parts(source, (objective.needs, evaluator.needs), tokenizer, recipe.seed)
     else:
-        checkpoint = load_checkpoint(newest)
+        checkpoint = load_checkpoint(from_checkpoint)
         if checkpoint[1]["data_fingerprint"] != data.fingerprint:
             raise RecipeError(
-                f"the data is not what {newest} was trained on, so the run cannot be continued exactly; "
+                f"the data is not what {from_checkpoint} was trained on, so the run cannot be continued exactly; "
                 "restore the data or choose another --run-dir"
             )
         model = model_from_state(*checkpoint, dtype)

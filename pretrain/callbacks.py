@@ -28,7 +28,7 @@ from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
-from pretrain.state import run_state
+from pretrain.state import non_finite, run_state
 from pretrain.stopping import StopSignals
 
 # Least seconds of training between two lines of progress, where stderr is no terminal.
@@ -222,6 +222,8 @@ class HeldOutEvaluation(lightning.Callback):
 class Checkpoints(lightning.Callback):
     """Saves every so often, at the end, and when a signal asks the run to stop, which it then does after the step.
 
+    Only what is worth continuing from: after a step that was skipped, or with weights that are not finite, nothing is
+    saved until that has passed, so that what was saved before is not rotated away; `refused` says why.
     constants: see `run_state`.
     """
 
@@ -238,6 +240,7 @@ class Checkpoints(lightning.Callback):
         self.constants = constants
         self.evaluation = evaluation
         self.signals = signals
+        self.refused: str | None = None
 
     def on_train_start(self, trainer, module) -> None:
         # Lightning has just put its own handler of SIGTERM there, which makes a collective call at any moment.
@@ -250,13 +253,27 @@ class Checkpoints(lightning.Callback):
         config, last = self.config, module.step == module.steps
         # If one rank is to stop, all are.
         stop = trainer.strategy.reduce_boolean_decision(self.signals.asked, all=False)
-        if last or stop or (config.every is not None and module.step % config.every == 0):
-            tensors, state = run_state(module, self.constants, self.evaluation.difficulty_E)
+        due = last or stop or module.gave_up or (config.every is not None and module.step % config.every == 0)
+        if due or self.refused is not None:
+            self._save(trainer, module)
+        trainer.should_stop = trainer.should_stop or stop
+
+    def _save(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
+        before = self.refused
+        tensors, state = run_state(module, self.constants, self.evaluation.difficulty_E)
+        if (count := module.skipped_in_a_row) > 0:
+            steps = "step" if count == 1 else f"{count} steps in a row, up to step"
+            self.refused = f"{steps} {module.step}{',' * (count > 1)} had a non-finite loss or gradient"
+        elif (name := non_finite(tensors)) is not None:
+            self.refused = f"step {module.step} left a model that is not finite ({name})"
+        else:
+            self.refused = None
             if trainer.is_global_zero:
                 save_checkpoint(self.directory.checkpoints, module.step, tensors, state)
-                prune(self.directory.checkpoints, config.keep)
+                prune(self.directory.checkpoints, self.config.keep)
             trainer.strategy.barrier()
-        trainer.should_stop = trainer.should_stop or stop
+        if before is None and self.refused is not None:
+            say(f"no checkpoint at step {module.step}: {self.refused}; the earlier ones are kept")
 
     def teardown(self, trainer, module, stage) -> None:
         self.signals.deferred = False

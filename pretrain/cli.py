@@ -17,20 +17,22 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from pretrain.stopping import Stopped, StopSignals
+from pretrain.stopping import Stopped, StopSignals, TrainingStopped
 
 COMMANDS = "forethought.commands"
+GAVE_UP = 3
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: worth another try
 
 
-def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
+def fit(recipe: str, overrides: Sequence[str], dry_run: bool, restart: bool) -> None:
     """Train a recipe: a shipped name or a YAML file, changed by --key value.
 
-    The same command on the same run directory continues an interrupted run.
+    The same command on the same run directory continues an interrupted run. With --continue-from STEP it goes back to
+    that checkpoint, where --optimizer.KEY VALUE may change; with --restart it begins anew.
 
-    Exit codes: 0 finished; 1 a mistake, which one line names; 2 a command that cannot be read; 75 unfinished, because
-    SIGTERM or SIGINT asked it to stop: it saved after its step, and the same command continues. A second signal ends it
-    at once.
+    Exit codes: 0 finished; 1 a mistake, which one line names; 2 a command that cannot be read; 3 gave up, because loss,
+    gradient or weights were not finite at the end; 75 unfinished, because SIGTERM or SIGINT asked it to stop: it saved
+    after its step, and the same command continues. A second signal ends it at once.
     """
     from pretrain import run
     from pretrain.recipe_files import load_recipe
@@ -39,7 +41,7 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool) -> None:
     if dry_run:
         run.dry_run(loaded)
     else:
-        run.fit(loaded)
+        run.fit(loaded, restart)
 
 
 def export(checkpoint: str, out: str) -> None:
@@ -71,7 +73,7 @@ def _help_on_recipes(arguments: Sequence[str]) -> str:
     """What `fit --help` says of recipes; with a recipe among the arguments, of the objectives that it names, too."""
     from pretrain.recipe_files import help_on_keys, objective_names, shipped
 
-    rest = [argument for argument in arguments if argument not in ("-h", "--help", "--dry-run")]
+    rest = [argument for argument in arguments if argument not in ("-h", "--help", "--dry-run", "--restart")]
     named = objective_names(rest[0], rest[1:]) if rest else []
     return f"shipped recipes: {', '.join(shipped())}\n\nkeys:\n{textwrap.indent(help_on_keys(named), '  ')}"
 
@@ -97,6 +99,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     fitting = command(fit, _help_on_recipes(argv[1:]) if argv[:1] == ["fit"] and {"-h", "--help"} & {*argv} else "")
     fitting.add_argument("recipe", metavar="RECIPE", help="shipped name or YAML file")
     fitting.add_argument("--dry-run", action="store_true", help="validate everything, run one pass, and stop")
+    fitting.add_argument("--restart", action="store_true", help="remove what the run directory holds of a run")
 
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
@@ -152,13 +155,12 @@ def _main(argv: Sequence[str]) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     from checkpoints.errors import CheckpointError
     from data_pipelines import DataError
-    from pretrain.module import TrainingStopped
     from pretrain.recipe import RecipeError
 
     try:
         function(**options)
     except TrainingStopped as stopped:
-        return _end(stopped, 1)
+        return _end(stopped, GAVE_UP)
     except (RecipeError, DataError, CheckpointError) as error:
         print(f"forethought: {error}", file=sys.stderr)
         return 1

@@ -26,10 +26,6 @@ from pretrain.recipe import OptimizerConfig
 from pretrain.sharding import full, reshard, shard
 
 
-class TrainingStopped(RuntimeError):
-    """The run gave up; the message says why and what to do."""
-
-
 @dataclass
 class StepReport:
     """What one step did. tokens, flops, seconds: of training up to and with this step.
@@ -50,11 +46,13 @@ class StepReport:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of the update that completes step `step` (from 1) of `steps`."""
+    """The rate of the update that completes step `step` (from 1) of `steps`, which the schedule takes unless it has a
+    length of its own."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    steps = config.schedule_steps or steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
@@ -78,6 +76,8 @@ def micro_batches(text: Text, rows_at_once: int | None) -> list[Text]:
 
 class PretrainModule(lightning.LightningModule):
     """`step`, `tokens`, `flops`, `seconds`, `skipped` count from the start of the run and survive a resume.
+
+    After `max_skipped` skipped steps in a row it asks the trainer to stop, and `gave_up` is true.
 
     rows_at_once: rows that go through the model at once; None: all of the rank's.
     """
@@ -104,7 +104,7 @@ class PretrainModule(lightning.LightningModule):
         self.step = self.tokens = self.flops = self.skipped = 0
         self.seconds = 0.0
         self.report: StepReport | None = None
-        self._skipped_in_a_row = 0
+        self.skipped_in_a_row = 0
         self._sharded = False
 
     def configure_model(self) -> None:
@@ -159,7 +159,7 @@ class PretrainModule(lightning.LightningModule):
                 self.objective.after_step(self.model)
 
         self.skipped += not finite
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.step += 1
         self.tokens += int(self._sum((text.document_BN >= 0).sum()))
         self.flops += int(self._sum(torch.tensor(ledger.total, device=self.device)))
@@ -178,11 +178,11 @@ class PretrainModule(lightning.LightningModule):
             means,
             record,
         )
-        if self._skipped_in_a_row >= config.max_skipped:
-            raise TrainingStopped(
-                f"{self._skipped_in_a_row} steps in a row, up to step {self.step}, had a non-finite loss or gradient; "
-                "the newest checkpoint is from before them: lower optimizer.lr or look at the data, and start again"
-            )
+        self.trainer.should_stop = self.trainer.should_stop or self.gave_up
+
+    @property
+    def gave_up(self) -> bool:
+        return self.skipped_in_a_row >= self.config.max_skipped
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

@@ -77,7 +77,10 @@ class OptimizerConfig(Part):
     lr: float = Field(default=1e-6, ge=0, description="peak learning rate")
     warmup_steps: int = Field(default=20, ge=0, description="linear from 0")
     schedule: Literal["constant", "cosine"] = Field(
-        default="constant", description="after the warm-up; cosine falls to 0 at the last step"
+        default="constant", description="after the warm-up; cosine falls to 0 at step schedule_steps"
+    )
+    schedule_steps: int | None = Field(
+        default=None, ge=1, description="length of the schedule; default: what steps was when the run began"
     )
     weight_decay: float = Field(
         default=1e-3, ge=0, description="on matrices; not on norms, biases, embeddings or delimiters"
@@ -136,6 +139,13 @@ class Recipe(Part):
     data: DataConfig = Field(default_factory=DataConfig, description="what is read")
     seed: int = Field(default=0, ge=0, description="of data order, sampling and fresh weights")
     run_dir: str | None = Field(default=None, description="default: runs/<name of the recipe>", json_schema_extra=FREE)
+    continue_from: int | None = Field(
+        default=None,
+        ge=1,
+        description="step of a checkpoint of the run to go on from, once, without what came after it; optimizer.* may "
+        "change there",
+        json_schema_extra=FREE,
+    )
     rows_per_step: int = Field(default=8, ge=1, description="rows of a step, over all devices")
     micro_batch_rows: int | None = Field(
         default=None,
@@ -194,7 +204,17 @@ class Recipe(Part):
         assert self.control is not None
         every = self.evaluation.every and max(1, round(self.evaluation.every * steps / self.steps))
         evaluation = self.evaluation.replaced(every=every, objective=self.evaluation.objective or self.objective)
-        return self.replaced(objective=self.control, control=None, steps=steps, run_dir=run_dir, evaluation=evaluation)
+        length = self.optimizer.schedule_steps
+        optimizer = self.optimizer.replaced(schedule_steps=length and max(1, round(length * steps / self.steps)))
+        return self.replaced(
+            objective=self.control,
+            control=None,
+            steps=steps,
+            run_dir=run_dir,
+            continue_from=None,
+            optimizer=optimizer,
+            evaluation=evaluation,
+        )
 
     def problems(self) -> list[str]:
         found = [

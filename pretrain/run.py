@@ -15,6 +15,7 @@ import lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from checkpoints.run import newest_checkpoint, remove_after
 from data_pipelines.data_module import TextDataModule
 from models.flops import Ledger
 from models.philox import Rng
@@ -30,7 +31,7 @@ from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory
 from pretrain.sharding import make_strategy
 from pretrain.state import restore_after_setup, restore_before_setup
-from pretrain.stopping import Stopped, StopSignals
+from pretrain.stopping import Stopped, StopSignals, TrainingStopped
 
 log = logging.getLogger(__name__)
 # Lightning announces its hardware and products at every start.
@@ -38,24 +39,38 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
-def fit(recipe: Recipe) -> Path:
+def fit(recipe: Recipe, restart: bool = False) -> Path:
     """Runs a recipe to its end, then its control if it has one, continuing what its directory holds; returns that.
 
+    restart: begins anew, and removes what the directory holds of a run.
     Raises RecipeError, DataError or CheckpointError for what the user can fix, TrainingStopped if the run gave up, and
     Stopped if a signal asked it to stop: then the same call continues.
     """
     started = time.perf_counter()
     directory = RunDirectory(recipe.run_dir or "runs/run")
     with StopSignals(announce=is_rank_zero()) as signals, _locked(directory):
-        _train(recipe, directory, signals)
+        try:
+            _train(recipe, directory, signals, restart)
+        except TrainingStopped as stopped:
+            newest = newest_checkpoint(directory.checkpoints)
+            how = "--restart" if newest is None else f"--continue-from {int(newest.name[-8:])}"
+            raise TrainingStopped(
+                f"{stopped}; look at the data, or repeat the command with a lower learning rate, like "
+                f"{how} --optimizer.lr {recipe.optimizer.lr / 10:g}"
+            ) from None
         if recipe.control is not None:
             if signals.asked:
                 raise Stopped(f"{directory.path} is finished, its control not begun; the same command goes on")
             steps = equal_flops_steps(recipe, directory)
             say(f"control: {recipe.control.name} on the same data for the same FLOPs, {steps} steps")
             control = RunDirectory(directory.control)
-            with _locked(control):
-                _train(recipe.control_recipe(steps, str(directory.control)), control, signals)
+            try:
+                with _locked(control):
+                    _train(recipe.control_recipe(steps, str(directory.control)), control, signals)
+            except TrainingStopped as stopped:
+                raise TrainingStopped(
+                    f"the control: {stopped}; look at the data, or begin another --run-dir with a lower optimizer.lr"
+                ) from None
         if is_rank_zero():
             seconds = time.perf_counter() - started
             write_report(directory, recipe, seconds)
@@ -85,10 +100,12 @@ def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     return max(1, round(directory.read(directory.metrics)[-1]["flops"] / cost))
 
 
-def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals) -> None:
-    """One run, to its last step. Raises Stopped."""
-    directory.check(recipe)
-    run = assemble(recipe, directory.checkpoints)
+def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restart: bool = False) -> None:
+    """One run, to its last step. Raises Stopped or TrainingStopped."""
+    recipe = directory.settle(recipe, restart)
+    if not restart:
+        directory.check(recipe)
+    run = assemble(recipe, None if restart else directory.checkpoint(recipe))
     module = PretrainModule(
         run.model,
         run.objective,
@@ -104,13 +121,29 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals) -> Non
         restore_before_setup(module, tensors, state)
         module.on_optimizer = lambda module: restore_after_setup(module, tensors, state)
         difficulty_E = tensors.get("evaluation", {}).get("difficulty_E")
-        say(f"continuing {directory.path} at step {module.step} of {recipe.steps}")
-    if is_rank_zero():
-        directory.create(recipe, run.tokenizer_directory)
-        directory.rewind(module.step if run.checkpoint is not None else -1)
-    if module.step > recipe.steps or (module.step == recipe.steps and directory.is_evaluated(module.step)):
+    evaluated = not run.held_out.shape[0] or directory.is_evaluated(module.step)
+    if module.step > recipe.steps or (module.step == recipe.steps and evaluated):
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
         return
+    if run.checkpoint is not None:
+        changes = directory.changes(recipe)
+        say(
+            f"continuing {directory.path} at step {module.step} of {recipe.steps}"
+            + (f"; it changes {changes}" if changes else "")
+        )
+    length = recipe.optimizer.schedule_steps
+    if length is not None and length < recipe.steps:
+        say(
+            f"the schedule ends at step {length} (optimizer.schedule_steps), and the learning rate is 0 after it; to "
+            f"stretch it from a checkpoint on: --continue-from STEP --optimizer.schedule_steps {recipe.steps}"
+        )
+    if is_rank_zero():
+        if restart:
+            directory.clear()
+        # In this order: a kill in between leaves a run that the same command continues.
+        remove_after(directory.checkpoints, module.step)
+        directory.create(recipe, run.tokenizer_directory)
+        directory.rewind(module.step if run.checkpoint is not None else -1)
 
     if recipe.data.held_out == 0:
         say("data.held_out is 0: nothing is evaluated")
@@ -156,8 +189,10 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals) -> Non
         raise
     for logger in loggers:
         logger.finalize("success")
-    if module.step < recipe.steps:
+    if module.step < recipe.steps and not module.gave_up:
         raise Stopped(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
+    if checkpoints.refused is not None:
+        raise TrainingStopped(checkpoints.refused)
 
 
 def dry_run(recipe: Recipe) -> None:

@@ -10,17 +10,20 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from checkpoints.errors import CheckpointError
+from checkpoints.run import all_checkpoints, newest_checkpoint
 from pretrain.recipe import Recipe, RecipeError, free_keys
-from pretrain.recipe_files import read_yaml, recipe_from_tree, recipe_to_tree, recipe_to_yaml
+from pretrain.recipe_files import Tree, read_yaml, recipe_from_tree, recipe_to_tree, recipe_to_yaml
 
 log = logging.getLogger(__name__)
 # Old names in the records of older runs.
@@ -66,15 +69,72 @@ class RunDirectory:
                     self.path.rmdir()
             os.close(handle)
 
+    def settle(self, recipe: Recipe, restart: bool = False) -> Recipe:
+        """The recipe with what it leaves to the run: the schedule's length, and where the run last went on from."""
+        run = self.load_recipe() if self.recipe.exists() and not restart else recipe
+        optimizer = recipe.optimizer
+        if optimizer.schedule != "constant" and optimizer.schedule_steps is None:
+            optimizer = optimizer.replaced(schedule_steps=run.optimizer.schedule_steps or run.steps)
+        # Only a command that names a step goes back to it; the next one, without, continues.
+        step = recipe.continue_from or (run.continue_from if optimizer == run.optimizer else None)
+        return recipe.replaced(optimizer=optimizer, continue_from=step)
+
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError, naming what differs, if the directory holds a run of another recipe."""
-        if self.recipe.exists():
-            differing = _differences(recipe_to_tree(self.load_recipe()), recipe_to_tree(recipe), free_keys(recipe))
-            if differing:
+        if not self.recipe.exists():
+            return
+        free = free_keys(recipe) | ({"optimizer"} if self._goes_back(recipe) else set())
+        differing = _differences(recipe_to_tree(self.settle(self.load_recipe())), recipe_to_tree(recipe), free)
+        if differing:
+            optimizer = any(key.startswith("optimizer.") for key in differing)
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
+                f"choose another --run-dir, or repeat the command that made it"
+                + ("; optimizer.* may change from a checkpoint on, by --continue-from STEP" if optimizer else "")
+            )
+
+    def changes(self, recipe: Recipe) -> str:
+        """What a continuation by this recipe changes, as `key old → new, …`."""
+        if not self.recipe.exists():
+            return ""
+        differing = _differences(recipe_to_tree(self.load_recipe()), recipe_to_tree(recipe), {"run_dir"})
+        return ", ".join(f"{key} {json.dumps(a)} → {json.dumps(b)}" for key, (a, b) in differing.items())
+
+    def _goes_back(self, recipe: Recipe) -> bool:
+        """Whether the recipe goes on from a step that it names, as the command that is repeated does not."""
+        if recipe.continue_from is None or not self.recipe.exists():
+            return False
+        run = self.settle(self.load_recipe())
+        return (run.continue_from, run.optimizer) != (recipe.continue_from, recipe.optimizer)
+
+    def checkpoint(self, recipe: Recipe) -> Path | None:
+        """What the recipe continues from: the checkpoint that it names, or the newest; None if there are none.
+
+        Raises RecipeError if what it names is not there, CheckpointError if all that there are are invalid.
+        """
+        found = all_checkpoints(self.checkpoints)
+        if self._goes_back(recipe):
+            named = {path.name: path for path in found}.get(f"step-{recipe.continue_from:08d}")
+            if named is None:
+                there = ", ".join(str(int(path.name[-8:])) for path in found) or "none"
                 raise RecipeError(
-                    f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
-                    "choose another --run-dir, or repeat the command that made it"
+                    f"--continue-from {recipe.continue_from}: {self.path} has no such checkpoint; there are: {there}"
                 )
+            return named
+        newest = newest_checkpoint(self.checkpoints)
+        if newest is None and found:
+            raise CheckpointError(
+                f"no checkpoint in {self.checkpoints} is valid ({', '.join(path.name for path in found)}); restore "
+                "one, or give --restart to remove them and all records, and begin anew"
+            )
+        return newest
+
+    def clear(self) -> None:
+        """Removes a run and its control, to begin anew."""
+        for path in (self.recipe, self.metrics, self.evaluations, self.samples, self.warnings):
+            path.unlink(missing_ok=True)
+        for path in (self.checkpoints, self.tokenizer, self.control):
+            shutil.rmtree(path, ignore_errors=True)
 
     def create(self, recipe: Recipe, tokenizer_directory: Path) -> None:
         """Writes recipe and tokenizer into the directory."""
@@ -108,12 +168,22 @@ class RunDirectory:
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            # NaN is not JSON.
+            finite = _mapped(record, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        """The records of a file, those of older runs by today's names."""
-        records = [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+        """The records of a file, those of older runs by today's names; null is read as nan."""
+        lines = _complete_lines(path) if path.exists() else []
+        records = [_mapped(json.loads(line), lambda x: math.nan if x is None else x) for line in lines]
         return [{RENAMED.get(name, name): value for name, value in record.items()} for record in records]
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A JSON value with all that is neither mapping nor list changed."""
+    if isinstance(value, dict):
+        return {name: _mapped(below, change) for name, below in value.items()}
+    return [_mapped(below, change) for below in value] if isinstance(value, (list, tuple)) else change(value)
 
 
 def _complete_lines(path: Path) -> list[str]:
@@ -155,15 +225,16 @@ def _lock(path: Path) -> int:
         os.close(handle)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], free: Set[str], where: str = "") -> list[str]:
-    differing = []
+def _differences(old: Tree, new: Tree, free: Set[str], where: str = "") -> dict[str, tuple[Any, Any]]:
+    """By dotted key, the values that differ."""
+    differing: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         path = f"{where}.{key}" if where else key
         if path in free:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            differing += _differences(a, b, free, path)
+            differing |= _differences(a, b, free, path)
         elif a != b:
-            differing.append(path)
+            differing[path] = (a, b)
     return differing

@@ -67,6 +67,15 @@ def run_state(
     return tensors, state
 
 
+def non_finite(tensors: Tensors) -> str | None:
+    """The name of a weight, optimizer moment or tensor of the objective's that is not finite, if there is one."""
+    for group in ("model", "optimizer", "objective"):
+        for name, tensor in tensors.get(group, {}).items():
+            if not tensor.isfinite().all():
+                return name
+    return None
+
+
 def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: torch.dtype | None) -> ThinkingModel:
     """The model of a checkpoint, from the checkpoint alone. Raises CheckpointError where its tensors do not fit."""
     decoder = Decoder(DecoderConfig(**state["decoder"]), compute_dtype)

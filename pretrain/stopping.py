@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a command ends at once where nothing is lost, a run in training after its step."""
+"""Why a run ends early: it gave up, or SIGTERM or SIGINT asked for it, then in training only after the step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class Stopped(BaseException):
     """A command was asked to stop, and is unfinished. No Exception, so that no code takes it for a failure."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run gave up; the message says why and what to do."""
 
 
 class StopSignals:

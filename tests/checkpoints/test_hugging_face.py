@@ -123,6 +123,17 @@ def test_thinking_parts_of_another_format_are_refused(directory):
         load_thinking_model(directory)
 
 
+@pytest.mark.parametrize("part", ["decoder", "mixing_head"])
+def test_weights_that_are_not_finite_are_not_exported(part, tmp_path):
+    model = tiny_model(torch.float32)
+    name = next(n for n, _ in model.named_parameters() if n.startswith(part))
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = float("inf")
+    with pytest.raises(CheckpointError, match=rf"^weights are not finite \({name} and 0 more\), so nothing is written"):
+        export(model, tmp_path / "out", None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_never_overwrites(tmp_path):
     (tmp_path / "out").mkdir()
     export(tiny_model(torch.float32), tmp_path / "out", None)

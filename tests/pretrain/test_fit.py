@@ -6,8 +6,10 @@ Shapes as in the modules under test.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -77,7 +79,12 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Of strictly valid JSON."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} in {path}")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -250,14 +257,61 @@ def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_di
 
     monkeypatch.setattr("pretrain.module.Step", Poisoned)
     arguments = [*QUIET, "--steps", "9", "--optimizer.max_skipped", "3", "--checkpoint.every", "2"]
-    assert fit(tiny_run, *arguments) == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "3 steps in a row, up to step 7, had a non-finite loss or gradient" in message
+    assert fit(tiny_run, *arguments) == 3
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "3 steps in a row, up to step 7, had a non-finite loss or gradient" in said[-1]
+    assert sum("no checkpoint at step" in line for line in said) == 2  # once at 2, once at 6
     metrics = lines(run_directory / "metrics.jsonl")
-    assert [m["skipped"] for m in metrics] == [0, 1, 1, 1, 2, 3]
-    tensors, state = load_checkpoint(find_checkpoint(run_directory))
-    assert state["step"] == 6
-    assert all(torch.isfinite(t).all() for t in tensors["model"].values())
+    assert [m["skipped"] for m in metrics] == [0, 1, 1, 1, 2, 3, 4]
+    assert [m["loss"] is None for m in metrics] == [False, True, False, False, True, True, True]
+    assert load_checkpoint(find_checkpoint(run_directory))[1]["step"] == 4
+    assert [path.name for path in sorted((run_directory / "checkpoints").iterdir())] == [
+        "step-00000003",  # due at 2
+        "step-00000004",
+    ]
+
+
+@pytest.fixture
+def explosive(monkeypatch):
+    """Rates of 1 and more are infinite, as a recipe's may not be."""
+    rate = lambda config, step, steps: config.lr if config.lr < 1 else math.inf  # noqa: E731
+    monkeypatch.setattr("pretrain.module.learning_rate", rate)
+
+
+def test_weights_that_become_infinite_are_never_saved_and_the_advice_works(tiny_run, run_directory, explosive, capsys):
+    """With a learning rate that overflows: what was saved before stays, and the printed options go on from it."""
+    common = [*tiny_run, *OBJECTIVES["next_token"], "--checkpoint.every", "1", "--optimizer.warmup_steps", "0"]
+    assert fit(common, "--steps", "2") == 0
+    good = weights(run_directory)
+    blown = [*common, "--steps", "5", "--continue-from", "2", "--optimizer.lr", "1e9"]
+    assert fit(blown) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert sum("no checkpoint at step 3: step 3 left a model that is not finite" in line for line in said) == 1
+    assert "2 steps in a row, up to step 5, had a non-finite loss or gradient" in said[-1]
+    assert all(torch.equal(good[name], tensor) for name, tensor in weights(run_directory).items())
+    advice = shlex.split(said[-1][said[-1].index("--continue-from") :])
+    assert advice == ["--continue-from", "2", "--optimizer.lr", "1e+08"]
+    # Still too high; and the third time it names what is needed.
+    assert fit([*common, "--steps", "5", *advice]) == 3
+    assert fit([*common, "--steps", "5", *advice[:3], "1e-3"]) == 0
+    assert "it changes optimizer.lr 100000000.0 → 0.001" in capsys.readouterr().err
+    assert [m["skipped"] for m in lines(run_directory / "metrics.jsonl")] == [0, 0, 0, 0, 0]
+    # The same command continues what it began, and does not go back again.
+    assert fit([*common, "--steps", "6", *advice[:3], "1e-3"]) == 0
+    assert "at step 5 of 6; it changes steps 5 → 6" in capsys.readouterr().err
+    assert fit([*common, "--steps", "6", "--optimizer.lr", "1e-4"]) == 1
+    assert "optimizer.* may change from a checkpoint on, by --continue-from STEP" in capsys.readouterr().err
+    assert fit([*common, "--steps", "6", "--continue-from", "9", "--optimizer.lr", "1e-4"]) == 1
+    assert "has no such checkpoint; there are: 5, 6" in capsys.readouterr().err
+
+
+def test_a_run_that_was_never_finite_begins_anew_by_its_advice(tiny_run, run_directory, explosive, capsys):
+    common = [*tiny_run, *OBJECTIVES["next_token"], "--steps", "3", "--optimizer.warmup_steps", "0"]
+    assert fit(common, "--optimizer.lr", "1e9") == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("with a lower learning rate, like --restart --optimizer.lr 1e+08")
+    assert fit(common, "--restart") == 0
+    assert [m["skipped"] for m in lines(run_directory / "metrics.jsonl")] == [0, 0, 0]
 
 
 def test_another_recipe_or_other_data_in_the_same_directory_is_refused(tiny_run, run_directory, tmp_path, capsys):
@@ -269,6 +323,70 @@ def test_another_recipe_or_other_data_in_the_same_directory_is_refused(tiny_run,
     assert fit(tiny_run, *common, "--steps", "3") == 1
     assert "the data is not what" in capsys.readouterr().err
     assert load_checkpoint(find_checkpoint(run_directory))[1]["step"] == 2
+
+
+def test_a_longer_run_keeps_its_schedule_and_says_what_it_changes(tiny_run, run_directory, tmp_path, capsys):
+    """Against one that had all its steps from the start, with the schedule of the first."""
+    common = [*tiny_run, *OBJECTIVES["next_token"], "--optimizer.schedule", "cosine", "--optimizer.warmup_steps", "0"]
+    common += ["--checkpoint.every", "2"]
+    assert fit(common, "--steps", "4") == 0
+    first = lines(run_directory / "metrics.jsonl")
+    assert [m["lr"] for m in first] == pytest.approx([1e-3 * (1 + math.cos(math.pi * s / 4)) / 2 for s in (1, 2, 3, 4)])
+    capsys.readouterr()
+    assert fit(common, "--steps", "6", "--evaluation.every", "2") == 0
+    said = capsys.readouterr().err
+    assert "at step 4 of 6; it changes evaluation.every null → 2, steps 4 → 6\n" in said
+    assert "the schedule ends at step 4 (optimizer.schedule_steps), and the learning rate is 0 after it" in said
+    assert [m["lr"] for m in lines(run_directory / "metrics.jsonl")] == [m["lr"] for m in first] + [0, 0]
+    assert fit(common, "--steps", "6", "--optimizer.schedule_steps", "6") == 1
+    assert "(optimizer.schedule_steps differ)" in capsys.readouterr().err
+    # From a checkpoint on it may be stretched.
+    stretched = ["--steps", "6", "--optimizer.schedule_steps", "6", "--continue-from", "4"]
+    assert fit(common, *stretched) == 0
+    rates = [1e-3 * (1 + math.cos(math.pi * s / 6)) / 2 for s in (5, 6)]
+    assert [m["lr"] for m in lines(run_directory / "metrics.jsonl")][4:] == pytest.approx(rates)
+    assert load_recipe(str(run_directory / "recipe.yaml")).optimizer.schedule_steps == 6
+    whole = ["--run-dir", str(tmp_path / "whole"), "--optimizer.schedule_steps", "4", "--steps"]
+    assert fit(common, *whole, "4") == 0
+    assert [m["lr"] for m in lines(tmp_path / "whole" / "metrics.jsonl")] == [m["lr"] for m in first]
+
+
+def test_a_control_has_a_schedule_of_its_own():
+    recipe = load_recipe("quickstart", ["--continue-from", "4"])
+    assert recipe.control_recipe(400, "x").optimizer.schedule_steps is None
+    half = load_recipe("quickstart", ["--continue-from", "4", "--optimizer.schedule_steps", str(recipe.steps // 2)])
+    control = half.control_recipe(400, "x")
+    assert (control.optimizer.schedule_steps, control.continue_from) == (200, None)
+
+
+def test_fewer_steps_than_are_done_change_nothing(tiny_run, run_directory, capsys):
+    common = [*OBJECTIVES["next_token"], "--steps"]
+    assert fit(tiny_run, *common, "3") == 0
+    before = {path.name: path.read_bytes() for path in run_directory.iterdir() if path.suffix in (".yaml", ".jsonl")}
+    assert fit(tiny_run, *common, "2") == 0
+    assert "already at step 3 of 2" in capsys.readouterr().err
+    after = {path.name: path.read_bytes() for path in run_directory.iterdir() if path.suffix in (".yaml", ".jsonl")}
+    assert before == after
+
+
+def test_without_a_valid_checkpoint_a_run_asks_and_removes_nothing(tiny_run, run_directory, capsys):
+    common = [*OBJECTIVES["next_token"], "--steps"]
+    assert fit(tiny_run, *common, "2", "--checkpoint.every", "1") == 0
+    for path in (run_directory / "checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file() and path.name != "lock"}
+    capsys.readouterr()
+    assert fit(tiny_run, *common, "3") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "is valid (step-00000001, step-00000002); restore one, or give --restart" in message
+    after = {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file() and path.name != "lock"}
+    assert before == after
+    # Nor does a recipe that cannot be run.
+    assert fit(tiny_run, *common, "3", "--restart", "--data.length", "300") == 1
+    assert all(path.exists() for path in before)
+    assert fit(tiny_run, *common, "3", "--restart") == 0
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == [1, 2, 3]
+    assert [path.name for path in (run_directory / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_finished_run_is_reported_again(tiny_run, capsys):

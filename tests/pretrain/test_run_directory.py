@@ -144,7 +144,7 @@ def test_a_recipe_that_cannot_be_read_is_refused_in_one_line(tmp_path):
 def test_what_may_change_within_a_run():
     recipe = Recipe(steps=3, objective=RptConfig(), control=NextTokenConfig())
     assert free_keys(recipe) == {
-        *("steps", "control", "run_dir", "micro_batch_rows", "activation_checkpointing"),
+        *("steps", "control", "run_dir", "continue_from", "micro_batch_rows", "activation_checkpointing"),
         *("devices", "nodes", "data_workers", "evaluation", "checkpoint", "logging"),
         *("objective.anchors_at_once", "objective.sampled_at_once"),
     }
