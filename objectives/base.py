@@ -52,6 +52,13 @@ class ObjectiveConfig:
         """What no single setting shows, one line each, naming the way out."""
         return []
 
+    def cautions(self) -> dict[str, str]:
+        """What these settings are known to do to a model of real text: one line each, by name. Said when a run begins.
+
+        A laboratory's models are spared it: there they may be right.
+        """
+        return {}
+
     @property
     def shortest_row(self) -> int:
         """Tokens that a row must have at least."""

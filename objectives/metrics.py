@@ -62,6 +62,10 @@ METRICS: Mapping[str, Metric] = {
     "reward": Metric(
         "reward before clipping", "Quiet-STaR: Σ_s CE_text − CE_mixed; RLP: information gain; RPT: 1 if right"
     ),
+    "gain_live": Metric(
+        "information gain over the model itself without a thought, nats",
+        "RLP: log p_θ(x_t after the thought) − log p_θ(x_t), where the reward subtracts the teacher's log-prob",
+    ),
     "reward_positive": Metric("share of thoughts with a reward above 0", "mean of 1[r > 0]"),
     "reward_std": Metric("spread of rewards within a group", "unbiased std over the thoughts of an anchor"),
     "advantage": Metric("advantage that weighs the policy's log-probs", "Quiet-STaR: max(0, r − mean r)"),

@@ -6,7 +6,7 @@ import dataclasses
 import random
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -22,7 +22,7 @@ from models.philox import Rng
 from models.rollout import Engine
 from models.thoughts import Text
 from objectives import CounterfactualTest, Objective
-from pretrain.diagnostics import WINDOW, Diagnostics, length_trend
+from pretrain.diagnostics import WINDOW, Diagnostics, RunWarning, length_trend
 from pretrain.evaluation import score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
@@ -62,10 +62,13 @@ class Records(lightning.Callback):
         counts: dict[str, int],
         loggers: list[Logger],
         diagnostics: Diagnostics,
+        warnings: Sequence[RunWarning] = (),
     ):
+        """warnings: those at the start, which a continued run has issued already."""
         self.directory = directory
         self.config = config
         self.tokenizer = tokenizer
+        self.warnings = warnings
         self.counts = {f"data/{name}": count for name, count in counts.items()}
         self.loggers = loggers
         self.progress: Progress | None = None
@@ -80,6 +83,9 @@ class Records(lightning.Callback):
             # A continued run has issued these warnings already.
             self.diagnostics.update(record)
             self._recent.append(record)
+        if trainer.is_global_zero:
+            issued = {warning["name"] for warning in self.directory.read(self.directory.warnings)}
+            self._warn([warning for warning in self.warnings if warning.name not in issued])
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
@@ -120,12 +126,15 @@ class Records(lightning.Callback):
         if (trend := length_trend(list(self._recent))) is not None:
             record["thought_length_trend"] = trend
         self.directory.append(self.directory.metrics, record)
-        for warning in self.diagnostics.update(record):
-            self.directory.append(self.directory.warnings, dataclasses.asdict(warning))
-            say(f"warning, {warning.name}: {warning.message}")
+        self._warn(self.diagnostics.update(record))
         for logger in self.loggers:
             logger.log_metrics(record, step=report.step)
         self._write_samples(report, module)
+
+    def _warn(self, warnings: Sequence[RunWarning]) -> None:
+        for warning in warnings:
+            self.directory.append(self.directory.warnings, dataclasses.asdict(warning))
+            say(f"warning, {warning.name}: {warning.message}")
 
     def on_train_end(self, trainer, module) -> None:
         self._stop_progress()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import StatisticsError, fmean, linear_regression
 from typing import Any
 
+from objectives import ObjectiveConfig
+
 WINDOW = 20  # records
 DIAGNOSED = (
     "nll_text",
@@ -45,6 +47,13 @@ class RunWarning:
     name: str
     message: str
     metric: str
+
+
+def at_start(model: str, config: ObjectiveConfig) -> list[RunWarning]:
+    """What is to be said before the first step of a run on the model reference `model`."""
+    if model == "lab" or model.startswith("random:"):
+        return []
+    return [RunWarning(0, name, message, "thought_length") for name, message in config.cautions().items()]
 
 
 class Diagnostics:

@@ -23,7 +23,7 @@ from models.thoughts import Text
 from objectives import Step
 from pretrain.assembly import assemble
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
-from pretrain.diagnostics import Diagnostics
+from pretrain.diagnostics import Diagnostics, at_start
 from pretrain.module import PretrainModule, micro_batches
 from pretrain.recipe import LoggingConfig, Recipe
 from pretrain.recipe_files import recipe_to_tree
@@ -162,7 +162,8 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
     constants = {"recipe": recipe_to_tree(recipe), "data_fingerprint": run.data.fingerprint}
     checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals)
     diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
-    records = Records(directory, recipe.logging, run.tokenizer, run.data.counts, loggers, diagnostics)
+    warnings = at_start(recipe.model, recipe.objective)
+    records = Records(directory, recipe.logging, run.tokenizer, run.data.counts, loggers, diagnostics, warnings)
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=recipe.devices,
@@ -223,6 +224,8 @@ def dry_run(recipe: Recipe) -> None:
         f"{recipe.objective.name}: one pass over {rows} rows took {seconds:.1f} s and {ledger.total / 1e12:.2f} TFLOP; "
         f"about {seconds * passes / recipe.ranks * recipe.steps / 60:.0f} minutes for the run"
     )
+    for warning in at_start(recipe.model, recipe.objective):
+        say(f"warning, {warning.name}: {warning.message}")
     say("the recipe can be run")
 
 

@@ -135,6 +135,12 @@ def test_held_out_documents_are_whole_and_apart(corpus, tokenizer, share):
     assert not real[-1, LENGTH - padding.sum() :].any()
     for name, value in (("tokens_BN", 0), ("position_BN", 0), ("document_BN", -1)):
         assert (held[name][-1, padding] == value).all()
+    # Fragments of a document have its number, and no other's.
+    numbers, document = text.held_out_documents(10**6), {}
+    assert torch.equal(numbers >= 0, real)
+    for number in numbers[real].unique().tolist():
+        document[number] = tuple(held["tokens_BN"][numbers == number].tolist())
+    assert sorted(document.values()) == sorted(kept)
     assert same(text.held_out_rows(1), {name: tensor[:1] for name, tensor in held.items()})
 
 
@@ -200,6 +206,7 @@ def test_copies_of_a_text_stay_together(tmp_path, tokenizer):
     kept = Counter(apart(held["tokens_BN"][held["document_BN"] >= 0].tolist(), 0))
     trained = Counter(apart(stream(text, text.tokens_per_epoch), 0))
     assert list(kept.values()) == [4, 4]
+    assert len(text.held_out_documents(99).unique()) - 1 <= 2  # padding aside
     assert list(trained.values()) == [4] * 8
     assert not set(kept) & set(trained)
 

@@ -112,6 +112,25 @@ def test_algorithm_1_on_explicit_sequences(horizon, close):
         assert output.record.reward_BKM[b, k, m].item() == pytest.approx(((predicted - base) * discount).sum().item())
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_the_live_gain_is_over_the_model_and_not_its_teacher(horizon):
+    model, source = likely_to_close(), text()
+    rlp = objective(dataclasses.replace(SMALL, horizon=horizon, discount=0.9), (9,))
+    rlp.teacher._model = tiny_model(seed=4)
+    batch = sampled(rlp, model, source, RNG)
+    metrics = scored(rlp, model, model.read(source), batch, rlp.counts(source)).metrics
+    _, scores = explicit_loss(rlp, model, source, batch)
+    logprobs = (model.read(source).hidden_BNW @ model.head_weight_VW.T).log_softmax(-1)
+    gains = []
+    for (b, _, m), predicted in scores.items():
+        places = int(batch.anchors.index_BM[b, m]) + torch.arange(horizon)
+        live = logprobs[b, places, source.tokens_BN[b, places + 1]]
+        gains.append(((predicted - live) * 0.9 ** torch.arange(horizon).double()).sum().item())
+    assert metrics["gain_live"].count == len(gains)
+    assert metrics["gain_live"].sum.item() == pytest.approx(sum(gains), rel=1e-12)
+    assert metrics["reward"].sum.item() != pytest.approx(sum(gains), rel=1e-2)
+
+
 def test_the_teachers_scores_are_those_of_a_plain_pass():
     model, source = likely_to_close(), text()
     rlp = objective()

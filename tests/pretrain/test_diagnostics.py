@@ -7,8 +7,11 @@ import random
 
 import pytest
 
+from objectives import RlpConfig
 from objectives.metrics import METRICS
-from pretrain.diagnostics import DIAGNOSED, WINDOW, Diagnostics, RunWarning, length_trend
+from pretrain.cli import main
+from pretrain.diagnostics import DIAGNOSED, WINDOW, Diagnostics, RunWarning, at_start, length_trend
+from tests.pretrain.test_fit import OBJECTIVES, lines
 
 LONG = 3 * WINDOW
 HEALTHY = {
@@ -179,3 +182,13 @@ def test_length_trend():
     assert length_trend([{"step": 1}]) is None
     assert length_trend(records[:1]) is None
     assert length_trend([records[0], records[0]]) is None
+
+
+def test_short_thoughts_on_a_real_model_are_warned_of_once(tiny_run, run_directory, capsys):
+    for steps in ("1", "2"):
+        assert main(["fit", "smollm2-quiet-star", *tiny_run, *OBJECTIVES["rlp"], "--steps", steps]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning, short_thoughts")]
+    assert len(said) == 1
+    assert "at most 4 tokens" in said[0] and "11.5 / 10.0 / 14.1 / 24.7 / 38.9 / 42.2" in said[0]
+    assert [w["name"] for w in lines(run_directory / "warnings.jsonl")] == ["short_thoughts"]
+    assert at_start("lab", RlpConfig(length=8)) == at_start("smollm2-135m", RlpConfig(length=1024)) == []

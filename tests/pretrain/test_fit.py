@@ -617,6 +617,27 @@ def test_difficulty_survives_a_resume(tiny_run, run_directory):
     assert [e["step"] for e in lines(run_directory / "evaluations.jsonl")] == [0, 2, 4]
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [["--evaluation.rows", "2"], ["--evaluation.rows", "8"], ["--evaluation.objective", "quiet_star"]],
+    ids=["fewer rows", "more rows", "another evaluator"],
+)
+def test_difficulty_is_measured_anew_where_other_tokens_are_evaluated(changed, tiny_run, run_directory, capsys):
+    common = [*RLP, "--evaluation.every", "2", "--evaluation.counterfactuals", "false"]
+    assert fit(tiny_run, *common, "--evaluation.rows", "4", "--steps", "2") == 0
+    if changed[-1] == "quiet_star":
+        changed = ["--evaluation.objective.name", "rlp", "--evaluation.objective.anchors_per_document", "1"]
+        changed += ["--evaluation.objective.length", "4", "--evaluation.objective.thoughts", "3"]
+    assert fit(tiny_run, *common, "--evaluation.rows", "4", *changed, "--steps", "4") == 0
+    assert "difficulty is measured anew" in capsys.readouterr().err
+    records = lines(run_directory / "evaluations.jsonl")
+    assert [e["step"] for e in records] == [0, 2, 2, 4]
+    (old,), (new,) = ({e["held_out"] for e in part} for part in (records[:2], records[2:]))
+    assert old != new
+    tensors = load_checkpoint(find_checkpoint(run_directory))[0]
+    assert len(tensors["evaluation"]["difficulty_E"]) == records[-1]["tokens_scored"] != records[0]["tokens_scored"]
+
+
 def test_evaluation_matches_the_objective(tiny_run, run_directory):
     assert fit(tiny_run, *QUIET, "--steps", "2") == 0
     opened = open_model(str(run_directory))
