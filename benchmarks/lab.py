@@ -4,9 +4,9 @@
 
 For each seed, from the shipped base model: RLP (recipe quickstart, fewer steps of more rows), next-token prediction at
 equal FLOPs, RLP with its rewards shuffled within each group, RPT (lab-rpt), and Quiet-STaR (lab-quiet-star). All are
-evaluated on the same held-out problems: NLL of the answer without a thought, after the model's own and after others;
-fraction of correct thoughts. RLP's models are also compared with the base model on longer chains, other tasks and other
-surface forms.
+evaluated on the same held-out problems: NLL of the answer without a thought, after the model's own and after others,
+with 95% intervals over problems; fraction of correct thoughts. RLP's models are also compared with the base model on
+longer chains, other tasks and other surface forms.
 
 Writes medians and ranges over the seeds to benchmarks/results/lab.json and prints them. Runs are kept in runs/lab-*, so
 an interrupted command resumes where it stopped.
@@ -33,7 +33,7 @@ from models.thoughts import Text
 from objectives import CounterfactualTest, QuietStar, RlpConfig
 from objectives.template import encode_tag
 from pretrain.assembly import make_objective
-from pretrain.evaluation import score_held_out, summarise
+from pretrain.evaluation import HeldOut, score_held_out, summarise
 from pretrain.opening import open_model
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import load_recipe
@@ -90,11 +90,15 @@ def answers(model: ThinkingModel, tokenizer: Tokenizer, lab: str, seed: int) -> 
     longer = quickstart.replaced(objective=quickstart.objective.replaced(length=LONGEST), seed=seed)
     evaluator = make_objective(longer, tokenizer)
     data = open_data(DataConfig(reference=lab, length=256), tokenizer, 0)
-    text = Text(**data.held_out_rows(ROWS))
+    held_out = HeldOut(Text(**data.held_out_rows(ROWS)), data.held_out_documents(ROWS))
     test = CounterfactualTest(encode_tag(tokenizer, " ")[0], data.solutions(ROWS))
-    scores = score_held_out(evaluator, model, text, Rng(seed, 2**32 - 2), 8, test)
+    scores = score_held_out(evaluator, model, held_out, Rng(seed, 2**32 - 2), 8, test)
     summary = summarise(scores, scores.text_nll_E)
-    found = {f"nll_{condition}": summary["counterfactual"][condition]["nll"] for condition in summary["counterfactual"]}
+    found = {f"nll_{condition}": interval["nll"] for condition, interval in summary["counterfactual"].items()}
+    for condition, interval in summary["counterfactual_minus_own"].items():
+        found |= {f"{condition}_minus_own": interval["nll"]}
+        found |= {f"{condition}_minus_own_{end}": interval[end] for end in ("low", "high")}
+    found["problems"] = summary["documents_scored"]
     return found | {name: summary[name] for name in ("thought_right", "accuracy_thought", "accuracy_text")}
 
 
@@ -148,6 +152,15 @@ def show(results: dict[str, Any]) -> None:
     for name, found in results["objectives"].items():
         cells = [f"{found[c]['median']:.2f} ({found[c]['min']:.2f}–{found[c]['max']:.2f})" for c in columns]
         table.add_row(name, *cells, f"{found['seconds']['median']:.0f}" if "seconds" in found else "")
+    console.print(table)
+    title = "NLL minus that after the own thought: median over seeds [95% intervals over problems, all seeds']"
+    table = Table(title=title, title_justify="left")
+    conditions = ("shuffled", "other", "filler", "none")
+    for column in ("", *conditions):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, found in results["objectives"].items():
+        parts = [[found[f"{c}_minus_own{end}"] for end in ("", "_low", "_high")] for c in conditions]
+        table.add_row(name, *(f"{a['median']:+.2f} [{b['min']:+.2f}, {c['max']:+.2f}]" for a, b, c in parts))
     console.print(table)
     table = Table(title="Shift: base → after RLP", title_justify="left")
     for column in ("problems", "correct thoughts", "NLL after own thought", "NLL without a thought"):

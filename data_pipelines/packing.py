@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data_pipelines.corpus import Corpus
@@ -73,9 +74,25 @@ class CorpusText(PackedText):
         return self._pack(first, [self._stream(start, start + self.length) for start in starts])
 
     def held_out_rows(self, limit: int) -> dict[str, Tensor]:
+        return self._pack(0, self._held_out_fragments(limit))
+
+    def held_out_documents(self, limit: int) -> Tensor:
+        _, text_D = np.unique(self.corpus.hash_D, return_inverse=True)
+        rows = [
+            [
+                (int(text_D[np.searchsorted(self.corpus.offsets, start, side="right") - 1]), stop - start)
+                for start, stop in row
+            ]
+            for row in self._held_out_fragments(limit)
+        ]
+        documents = [[np.full(tokens, text) for text, tokens in row] for row in rows]
+        packed = packed_rows(0, documents, self.length)
+        return torch.where(packed["document_BN"] < 0, -1, packed["tokens_BN"])
+
+    def _held_out_fragments(self, limit: int) -> list[Iterator[Fragment]]:
         line = self._held_out
         starts = range(0, line.tokens, self.length)[:limit]
-        return self._pack(0, [line.between(start, min(start + self.length, line.tokens)) for start in starts])
+        return [line.between(start, min(start + self.length, line.tokens)) for start in starts]
 
     def repeated(self) -> tuple[int, int]:
         """(those that the training text has as well, all): the held-out text's stretches of REPEAT tokens.

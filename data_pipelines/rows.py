@@ -45,6 +45,13 @@ class PackedText(ABC):
     def held_out_rows(self, limit: int) -> dict[str, Tensor]:
         """The first `limit` held-out rows, or as many as there are."""
 
+    def held_out_documents(self, limit: int) -> Tensor:
+        """int64 [B, N]: the number of the document that each token of these rows is from, -1 on padding. A document's
+        fragments, and documents of equal text, have the same number; by default no document is in fragments."""
+        document_BN = self.held_out_rows(limit)["document_BN"]
+        row_B1 = torch.arange(len(document_BN))[:, None]
+        return torch.where(document_BN < 0, -1, row_B1 * self.length + document_BN)
+
     def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
         """Correct thoughts, where known, by (sample id, index in the row), for the first `limit` held-out rows."""
         return {}

@@ -19,7 +19,7 @@ from objectives.base import (
     TokenScores,
     setting,
 )
-from objectives.counterfactuals import CounterfactualTest
+from objectives.counterfactuals import Bodies, CounterfactualTest
 from objectives.driver import Step, StepOutput
 from objectives.metrics import Mean, Metric
 from objectives.next_token import NextToken, NextTokenConfig
@@ -30,6 +30,7 @@ from objectives.template import Template
 
 __all__ = [
     "Batch",
+    "Bodies",
     "CounterfactualTest",
     "Mean",
     "Metric",

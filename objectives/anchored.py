@@ -32,7 +32,7 @@ from objectives.base import (
     Vocabulary,
     setting,
 )
-from objectives.counterfactuals import CounterfactualTest
+from objectives.counterfactuals import Bodies
 from objectives.credit import ADVANTAGES, clipped_surrogate, shuffled_in_groups, truncated_importance
 from objectives.metrics import Mean
 from objectives.template import Template, checked_tag, encode_tag
@@ -255,14 +255,7 @@ class Anchored(Objective):
         return Policy((surrogate_J * weight_J).sum(), tokens_J, logprob_J, old_J, sampler_J, weight_J, where_BKSM)
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        test: CounterfactualTest | None = None,
-        engine: Engine = EAGER,
-    ) -> TokenScores:
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:
         """Scores of the targets of as many anchors as in training, from the text alone and after one sampled thought.
 
         The anchors do not depend on the model, so that evaluations at different steps score the same tokens: where
@@ -271,41 +264,40 @@ class Anchored(Objective):
         state = model.read(text)
         anchors = self.choice.choose_without_model(text, rng)
         body_BLM = self.bodies(engine.sample(self.request(model, state, anchors, 1, rng)))[:, 0]
-        real_BM, at_BM = anchors.index_BM >= 0, anchors.index_BM.clamp(min=0)
-        target_BM = text.targets(1)[0].gather(1, at_BM)
-
-        def hidden_after(body_BLM: Tensor) -> tuple[Thoughts, Tensor]:
-            thoughts = self.template.write(body_BLM[:, None], anchors)
-            return thoughts, last_hidden(model.think(thoughts, state), thoughts)[:, 0]
-
-        def nll(hidden_BMW: Tensor) -> Tensor:
-            return -token_logprobs(hidden_BMW, model.head_weight_VW, target_BM)
-
-        def correct(hidden_BMW: Tensor) -> Tensor:
-            return most_probable(hidden_BMW, model.head_weight_VW) == target_BM
-
+        bodies = Bodies(body_BLM, anchors, anchors.index_BM >= 0)
+        target_BM = _next_tokens(anchors)
         # Padding anchors point past the row's end and are cut off again.
-        place_BM = torch.where(real_BM, anchors.index_BM, text.shape[1])
+        place_BM = torch.where(bodies.real_BM, anchors.index_BM, text.shape[1])
 
         def spread(x_BM: Tensor) -> Tensor:
             return x_BM.new_zeros(text.shape[0], text.shape[1] + 1).scatter(1, place_BM, x_BM)[:, :-1]
 
-        plain_BMW = gather_positions(state.hidden_BNW, at_BM)
-        thoughts, own_BMW = hidden_after(body_BLM)
-        own_nll_BM = nll(own_BMW)
-        scores = TokenScores(
-            spread(nll(plain_BMW)),
-            spread(correct(plain_BMW)),
-            spread(real_BM),
-            spread(own_nll_BM),
-            spread(correct(own_BMW)),
-            thoughts,
-        )
-        if test is not None:
-            found = test.score(body_BLM, own_nll_BM, anchors, real_BM, rng, lambda body: nll(hidden_after(body)[1]))
-            scores.counterfactual_nll_BN = {name: spread(nll_BM) for name, nll_BM in found.nll_BM.items()}
-            scores.right_BN = None if found.right_BM is None else spread(found.right_BM)
-        return scores
+        def scored(hidden_BMW: Tensor) -> tuple[Tensor, Tensor]:
+            correct_BM = most_probable(hidden_BMW, model.head_weight_VW) == target_BM
+            return spread(-token_logprobs(hidden_BMW, model.head_weight_VW, target_BM)), spread(correct_BM)
+
+        plain_BMW = gather_positions(state.hidden_BNW, anchors.index_BM.clamp(min=0))
+        text_scores, own_scores = scored(plain_BMW), scored(self._after(model, state, bodies))
+        thoughts = self.template.write(body_BLM[:, None], anchors)
+        return TokenScores(*text_scores, spread(bodies.real_BM), *own_scores, thoughts, bodies)
+
+    @torch.no_grad()
+    def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        hidden_BMW = self._after(model, state, bodies)
+        return -token_logprobs(hidden_BMW, model.head_weight_VW, _next_tokens(bodies.anchors))
+
+    def _after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        """Hidden states [B, M, W] behind thoughts that say `bodies`."""
+        last = []
+        for cut in bodies.anchors.cuts(self.anchors_at_once):
+            thoughts = self.template.write(bodies.tokens_BLM[:, None, :, cut], bodies.anchors.part(cut)).trimmed()
+            last.append(last_hidden(model.think(thoughts, state), thoughts)[:, 0])
+        return torch.cat(last, dim=1)
+
+
+def _next_tokens(anchors: Anchors) -> Tensor:
+    """int64 [B, M], the token behind each anchor."""
+    return anchors.text.targets(1)[0].gather(1, anchors.index_BM.clamp(min=0))
 
 
 def tag_ids(config: AnchoredConfig, vocabulary: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -23,7 +23,7 @@ from models.philox import Rng
 from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text, Thoughts
-from objectives.counterfactuals import CounterfactualTest
+from objectives.counterfactuals import Bodies
 from objectives.metrics import METRICS, Means, Metric
 
 # Settings
@@ -230,9 +230,8 @@ class ThoughtPart:
 class TokenScores:
     """Scores of each token's successor [B, N], where `valid_BN`; without thoughts and, if there are any, with.
 
-    nll: in nats. correct: bool, whether the most probable token is the true one. counterfactual_nll_BN: by condition of
-    the counterfactual test. right_BN: 1 where the thought is exactly the right one, else 0; nan where the test knows no
-    right one, where counterfactual_nll_BN["right"] has no meaning.
+    nll: in nats. correct: bool, whether the most probable token is the true one. bodies: what the thoughts say, at the
+    same places, for the counterfactual test.
     """
 
     text_nll_BN: Tensor
@@ -241,8 +240,7 @@ class TokenScores:
     thought_nll_BN: Tensor | None = None
     thought_correct_BN: Tensor | None = None
     thoughts: Thoughts | None = None
-    counterfactual_nll_BN: dict[str, Tensor] = field(default_factory=dict)
-    right_BN: Tensor | None = None
+    bodies: Bodies | None = None
 
 
 class Objective(ABC):
@@ -343,15 +341,13 @@ class Objective(ABC):
         return ""
 
     @abstractmethod
-    def evaluate(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        test: CounterfactualTest | None = None,
-        engine: Engine = EAGER,
-    ) -> TokenScores:
-        """Scores of held-out text, without gradient; those of the counterfactual test where there are thoughts."""
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:
+        """Scores of held-out text, without gradient, with thoughts in chunks of `anchors_at_once`, as in training."""
+
+    def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        """The NLL [B, M] of each anchor's next token after a thought that says `bodies`, without gradient and in the
+        same chunks; for objectives whose `evaluate` gives bodies."""
+        raise TypeError(f"{type(self).__name__} evaluates thoughts but has no nll_after")
 
     @classmethod
     def all_metrics(cls) -> dict[str, Metric]:

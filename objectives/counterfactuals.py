@@ -3,22 +3,25 @@
 A thought can lower a token's NLL without saying anything: through its length alone, its tags, or time to compute. So
 each anchor is scored after its own thought and after
 
-    other       the thought that another anchor's text led to
+    other       a thought that another document led to
     shuffled    its own thought's tokens in random order
     filler      one and the same token, as many times as its own thought has tokens
     right       a right thought, where the data knows one
 
-Only what `own` gains over all of the first three is the content of the thought.
+Only what `own` gains over all of the first three is the content of the thought. `other` is of another document, because
+a thought written later in the same one has read the answer.
 
-Shapes: B rows, M anchors, L tokens of a thought's body, behind its opening and before its closing tag.
+Shapes: B rows, N text positions, M anchors, L tokens of a thought's body, behind its opening and before its closing
+tag, E all real anchors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.philox import Rng
@@ -28,13 +31,14 @@ from models.thoughts import PAD, Anchors
 WORD_ORDER_DRAW = 2**31 + 2**30
 
 
-@dataclass(frozen=True)
-class Counterfactuals:
-    """nll_BM: NLL of each anchor's target by condition, in nats. right_BM: 1 where the own thought is exactly the right
-    one, else 0; nan where none is known, where nll_BM["right"] has no meaning; None where none is known at all."""
+@dataclass(frozen=True, eq=False)
+class Bodies:
+    """What thoughts say, one at each anchor. tokens_BLM: int64, PAD behind their ends. real_BM: bool, the anchors that
+    are scored, in the order of the text."""
 
-    nll_BM: dict[str, Tensor]
-    right_BM: Tensor | None = None
+    tokens_BLM: Tensor
+    anchors: Anchors
+    real_BM: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,38 +51,26 @@ class CounterfactualTest:
     filler_id: int
     solutions: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
-    def score(
-        self,
-        body_BLM: Tensor,
-        own_nll_BM: Tensor,
-        anchors: Anchors,
-        real_BM: Tensor,
-        rng: Rng,
-        nll_after: Callable[[Tensor], Tensor],
-    ) -> Counterfactuals:
-        """The targets' NLL after every condition. body: the own thoughts'. nll_after: bodies [B, L', M], PAD behind
-        their ends, → the NLL [B, M] of the targets after thoughts with these bodies."""
-        conditions = self.conditions(body_BLM, anchors, real_BM, rng)
-        nll_BM = {"own": own_nll_BM}
-        nll_BM |= {name: nll_after(other_BLM) for name, other_BLM in conditions.items() if name != "own"}
-        if "right" not in conditions:
-            return Counterfactuals(nll_BM)
-        same_BM = _same(body_BLM, conditions["right"]).double()
-        return Counterfactuals(nll_BM, same_BM.masked_fill(~self.known(anchors), torch.nan))
+    def conditions(self, own: Sequence[Bodies], document_BN: Sequence[Tensor], rng: Rng) -> dict[str, list[Tensor]]:
+        """Other bodies [B, L', M] by condition, for all parts of a held-out text; the same however it is cut.
 
-    def conditions(self, body_BLM: Tensor, anchors: Anchors, real_BM: Tensor, rng: Rng) -> dict[str, Tensor]:
-        """Bodies [B, L', M] by condition, PAD behind their ends; `own` is `body_BLM`.
-
-        `other` is left out where there is one anchor only, `right` where no solution is known.
+        document_BN: int64, the number of the document that each token of a part is from. `other` is left out where all
+        anchors are of one document, `right` where no solution is known.
         """
-        found = {"own": body_BLM}
-        if int(real_BM.sum()) > 1:
-            found["other"] = _others(body_BLM, real_BM)
-        found["shuffled"] = _shuffled(body_BLM, anchors, rng)
-        found["filler"] = torch.where(body_BLM == PAD, PAD, self.filler_id)
+        found = {
+            "shuffled": [_shuffled(part.tokens_BLM, part.anchors, rng) for part in own],
+            "filler": [torch.where(part.tokens_BLM == PAD, PAD, self.filler_id) for part in own],
+        }
+        if (others := _others(own, document_BN)) is not None:
+            found["other"] = others
         if self.solutions:
-            found["right"] = self.right(anchors)
+            found["right"] = [self.right(part.anchors) for part in own]
         return found
+
+    def is_right(self, own: Bodies) -> Tensor:
+        """fp64 [B, M]: 1 where the body is exactly the right one, else 0; nan where none is known."""
+        same_BM = _same(own.tokens_BLM, self.right(own.anchors)).double()
+        return same_BM.masked_fill(~self.known(own.anchors), torch.nan)
 
     def known(self, anchors: Anchors) -> Tensor:
         """bool [B, M]: where a right thought is known, be it an empty one."""
@@ -98,12 +90,31 @@ class CounterfactualTest:
         return torch.tensor(padded, device=anchors.index_BM.device).transpose(1, 2).contiguous()
 
 
-def _others(body_BLM: Tensor, real_BM: Tensor) -> Tensor:
-    """Each real anchor gets the body of the one half the list of all further on: mostly of another row."""
-    body_BML, others = body_BLM.transpose(1, 2), body_BLM.transpose(1, 2).clone()
-    listed = body_BML[real_BM]
-    others[real_BM] = listed.roll(max(1, len(listed) // 2), dims=0)
-    return others.transpose(1, 2)
+def _others(own: Sequence[Bodies], document_BN: Sequence[Tensor]) -> list[Tensor] | None:
+    """Each real anchor gets the body of the first one of another document from half the list of all further on."""
+    longest = max(part.tokens_BLM.shape[1] for part in own)
+    padded = [F.pad(part.tokens_BLM, (0, 0, 0, longest - part.tokens_BLM.shape[1]), value=PAD) for part in own]
+    body_EL = torch.cat([x_BLM.transpose(1, 2)[part.real_BM] for x_BLM, part in zip(padded, own, strict=True)])
+    numbers_BM = [
+        document_BN[i].to(part.real_BM.device).gather(1, part.anchors.index_BM.clamp(min=0))
+        for i, part in enumerate(own)
+    ]
+    document_E = torch.cat([x_BM[part.real_BM] for x_BM, part in zip(numbers_BM, own, strict=True)]).tolist()
+    if len(set(document_E)) < 2:
+        return None
+    E, giver_E = len(document_E), []
+    for i, document in enumerate(document_E):
+        j = (i + E // 2) % E
+        while document_E[j] == document:
+            j = (j + 1) % E
+        giver_E.append(j)
+    given = body_EL[giver_E].split([int(part.real_BM.sum()) for part in own])
+    found = []
+    for x_BLM, part, given_EL in zip(padded, own, given, strict=True):
+        others_BML = x_BLM.transpose(1, 2).clone()
+        others_BML[part.real_BM] = given_EL
+        found.append(others_BML.transpose(1, 2))
+    return found
 
 
 def _shuffled(body_BLM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
@@ -117,5 +128,5 @@ def _shuffled(body_BLM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
 def _same(a_BLM: Tensor, b_BTM: Tensor) -> Tensor:
     """bool [B, M]: whether two bodies, padded to different lengths, are the same."""
     longest = max(a_BLM.shape[1], b_BTM.shape[1])
-    a, b = (torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1]), value=PAD) for x in (a_BLM, b_BTM))
+    a, b = (F.pad(x, (0, 0, 0, longest - x.shape[1]), value=PAD) for x in (a_BLM, b_BTM))
     return (a == b).all(dim=1)

@@ -18,7 +18,6 @@ from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Counts, Objective, ObjectiveConfig, Term, TextPart, TokenScores
-from objectives.counterfactuals import CounterfactualTest
 from objectives.metrics import Mean
 
 
@@ -58,14 +57,7 @@ class NextToken(Objective):
         return ledger.total
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        test: CounterfactualTest | None = None,
-        engine: Engine = EAGER,
-    ) -> TokenScores:
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:
         target_BN, valid_BN = text.targets(1)
         hidden_BNW = model.read(text).hidden_BNW
         nll_BN = -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN

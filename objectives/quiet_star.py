@@ -23,7 +23,7 @@ from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
 from models.rollout import EAGER, Engine, RolloutRequest
 from models.thinking import ThinkingModel
-from models.thoughts import END, Anchors, Text, Thoughts
+from models.thoughts import END, START, Anchors, Text, Thoughts
 from objectives.anchored import last_hidden
 from objectives.base import (
     Batch,
@@ -40,7 +40,7 @@ from objectives.base import (
     TokenScores,
     setting,
 )
-from objectives.counterfactuals import CounterfactualTest
+from objectives.counterfactuals import Bodies
 from objectives.credit import group_mean_advantage, positive_part, reinforce
 from objectives.metrics import Mean
 
@@ -250,41 +250,40 @@ class QuietStar(Objective):
         return ((1 - w) * text_BAMW + w * thought_BKAMW).to(text_BNW.dtype), w_BKAM
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        model: ThinkingModel,
-        text: Text,
-        rng: Rng,
-        test: CounterfactualTest | None = None,
-        engine: Engine = EAGER,
-    ) -> TokenScores:
+    def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:
         """The next token's NLL from the text alone, and mixed with one thought, which is greedy in the paper's variant
         and sampled as in training in the code's."""
         c = self.config
         target_BN, valid_BN = text.targets(1)
         state = model.read(text)
-        sampled = self._sample(model, state, 1, rng, 0.0 if c.variant == "paper" else c.temperature, engine)
-        start_B11N, body_BLN = sampled.tokens_BKSM[:, :, :1], sampled.tokens_BKSM[:, 0, 1:]
+        thoughts = self._sample(model, state, 1, rng, 0.0 if c.variant == "paper" else c.temperature, engine)
+        bodies = Bodies(thoughts.tokens_BKSM[:, 0, 1:], thoughts.anchors, valid_BN)
 
-        def mixed(body_BLN: Tensor) -> tuple[Thoughts, Tensor]:
-            opened = Thoughts(torch.cat([start_B11N, body_BLN[:, None]], dim=2), sampled.anchors)
-            closed = opened.followed_by(torch.full_like(start_B11N, END))
-            hidden_B11NW = last_hidden(model.think(closed, state), closed)[:, :, None]
-            return closed, self._mix(model, state.hidden_BNW, hidden_B11NW)[0][:, 0, 0]
+        def scored(hidden_BNW: Tensor) -> tuple[Tensor, Tensor]:
+            nll_BN = -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+            return nll_BN, (most_probable(hidden_BNW, model.head_weight_VW) == target_BN) & valid_BN
 
-        def nll(hidden_BNW: Tensor) -> Tensor:
-            return -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
+        text_scores, own_scores = scored(state.hidden_BNW), scored(self._after(model, state, bodies))
+        closed = thoughts.followed_by(torch.full_like(thoughts.tokens_BKSM[:, :, :1], END))
+        return TokenScores(*text_scores, valid_BN, *own_scores, closed, bodies)
 
-        def correct(hidden_BNW: Tensor) -> Tensor:
-            return (most_probable(hidden_BNW, model.head_weight_VW) == target_BN) & valid_BN
+    @torch.no_grad()
+    def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        target_BN, valid_BN = state.text.targets(1)
+        return -token_logprobs(self._after(model, state, bodies), model.head_weight_VW, target_BN) * valid_BN
 
-        thoughts, own_BNW = mixed(body_BLN)
-        own_nll_BN, text_BNW = nll(own_BNW), state.hidden_BNW
-        scores = TokenScores(nll(text_BNW), correct(text_BNW), valid_BN, own_nll_BN, correct(own_BNW), thoughts)
-        if test is not None:
-            found = test.score(body_BLN, own_nll_BN, sampled.anchors, valid_BN, rng, lambda body: nll(mixed(body)[1]))
-            scores.counterfactual_nll_BN, scores.right_BN = found.nll_BM, found.right_BM
-        return scores
+    def _after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        """Mixed hidden states [B, N, W] after thoughts that say `bodies`."""
+        mixed = []
+        for cut in bodies.anchors.cuts(self.anchors_at_once):
+            anchors, body_BKLM = bodies.anchors.part(cut), bodies.tokens_BLM[:, None, :, cut]
+            start_BK1M = torch.full_like(body_BKLM[:, :, :1], START)
+            thoughts = Thoughts(torch.cat([start_BK1M, body_BKLM], dim=2), anchors)
+            thoughts = thoughts.followed_by(torch.full_like(start_BK1M, END)).trimmed()
+            assert anchors.window is not None
+            last_BK1MW = last_hidden(model.think(thoughts, state), thoughts)[:, :, None]
+            mixed.append(self._mix(model, state.hidden_BNW, last_BK1MW, slice(*anchors.window))[0][:, 0, 0])
+        return torch.cat(mixed, dim=1)
 
 
 def _ahead(x_BN: Tensor, A: int, here: slice) -> Tensor:

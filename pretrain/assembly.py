@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from models.thoughts import Text
 from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingError, find_objective
 from objectives.base import Needs
 from objectives.template import encode_tag
+from pretrain.evaluation import HeldOut
 from pretrain.opening import compute_dtype, load_reference, longest_sequence
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
 from pretrain.state import Tensors, model_from_state
@@ -36,7 +39,7 @@ class Assembled:
     tokenizer: Tokenizer
     tokenizer_directory: Path
     data: PackedText
-    held_out: Text
+    held_out: HeldOut
     model: ThinkingModel
     checkpoint: tuple[Tensors, dict] | None
 
@@ -60,8 +63,8 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     # By default a second instance of the trained one, with its own state.
     evaluator = objectives.get("evaluation.objective") or make_objective(recipe, tokenizer, evaluation=True)
     test = counterfactual_test(recipe.evaluation, tokenizer, data)
-    held_out = Text(**data.held_out_rows(recipe.evaluation.rows if recipe.data.held_out else 0))
-    _check_held_out(recipe, evaluator, held_out)
+    held_out = _held_out(recipe, data, evaluator)
+    _check_held_out(recipe, evaluator, held_out.text)
     other_models = _resolve_other_models(objectives, tokenizer, recipe.model)
 
     checkpoint = None
@@ -212,6 +215,14 @@ def _check_sizes(
         f"data.length {length} and thoughts of {thought} tokens exceed the {limit} positions of {recipe.model}; "
         + (f"set {' or '.join(ways)}" if ways else f"lower {' and '.join(fitting)}")
     )
+
+
+def _held_out(recipe: Recipe, data: PackedText, evaluator: Objective) -> HeldOut:
+    rows, config = recipe.evaluation.rows if recipe.data.held_out else 0, evaluator.config
+    fixed = [f.name for f in fields(config) if not f.metadata.get("json_schema_extra", {}).get("free")]
+    what = [data.fingerprint, rows, recipe.seed, {name: getattr(config, name) for name in fixed}]
+    fingerprint = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
+    return HeldOut(Text(**data.held_out_rows(rows)), data.held_out_documents(rows), fingerprint)
 
 
 def _check_held_out(recipe: Recipe, evaluator: Objective, held_out: Text) -> None:

@@ -20,10 +20,9 @@ from checkpoints.run import prune, save_checkpoint
 from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.rollout import Engine
-from models.thoughts import Text
 from objectives import CounterfactualTest, Objective
 from pretrain.diagnostics import WINDOW, Diagnostics, RunWarning, length_trend
-from pretrain.evaluation import score_held_out, summarise
+from pretrain.evaluation import ENOUGH_DOCUMENTS, HeldOut, score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
@@ -178,7 +177,7 @@ class HeldOutEvaluation(lightning.Callback):
         directory: RunDirectory,
         every: int | None,
         objective: Objective,
-        text: Text,
+        held_out: HeldOut,
         rows_at_once: int,
         loggers: list[Logger],
         difficulty_E: Tensor | None,
@@ -188,7 +187,7 @@ class HeldOutEvaluation(lightning.Callback):
         self.directory = directory
         self.every = every
         self.objective = objective
-        self.text = text
+        self.held_out = held_out
         self.rows_at_once = rows_at_once
         self.loggers = loggers
         self.difficulty_E = difficulty_E
@@ -208,24 +207,27 @@ class HeldOutEvaluation(lightning.Callback):
         return module.step == module.steps or (self.every is not None and module.step % self.every == 0)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
-        if not self.text.shape[0]:
+        if not self.held_out.text.shape[0]:
             return
         # Every rank scores all rows: the passes of a sharded model are collective.
-        text = self.text.to(module.device)
+        held_out = self.held_out.to(module.device)
         # Evaluation samples with a key of its own: the same at every step, and none of training's.
         rng = Rng(module.seed, 2**32 - 1)
-        scores = score_held_out(self.objective, module.model, text, rng, self.rows_at_once, self.test, self.engine)
+        scores = score_held_out(self.objective, module.model, held_out, rng, self.rows_at_once, self.test, self.engine)
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
         summary = summarise(scores, self.difficulty_E)
         if trainer.is_global_zero:
-            record = {"step": module.step, "tokens": module.tokens, "flops": module.flops, **summary}
+            at = {"step": module.step, "tokens": module.tokens, "flops": module.flops}
+            record = {**at, "held_out": held_out.fingerprint, **summary}
             self.directory.append(self.directory.evaluations, record)
             flat = {f"held_out/{name}": value for name, value in summary.items() if isinstance(value, float)}
             for logger in self.loggers:
                 logger.log_metrics(flat, step=module.step)
             said = "  ".join(f"{name[9:]} {value:.4f}" for name, value in flat.items() if "nll" in name)
-            say(f"held-out at step {module.step}: {said}")
+            few = summary["documents_scored"] < ENOUGH_DOCUMENTS
+            note = f"  (of {summary['documents_scored']:.0f} documents, too few for intervals)" if few else ""
+            say(f"held-out at step {module.step}: {said}{note}")
 
 
 class Checkpoints(lightning.Callback):

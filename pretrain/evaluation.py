@@ -1,14 +1,17 @@
-"""Held-out evaluation: NLL without and with thoughts, by difficulty of the token, and after counterfactual thoughts.
+"""Held-out evaluation: NLL without and with thoughts, after counterfactual thoughts, and by difficulty of the token.
 
-Thinking should help on hard tokens, so tokens are binned by difficulty: their NLL without thoughts before the run's
-first step. The bins stay fixed, whatever the model learns.
+Difficulty is a token's NLL without thoughts before the run's first step; the bins stay fixed, whatever the model
+learns. What thoughts gain in a bin is no evidence by itself: the bins are made of what the gain is taken from, and any
+perturbation flattens a distribution, which helps hard tokens and hurts easy ones. What the content of thoughts gains in
+a bin is own against shuffled and own against filler, which perturb as much.
 
 Shapes: B rows, N text positions, E evaluated tokens, D documents, R resamples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,14 +26,30 @@ from objectives import CounterfactualTest, Objective
 DECILES = 10
 RESAMPLES = 2000
 INTERVAL = (0.025, 0.975)
+# With fewer documents a bootstrap over them is too narrow to be trusted.
+ENOUGH_DOCUMENTS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out text. document_BN: int64, the number of the document that each token is from, -1 on padding: the same
+    for all fragments of a document. fingerprint: of what is scored, and how."""
+
+    text: Text
+    document_BN: Tensor
+    fingerprint: str = ""
+
+    def to(self, device: torch.device | str) -> HeldOut:
+        return replace(self, text=self.text.to(device))
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
     """Scores of each evaluated token, fp64 on the CPU; those with thoughts are missing for objectives without.
 
-    document_E: int64, numbers the documents. counterfactual_E: NLL by condition of the counterfactual test. right_E: 1
-    where the thought is the right one, nan where no right one is known; there counterfactual_E["right"] has no meaning.
+    document_E: int64, the true documents' numbers. counterfactual_E: NLL by condition of the counterfactual test.
+    right_E: 1 where the thought is the right one, nan where no right one is known; there counterfactual_E["right"] has
+    no meaning.
     """
 
     document_E: Tensor
@@ -46,56 +65,50 @@ class HeldOutScores:
 def score_held_out(
     objective: Objective,
     model: ThinkingModel,
-    text: Text,
+    held_out: HeldOut,
     rng: Rng,
     rows_at_once: int,
     test: CounterfactualTest | None = None,
     engine: Engine = EAGER,
 ) -> HeldOutScores:
-    """Scores of all tokens of held-out text that the objective evaluates."""
-    cuts = parts_to_score(objective, text, rows_at_once)
-    scores = [objective.evaluate(model, text.rows(cut), rng, test, engine) for cut in cuts]
+    """Scores of all tokens of held-out text that the objective evaluates; up to rounding the same however it is cut."""
+    rows = range(0, held_out.text.shape[0], rows_at_once)
+    parts = [held_out.text.rows(slice(first, first + rows_at_once)) for first in rows]
+    document_BN = held_out.document_BN.split(rows_at_once)
+    scores = [objective.evaluate(model, part, rng, engine) for part in parts]
 
-    def gathered(values: list[Tensor | None]) -> Tensor | None:
-        picked = [v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True) if v is not None]
+    def gathered(values: Sequence[Tensor | None], where: Sequence[Tensor]) -> Tensor | None:
+        picked = [v[w].double().cpu() for v, w in zip(values, where, strict=True) if v is not None]
         return torch.cat(picked) if picked else None
 
-    def required(values: list[Tensor]) -> Tensor:
+    def required(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([v[s.valid_BN].double().cpu() for v, s in zip(values, scores, strict=True)])
 
-    valid_BN = torch.cat([s.valid_BN for s in scores]).cpu()
-    return HeldOutScores(
-        document_numbers(text).cpu()[valid_BN],
+    valid_BN = [s.valid_BN for s in scores]
+    found = HeldOutScores(
+        required([x.to(v.device) for x, v in zip(document_BN, valid_BN, strict=True)]).long(),
         required([s.text_nll_BN for s in scores]),
         required([s.text_correct_BN for s in scores]),
-        gathered([s.thought_nll_BN for s in scores]),
-        gathered([s.thought_correct_BN for s in scores]),
-        {c: required([s.counterfactual_nll_BN[c] for s in scores]) for c in scores[0].counterfactual_nll_BN},
-        gathered([s.right_BN for s in scores]),
+        gathered([s.thought_nll_BN for s in scores], valid_BN),
+        gathered([s.thought_correct_BN for s in scores], valid_BN),
     )
-
-
-def parts_to_score(objective: Objective, text: Text, rows_at_once: int) -> list[slice]:
-    """Parts of `rows_at_once` rows, or of more where these hold no two thoughts to be exchanged."""
-    cuts, start, end = [], 0, text.shape[0]
-    for stop in range(rows_at_once, end + rows_at_once, rows_at_once):
-        if objective.scored(text.rows(slice(start, stop))) > 1:
-            cuts.append(slice(start, stop))
-            start = stop
-    if start < end:
-        # What is left joins the part before it.
-        cuts.append(slice(cuts.pop().start if cuts else 0, end))
-    return cuts
-
-
-def document_numbers(text: Text) -> Tensor:
-    """int64 [B, N]: a number of its own for each document of a text."""
-    row_B1 = torch.arange(text.shape[0], device=text.tokens_BN.device)[:, None]
-    return row_B1 * text.shape[1] + text.document_start_BN
+    own = [s.bodies for s in scores if s.bodies is not None]
+    if test is None or not own or found.thought_nll_E is None:
+        return found
+    conditions = test.conditions(own, document_BN, rng)
+    nll: dict[str, list[Tensor]] = {condition: [] for condition in conditions}
+    for i, (part, bodies) in enumerate(zip(parts, own, strict=True)):
+        state = model.read(part)
+        for condition, body_BLM in conditions.items():
+            nll_BM = objective.nll_after(model, state, replace(bodies, tokens_BLM=body_BLM[i]))
+            nll[condition].append(nll_BM[bodies.real_BM].double().cpu())
+    counterfactual_E = {"own": found.thought_nll_E} | {condition: torch.cat(parts) for condition, parts in nll.items()}
+    right_E = gathered([test.is_right(x) for x in own], [x.real_BM for x in own]) if "right" in conditions else None
+    return replace(found, counterfactual_E=counterfactual_E, right_E=right_E)
 
 
 def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
-    """{"nll": mean, "low": …, "high": …}: the mean over tokens and its 95% interval.
+    """{"nll": mean, "low": …, "high": …, "documents": D}: the mean over tokens and its 95% interval.
 
     By a percentile bootstrap over documents, whose tokens are not independent of each other (Efron 1979). The
     resamples are the same at every call.
@@ -107,21 +120,25 @@ def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
     resampled_RD = torch.randint(D, (RESAMPLES, D), generator=torch.Generator().manual_seed(0))
     mean_R = sum_D[resampled_RD].sum(dim=1) / count_D[resampled_RD].sum(dim=1)
     low, high = mean_R.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
-    return {"nll": values_E.mean().item(), "low": low, "high": high}
+    return {"nll": values_E.mean().item(), "low": low, "high": high, "documents": D}
 
 
 def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     """Means over all tokens and over deciles of difficulty, easiest first; ties keep the order of the text.
 
     The counterfactual test's conditions come with intervals: of their NLL, and of their difference to the own
-    thought's. What needs right thoughts is over the tokens where they are known, and left out where none is.
+    thought's, the latter by decile, too. What needs right thoughts is over the tokens where they are known, and left
+    out where none is.
     """
-    order = difficulty_E.argsort(stable=True)
-    summary: dict[str, Any] = {"tokens_scored": float(len(order))}
+    deciles = difficulty_E.argsort(stable=True).tensor_split(DECILES)
+    summary: dict[str, Any] = {
+        "tokens_scored": float(len(difficulty_E)),
+        "documents_scored": float(len(scores.document_E.unique())),
+    }
     for name, nll_E in (("nll_text", scores.text_nll_E), ("nll_thought", scores.thought_nll_E)):
         if nll_E is not None:
             summary[name] = nll_E.mean().item()
-            summary[f"{name}_deciles"] = [part.mean().item() for part in nll_E[order].tensor_split(DECILES)]
+            summary[f"{name}_deciles"] = [nll_E[decile].mean().item() for decile in deciles]
     for name, share_E in (
         ("accuracy_text", scores.text_correct_E),
         ("accuracy_thought", scores.thought_correct_E),
@@ -133,13 +150,21 @@ def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
     if scores.right_E is not None and known_E.any():
         summary["thought_right"] = scores.right_E[known_E].mean().item()
     if scores.counterfactual_E:
-        summary["counterfactual"], summary["counterfactual_minus_own"] = {}, {}
+        nlls, differences, by_decile = (
+            summary.setdefault(name, {})
+            for name in ("counterfactual", "counterfactual_minus_own", "counterfactual_minus_own_deciles")
+        )
         for condition, nll_E in (scores.counterfactual_E | {"none": scores.text_nll_E}).items():
             where_E = known_E if condition == "right" else everywhere_E
             if not where_E.any():
                 continue
             document_E, minus_own_E = scores.document_E[where_E], nll_E - scores.counterfactual_E["own"]
-            summary["counterfactual"][condition] = interval(nll_E[where_E], document_E)
+            nlls[condition] = interval(nll_E[where_E], document_E)
             if condition != "own":
-                summary["counterfactual_minus_own"][condition] = interval(minus_own_E[where_E], document_E)
+                differences[condition] = interval(minus_own_E[where_E], document_E)
+            if condition in ("other", "shuffled", "filler"):
+                by_decile[condition] = [
+                    interval(minus_own_E[decile], scores.document_E[decile]) if len(decile) else None
+                    for decile in deciles
+                ]
     return summary

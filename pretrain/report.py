@@ -22,6 +22,7 @@ from rich.table import Table
 
 from data_pipelines.lab import END_OF_DOCUMENT
 from objectives import Metric, find_objective
+from pretrain.evaluation import ENOUGH_DOCUMENTS
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_yaml
 from pretrain.run_directory import RunDirectory
@@ -37,6 +38,7 @@ TERMINAL_THOUGHTS, TERMINAL_CHARACTERS = 4, 300
 HTML_THOUGHTS, HTML_CHARACTERS = 12, 2000
 # With fewer tokens a decile is too noisy to be shown beside a control, which says more.
 DECILE_TOKENS = 100
+FEW = f"* of fewer than {ENOUGH_DOCUMENTS} documents: too few for an interval, which is too narrow"
 
 # Name in evaluations.jsonl → label.
 HELD_OUT = {
@@ -124,7 +126,9 @@ class RunRecords:
 
     @property
     def before(self) -> Record:
-        return self.evaluations[0] if self.evaluations else {}
+        """The first evaluation of what the last one evaluates, too."""
+        alike = [e for e in self.evaluations if e.get("held_out") == self.after.get("held_out")]
+        return alike[0] if alike else {}
 
     @property
     def after(self) -> Record:
@@ -163,6 +167,14 @@ class RunRecords:
         title = "Does the thought matter? The same tokens, each after … (95% intervals)"
         return Sheet(title, ["", "NLL", "minus its own thought's"], rows)
 
+    def notes(self) -> list[str]:
+        """What must be known of the evaluation beside its tables."""
+        found, documents = self.after.get("counterfactual"), self.after.get("documents_scored", math.inf)
+        notes = [f"{FEW} (here {documents:.0f})"] if found and documents < ENOUGH_DOCUMENTS else []
+        if found and "other" not in found:
+            notes.append("the thought of another text: there is none, all held-out tokens are of one document")
+        return notes
+
     def counterfactual_sentence(self) -> str | None:
         shuffled = self.after.get("counterfactual_minus_own", {}).get("shuffled")
         if shuffled is None:
@@ -173,12 +185,27 @@ class RunRecords:
     def deciles(self) -> Sheet:
         before, after = self.before, self.after
         thought = after.get("nll_thought_deciles")
-        columns = ["decile", "before", "without thoughts"] + (["with thoughts", "gain"] if thought else [])
+        differences = {
+            condition: after.get("counterfactual_minus_own_deciles", {}).get(condition)
+            for condition in ("shuffled", "filler")
+        }
+        shown = {condition: deciles for condition, deciles in differences.items() if deciles}
+        # On a terminal of 80 columns there is no room for `before` beside intervals.
+        columns = ["decile"] + ([] if shown else ["before"]) + ["without\nthoughts"]
+        columns += [*(f"own minus {condition}" for condition in shown), *(["raw gain"] if thought else [])]
         rows = []
         for i, (first, text) in enumerate(zip(before["nll_text_deciles"], after["nll_text_deciles"], strict=True)):
-            row = [str(i + 1), f"{first:.4f}", f"{text:.4f}"]
-            rows.append([*row, f"{thought[i]:.4f}", f"{text - thought[i]:+.4f}"] if thought else row)
+            row = [str(i + 1)] + ([] if shown else [f"{first:.3f}"]) + [f"{text:.3f}"]
+            row += [_own_minus(deciles[i]) for deciles in shown.values()]
+            rows.append([*row, f"{text - thought[i]:+.3f}"] if thought else row)
         return Sheet("After the run, by difficulty of the token (decile of its NLL before the run)", columns, rows)
+
+    def deciles_sentence(self) -> str | None:
+        if "nll_thought_deciles" not in self.after:
+            return None
+        return (
+            "raw gain is no gain by thinking: anything that disturbs a prediction helps hard tokens and hurts easy ones"
+        )
 
     def deciles_are_firm(self) -> bool:
         return self.after.get("tokens_scored", math.inf) >= DECILE_TOKENS * len(self.after["nll_text_deciles"])
@@ -273,7 +300,16 @@ def _change(name: str, before: Record, after: Record) -> str:
 
 
 def _interval(value: Record) -> str:
-    return f"[{value['low']:.3f}, {value['high']:.3f}]"
+    few = "*" if value.get("documents", math.inf) < ENOUGH_DOCUMENTS else ""
+    return f"[{value['low']:.3f}, {value['high']:.3f}]{few}"
+
+
+def _own_minus(value: Record | None) -> str:
+    """The own thought's NLL minus that of the condition, from the record of their difference the other way round."""
+    if value is None:
+        return ""
+    few = "*" if value["documents"] < ENOUGH_DOCUMENTS else ""
+    return f"{-value['nll']:+.2f} [{-value['high']:.2f}, {-value['low']:.2f}]{few}"
 
 
 def _cut(words: str, longest: int) -> str:
@@ -297,8 +333,12 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
         console.print(counterfactuals.to_rich())
     if sentence is not None:
         say(f"{sentence}\n")
+    for note in run.notes():
+        say(note)
     if run.evaluations and (run.control is None or run.deciles_are_firm()):
         console.print(run.deciles().to_rich())
+        if (sentence := run.deciles_sentence()) is not None:
+            say(f"{sentence}\n")
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
         title = "Thoughts of the last steps, picked at random"
@@ -426,8 +466,10 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
         ]
     if sentence is not None:
         parts.append(_paragraph(sentence))
+    parts += map(_paragraph, run.notes())
     if run.evaluations:
         parts.append(run.deciles().to_html())
+        parts += map(_paragraph, filter(None, [run.deciles_sentence()]))
     parts += ["<h2>Warnings</h2>", _list(run.warning_lines()) if run.warnings else _paragraph("None.")]
     if run.samples:
         half = HTML_THOUGHTS // 2

@@ -121,7 +121,10 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         restore_before_setup(module, tensors, state)
         module.on_optimizer = lambda module: restore_after_setup(module, tensors, state)
         difficulty_E = tensors.get("evaluation", {}).get("difficulty_E")
-    evaluated = not run.held_out.shape[0] or directory.is_evaluated(module.step)
+        if difficulty_E is not None and state.get("held_out_fingerprint") != run.held_out.fingerprint:
+            difficulty_E = None
+            say("other tokens are evaluated than before, or in another way: their difficulty is measured anew")
+    evaluated = not run.held_out.text.shape[0] or directory.is_evaluated(module.step)
     if module.step > recipe.steps or (module.step == recipe.steps and evaluated):
         say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
         return
@@ -153,13 +156,14 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         recipe.evaluation.every,
         run.evaluator,
         run.held_out,
-        recipe.micro_batch_rows or recipe.rows_per_step,
+        recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks,
         loggers,
         difficulty_E,
         run.test,
         run.engine,
     )
     constants = {"recipe": recipe_to_tree(recipe), "data_fingerprint": run.data.fingerprint}
+    constants["held_out_fingerprint"] = run.held_out.fingerprint
     checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals)
     diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
     warnings = at_start(recipe.model, recipe.objective)

@@ -61,6 +61,12 @@ def packed_text(lengths: list[list[int]], N: int, vocab_size: int = 61, seed: in
     return Text(tokens, document, position, torch.arange(len(lengths)) + 7)
 
 
+def document_numbers(text: Text) -> Tensor:
+    """int64 [B, N], a number of its own for each document, -1 on padding: as if none were a fragment of another."""
+    row_B1 = torch.arange(text.shape[0])[:, None]
+    return torch.where(text.document_BN < 0, -1, row_B1 * text.shape[1] + text.document_start_BN)
+
+
 def explicit_hidden(model: ThinkingModel, text: Text, thoughts: Thoughts, row: int, k: int, m: int) -> Tensor:
     """Hidden states of a thought from a plain causal pass over [its document up to the anchor, the thought]."""
     anchor = int(thoughts.anchors.index_BM[row, m])

@@ -139,12 +139,37 @@ def test_the_terminal_compares_with_the_control(tmp_path, capsys):
 def test_the_terminal_without_control(tmp_path, capsys):
     out = printed(make_thinking(tmp_path / "run"), capsys)
     assert "equal FLOPs" not in out
-    assert "10 3.6250 4.1250 0.6875 +3.4375" in out
+    assert "10 3.625 4.125 +3.438" in out
     plain = printed(make_plain(tmp_path / "plain"), capsys)
     assert "without thoughts 3.5000 3.2500 -0.2500" in plain
-    assert "10 4.6250 4.3750" in plain
-    for absent in ("own thought", "Does the thought matter", "with thoughts", "Thoughts", "warning", "None", "nan"):
+    assert "10 4.625 4.375" in plain
+    for absent in ("own thought", "Does the thought matter", "raw gain", "Thoughts", "warning", "None", "nan"):
         assert absent not in plain
+
+
+def test_what_a_gain_is_worth_is_said(tmp_path, capsys):
+    """By decile against shuffled and filler, the raw gain beside them; what too few documents make of intervals."""
+    run = make_thinking(tmp_path / "run")
+    shuffled, filler = {"nll": 0.5, "low": 0.25, "high": 0.75}, {"nll": -0.5, "low": -0.875, "high": -0.125}
+    bins = {"shuffled": [shuffled | {"documents": 30}] * 10, "filler": [filler | {"documents": 19}] * 9 + [None]}
+    of_other_rows = evaluation(10, 9.5, 9.5, held_out="other rows", counterfactual=COUNTERFACTUAL)
+    first = evaluation(15, 2.25, 1.25, held_out="these rows")
+    found = {name: value for name, value in COUNTERFACTUAL.items() if name != "other"}
+    last = {"counterfactual_minus_own": MINUS_OWN, "counterfactual_minus_own_deciles": bins, "documents_scored": 19.0}
+    for record in (
+        of_other_rows,
+        first,
+        evaluation(20, 3.0, 0.125, held_out="these rows", counterfactual=found, **last),
+    ):
+        run[0].append(run[0].evaluations, record)
+    out = printed(run, capsys)
+    assert "own minus shuffled own minus filler raw gain" in out
+    assert "1 3.000 -0.50 [-0.75, -0.25] +0.50 [0.12, 0.88]* +2.875" in out
+    assert "10 4.125 -0.50 [-0.75, -0.25] +3.438" in out
+    page = unescape(write_report(*run).read_text(encoding="utf-8"))
+    for said in ("raw gain is no gain by thinking", "* of fewer than 20 documents", "(here 19)", "there is none"):
+        assert said in out and said in page, said
+    assert "documents" not in printed(make_thinking(tmp_path / "many"), capsys)
 
 
 def test_thoughts_on_the_terminal_are_text(tmp_path, capsys):
@@ -174,7 +199,7 @@ def test_the_page(tmp_path, capsys):
     assert ["after its own thought", "1.5000", "0.1250", "-1.3750", "2.4375"] in table
     assert ["right thoughts", "12.5%", "50.0%", "+37.5%", ""] in table
     assert ["filler of the same length", "2.250 [2.200, 2.300]", "+2.125 [2.000, 2.250]"] in table
-    assert ["1", "2.5000", "3.0000", "0.1250", "+2.8750"] in table
+    assert ["1", "2.500", "3.000", "+2.875"] in table
     text = unescape(page)
     for said in (
         "own thought minus shuffled: -1.750 nats [-1.900, -1.625]",
@@ -206,7 +231,7 @@ def test_the_page_is_safe_and_stands_alone(tmp_path):
 def test_the_page_of_a_run_that_does_not_think(tmp_path):
     page = write_report(*make_plain(tmp_path / "run")).read_text(encoding="utf-8")
     assert ["without thoughts", "3.5000", "3.2500", "-0.2500"] in rows(page)
-    assert ["10", "4.6250", "4.3750"] in rows(page)
+    assert ["10", "4.625", "4.375"] in rows(page)
     assert "<p>None.</p>" in page
     for absent in ("own thought", "Does the thought matter", "<h2>Thoughts", "equal FLOPs", "forethought sample"):
         assert absent not in page
