@@ -47,6 +47,40 @@ def test_whole_thoughts_everywhere(text, K, S, H, G, D):
     assert max(errors.values()) <= TOLERANCE, errors
 
 
+@pytest.mark.parametrize(("programs", "splits"), [(1, 1), (264, 3)])
+def test_text_gradients_summed_over_splits(monkeypatch, programs, splits):
+    """Blocks of text that end one document and begin another, of which some splits have no rows; the second row of
+    text ends within the first split."""
+    launched, launch = [], dense._backward_text
+
+    class Recorded:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return launch[grid]
+
+    monkeypatch.setattr(dense, "_backward_text", Recorded())
+    monkeypatch.setattr(dense, "PROGRAMS", programs)
+    anchors = Anchors.everywhere(packed_text([[70, 75], [20]], 145))
+    errors = errors_against_reference(triton.thought_attention, anchors, K=2, S=2, H=2, G=1)
+    assert max(errors.values()) <= TOLERANCE, errors
+    assert launched == [(3, 1, 2 * splits)]
+
+
+def test_programs_for_the_texts_gradient_fill_a_gpu():
+    """One row of 1024 positions and 3 key-value heads: on 132 multiprocessors each has at least one program with rows
+    to read, and the longest has not many more of them than it would have if all were equal."""
+    N, heads, BLOCK = 1024, 3, dense.text_constants(16, 3, 64)["BLOCK"]
+    span = dense.positions_of_a_split(N, heads, BLOCK)
+    positions = [
+        min(N, start + span) - max(start, first)
+        for first in range(0, N, BLOCK)
+        for start in range(0, N, span)
+        if start + span > first
+    ]
+    assert heads * len(positions) >= 132
+    assert max(positions) * 132 <= 1.25 * heads * sum(positions)
+
+
 def anchors_at_few() -> Anchors:
     """Documents apart, a repeated anchor, one without text, one on padding."""
     return Anchors(packed_text([[30, 70], [90]], 100), torch.tensor([[3, 99, 41, -1], [89, 89, 95, 0]]))

@@ -3,12 +3,13 @@
 A program serves a tile of rows. A row is one query: (position, token of the thought, query head of a key-value head),
 packed in this order, whole positions only. Its keys are blocks of text, and one diagonal tile: the own keys of the
 tile's positions, of which a row sees those of its position up to its token. So a thought's own keys belong to exactly
-one tile, which alone writes their gradient; the text's gradient is summed by one program per block of text, over all
-rows behind it. Nothing is atomic, and results do not depend on the order of programs.
+one tile, which alone writes their gradient. The text's gradient is summed by a program per block of text and split of the
+rows behind it, then over the splits, in fp32: blocks alone would leave most of a GPU idle. Nothing is atomic, and
+results do not depend on the order of programs.
 
 Shapes: B rows of text, K thoughts, S tokens of a thought, N text positions, H query heads, G key-value heads,
-R = H/G queries of a group, D head size. In kernels: P positions of a tile, ROWS ≥ P·S·R, OWN ≥ P·S own keys, BLOCK
-text positions.
+R = H/G queries of a group, D head size, C splits. In kernels: P positions of a tile, ROWS ≥ P·S·R, OWN ≥ P·S own keys,
+BLOCK text positions.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from models.attention.kernels.softmax import LOG2_E, NOTHING, fold
 
 # The largest tile, and the most own keys in one.
 MAX_ROWS, MAX_OWN = 128, 64
+# Programs that fill a large GPU.
+PROGRAMS = 264
 
 
 def row_constants(S: int, R: int, D: int) -> dict[str, int]:
@@ -38,8 +41,19 @@ def row_constants(S: int, R: int, D: int) -> dict[str, int]:
 
 
 def text_constants(S: int, R: int, D: int) -> dict[str, int]:
-    """Constants of the kernel that serves blocks of text. Fewer warps, more rows or a larger block spill at D = 128."""
-    return dict(S=S, R=R, D=D, ROWS=64, BLOCK=64, num_warps=8, num_stages=2)
+    """Constants of the kernel that serves blocks of text. Fewer warps or a larger block spill at D = 128, and 64 rows
+    do so in Triton 3.6."""
+    return dict(S=S, R=R, D=D, ROWS=32, BLOCK=64, num_warps=8, num_stages=2)
+
+
+def positions_of_a_split(N: int, heads: int, BLOCK: int) -> int:
+    """Positions whose rows are one split, a multiple of BLOCK, for so many key-value heads of all rows of text.
+
+    Twice the programs that fill a GPU, since about half of them have nothing to do: a block meets no rows before it.
+    """
+    blocks = triton.cdiv(N, BLOCK)
+    splits = min(blocks, triton.cdiv(2 * PROGRAMS, blocks * heads))
+    return triton.cdiv(blocks, splits) * BLOCK
 
 
 @triton.jit
@@ -160,11 +174,14 @@ def _backward_rows(
 def _backward_text(
     q_ptr, k_text_ptr, v_text_ptr, document_end_ptr, lse_ptr, delta_ptr, grad_ptr,
     dk_text_ptr, dv_text_ptr,
-    scale, unscaled, K, N, G,
+    scale, unscaled, B, K, N, G, span,
     S: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of text keys and values, from the rows of all thoughts at and behind it."""
-    first, g, b = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Gradients of one block of text keys and values, in fp32, from the rows of one split at and behind it: those of
+    `span` positions of every thought, the same for all blocks, so that no program has more to do than another and
+    programs that run together read the same rows."""
+    first, g, part = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
+    split, b = part // B, (part % B).to(tl.int64)
     d = tl.arange(0, D)
     n = first + tl.arange(0, BLOCK)
     text = b * N * G * D
@@ -179,11 +196,12 @@ def _backward_text(
 
     # In packed rows, a text token is seen from its own position up to the end of its document.
     since, until = n * (S * R), document_end * (S * R)
-    last_row = tl.max(until)
+    first_row = tl.maximum(first, split * span) * (S * R)
+    last_row = tl.minimum(tl.max(until), (split + 1) * span * (S * R))
     for thought in range(b * K, b * K + K):
         queries = thought * S * N * G * R
-        for first_row in range(first * (S * R), last_row, ROWS):
-            packed = first_row + tl.arange(0, ROWS)
+        for row_of_tile in range(first_row, last_row, ROWS):
+            packed = row_of_tile + tl.arange(0, ROWS)
             exists = packed < last_row
             row = (packed // R % S * N + packed // (S * R)) * (G * R) + g * R + packed % R
             at = row[:, None] * D + d
@@ -198,8 +216,9 @@ def _backward_text(
             dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
             of_scores = weights * (tl.dot(v, grad.T, input_precision="ieee") - delta)
             dk = tl.dot(of_scores.to(q.dtype), q, dk, input_precision="ieee")
-    tl.store(dk_text_ptr + text + block, (dk * unscaled).to(k.dtype), mask=n[:, None] < N)
-    tl.store(dv_text_ptr + text + block, dv.to(v.dtype), mask=n[:, None] < N)
+    partial = part.to(tl.int64) * N * G * D + block
+    tl.store(dk_text_ptr + partial, dk * unscaled, mask=n[:, None] < N)
+    tl.store(dv_text_ptr + partial, dv, mask=n[:, None] < N)
 
 
 def forward(
@@ -245,17 +264,21 @@ def backward(
     B, K, S, N, H, D = q_BKSNHD.shape
     G = k_text_BNGD.shape[2]
     inputs = (q_BKSNHD, k_BKSNGD, v_BKSNGD, k_text_BNGD, v_text_BNGD)
-    dq, dk, dv, dk_text, dv_text = (torch.empty_like(x) for x in inputs)
+    dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
     delta = torch.empty_like(lse_BKSNH)
     scale, unscaled = D**-0.5 * LOG2_E, D**-0.5
     rows, text = row_constants(S, H // G, D), text_constants(S, H // G, D)
+    span = positions_of_a_split(N, G * B, text["BLOCK"])
+    C = triton.cdiv(N, span)
+    partial_2CBNGD = k_text_BNGD.new_empty((2, C, B, N, G, D), dtype=torch.float32)
     with torch.cuda.device_of(dq):
         _backward_rows[triton.cdiv(N, rows["P"]), G, B * K](
             *inputs, start_BN, end_BN, out_BKSNHD, lse_BKSNH, grad_BKSNHD, dq, dk, dv, delta,
             scale, unscaled, K, N, G, **rows,
         )  # fmt: skip
-        _backward_text[triton.cdiv(N, text["BLOCK"]), G, B](
+        _backward_text[triton.cdiv(N, text["BLOCK"]), G, C * B](
             q_BKSNHD, k_text_BNGD, v_text_BNGD, document_end_BN, lse_BKSNH, delta, grad_BKSNHD,
-            dk_text, dv_text, scale, unscaled, K, N, G, **text,
+            *partial_2CBNGD, scale, unscaled, B, K, N, G, span, **text,
         )  # fmt: skip
+    dk_text, dv_text = partial_2CBNGD.sum(1).to(k_text_BNGD.dtype)
     return dq, dk, dv, dk_text, dv_text
