@@ -29,6 +29,16 @@ def compile_chains(on: bool = True) -> None:
     _compile = on
 
 
+def _rows(x: Tensor, kept: int) -> Tensor:
+    """x with all but the last `kept` axes made one, as no view of x.
+
+    Torch compiles a chain anew for every number of axes and every axis that is 1, of a view's base too, and when it has
+    done so 8 times runs the chain as it stands.
+    """
+    rows = x.flatten(0, -1 - kept)
+    return torch.ops.aten._unsafe_view(rows, rows.shape)
+
+
 def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
     if chain not in _compiled:
         _compiled[chain] = torch.compile(chain, dynamic=True)
@@ -38,7 +48,7 @@ def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
 def rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
     """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of x [_, W]."""
     if _compile:
-        return _run(_rms_norm, x_W.flatten(0, -2), weight_W, eps).view(x_W.shape)
+        return _run(_rms_norm, _rows(x_W, 1), weight_W, eps).view(x_W.shape)
     if torch.is_grad_enabled() and x_W.device.type == "cpu":
         return _RMSNorm.apply(x_W, weight_W, eps)
     return _rms_norm(x_W, weight_W, eps)
@@ -74,7 +84,10 @@ def _rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D], as rope.rotation gives them."""
-    return _run(_rotate, x, cos, sin) if _compile else _rotate(x, cos, sin)
+    if _compile:
+        rows = (_rows(y.expand(*x.shape[:-2], -1, -1), 2) for y in (x, cos, sin))
+        return _run(_rotate, *rows).view(x.shape)
+    return _rotate(x, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -84,7 +97,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
     """silu(gate) · up, of [_, W] each."""
     if _compile:
-        return _run(_gated, gate_W.flatten(0, -2), up_W.flatten(0, -2)).view(gate_W.shape)
+        return _run(_gated, _rows(gate_W, 1), _rows(up_W, 1)).view(gate_W.shape)
     return _Gated.apply(gate_W, up_W) if torch.is_grad_enabled() else _gated(gate_W, up_W)
 
 
@@ -112,7 +125,7 @@ def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor
     O = exp(L_a − L) O_a + exp(L_b − L) O_b with L = log(exp L_a + exp L_b); L_a must be finite.
     """
     # Flat, and so contiguous, is a seventh faster than as it comes, even uncompiled.
-    arguments = (x.flatten(0, -2) for x in (out_a, lse_a[..., None], out_b, lse_b[..., None]))
+    arguments = (_rows(x, 1) for x in (out_a, lse_a[..., None], out_b, lse_b[..., None]))
     return (_run(_merged, *arguments) if _compile else _merged(*arguments)).view(out_a.shape)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from models import pointwise
-from tests.helpers import relative_error
+from models.thoughts import Anchors
+from tests.helpers import packed_text, relative_error, tiny_model
 
 R, H, D = 5, 3, 8
 
@@ -88,3 +91,30 @@ def test_values_and_gradients(compiled, name, dtype):
 def test_a_part_without_keys_has_no_share(compiled):
     out_a, lse_a, out_b, lse_b = (x.float() for x in CHAINS["merged"][2])
     assert torch.equal(pointwise.merged(out_a, lse_a, out_b, torch.full_like(lse_b, float("-inf"))), out_a)
+
+
+def test_few_shapes_are_compiled(monkeypatch):
+    """Texts, thoughts of any number of anchors, steps and documents, with gradient and without, in a model with norms
+    of queries and keys. Past its limit of recompilations torch runs a chain eagerly, and says so nowhere that is read."""
+    monkeypatch.setattr(pointwise, "_compiled", {})
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    model = tiny_model(qk_norm=True)
+    pointwise.compile_chains()
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            for rows, N in ((1, 9), (3, 6)):
+                text = packed_text([[N]] * rows, N)
+                for gradient in (True, False):
+                    with torch.set_grad_enabled(gradient):
+                        state = model.read(text)
+                        for K, S, M in ((1, 3, N), (2, 3, N), (2, 1, 1), (3, 4, 2), (1, 1, N)):
+                            anchors = Anchors(text, torch.zeros(rows, M, dtype=torch.int64))
+                            thoughts = torch.randn(rows, K, S, M, model.decoder.config.width, dtype=torch.float64)
+                            model.decoder.think(thoughts, anchors, state)
+    finally:
+        pointwise.compile_chains(False)
+        torch._dynamo.reset()
+    # Norms of hidden states and of heads, rotations and gates, with gradient and without; norms of thoughts that need
+    # none; merges.
+    assert counter.frame_count == 2 * 4 + 2

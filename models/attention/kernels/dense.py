@@ -3,8 +3,8 @@
 A program serves a tile of rows. A row is one query: (position, token of the thought, query head of a key-value head),
 packed in this order, whole positions only. Its keys are blocks of text, and one diagonal tile: the own keys of the
 tile's positions, of which a row sees those of its position up to its token. So a thought's own keys belong to exactly
-one tile, which alone writes their gradient. The text's gradient is summed by a program per block of text and split of the
-rows behind it, then over the splits, in fp32: blocks alone would leave most of a GPU idle. Nothing is atomic, and
+one tile, which alone writes their gradient. The text's gradient is summed by a program per block of text and split of
+the rows behind it, then over the splits, in fp32: blocks alone would leave most of a GPU idle. Nothing is atomic, and
 results do not depend on the order of programs.
 
 Shapes: B rows of text, K thoughts, S tokens of a thought, N text positions, H query heads, G key-value heads,
