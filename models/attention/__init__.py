@@ -2,8 +2,9 @@
 
 `reference` is the definition; `aten` the flash kernels inside torch; `flex` torch's FlexAttention; `flash` the kernels
 of the flash-attn packages; `triton` this project's own. The choice is, in this order: the argument, the environment
-variable FORETHOUGHT_ATTENTION, `aten` where it supports the call, else `reference`. Asking for a backend that does not
-support a call raises; the choice is logged once.
+variable FORETHOUGHT_ATTENTION, `triton` on CUDA for the newest token of thoughts at several anchors, `aten`,
+`reference`: the first of these that supports the call. Asking for a backend that does not support a call raises; the
+choice is logged once.
 """
 
 from __future__ import annotations
@@ -85,16 +86,30 @@ def _choose(
     """The backend for text, or for thoughts where there are anchors."""
     asked = asked_backend(backend)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *others))
-    chosen = asked or "aten"
-    supported, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)
+    for chosen in (asked,) if asked else _preferred(q, anchors, differentiable):
+        supported, reason = BACKENDS[chosen].supports(q, k, anchors, differentiable, filled)
+        if supported:
+            break
     if not supported and asked is not None:
         raise UnsupportedCall(asked, reason)
     if not supported:
         chosen = "reference"
-    _say_once(chosen, reason)
+    _say_once(chosen, reason, slow=not supported and q.device.type == "cuda")
     return BACKENDS[chosen]
 
 
+def _preferred(q: Tensor, anchors: Anchors | None, differentiable: bool) -> tuple[str, ...]:
+    """The backends to try, the best first, where none was asked for."""
+    several = anchors is not None and anchors.window is None and anchors.index_BM.numel() > 1
+    if several and q.device.type == "cuda" and q.shape[2] == 1 and not differentiable:
+        # aten copies the text that each anchor sees, end to end, in every layer and for every token.
+        return "triton", "aten"
+    return ("aten",)
+
+
 @functools.cache
-def _say_once(backend: str, reason: str) -> None:
-    log.info("attention backend: %s (%s)", backend, reason)
+def _say_once(backend: str, reason: str, slow: bool) -> None:
+    if slow:
+        log.warning("attention runs on its dense definition, which is slow and holds all pairs: %s", reason)
+    else:
+        log.info("attention backend: %s (%s)", backend, reason)

@@ -5,11 +5,13 @@ Shapes as in models/attention/reference.py.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models import attention
-from models.attention import aten, reference
+from models.attention import aten, reference, triton
 from models.thoughts import Anchors, Text
 from tests.helpers import packed_text, relative_error
 
@@ -277,3 +279,46 @@ def test_a_backend_asked_for_serves_or_says_why_not(monkeypatch, name):
         ):
             attention.thought_attention(*arguments, anchors)
     assert attention.thought_attention(*arguments, anchors, backend="reference").isfinite().all()
+
+
+def on_cuda(*shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = False):
+    """All that the choice of a backend asks of a tensor."""
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape, requires_grad=requires_grad)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.delenv("FORETHOUGHT_ATTENTION", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention._say_once.cache_clear()
+
+
+def test_falling_to_the_definition_on_cuda_is_a_warning(hopper, caplog):
+    caplog.set_level("WARNING", attention.__name__)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        q = on_cuda(1, 5, 2, 64, dtype=dtype)
+        assert attention._choose(q, q) is (aten if dtype == torch.bfloat16 else reference)
+    (warning,) = caplog.messages
+    assert "dense definition" in warning and "takes bf16 and fp16, not torch.float32" in warning
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_new_tokens_at_several_anchors_do_not_copy_their_texts(hopper, monkeypatch, installed):
+    """By the kernel that reads them where they lie, if it is there and has the head size; whatever has a gradient, and
+    one anchor, whose text is a slice, by torch's."""
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: installed or None)
+    text = packed_text([[30], [30]], 30)
+    several, one = Anchors(text, torch.tensor([[3, 9], [20, 29]])), Anchors(text.rows(slice(1)), torch.tensor([[9]]))
+
+    def chosen(anchors, S, T, D=64, filled=False, requires_grad=False):
+        B, M = anchors.index_BM.shape
+        q = on_cuda(B, 2, S, M, 4, D, requires_grad=requires_grad)
+        return attention._choose(q, on_cuda(B, 2, T, M, 2, D), anchors=anchors, filled=filled)
+
+    for filled in (False, True):
+        assert chosen(several, 1, 7, filled=filled) is (triton if installed else aten)
+        assert chosen(several, 1, 7, D=80, filled=filled) is aten
+        assert chosen(one, 1, 7, filled=filled) is aten
+    assert chosen(several, 7, 7) is aten
+    assert chosen(several, 1, 1, requires_grad=True) is aten
+    assert chosen(Anchors.everywhere(text), 1, 7) is aten

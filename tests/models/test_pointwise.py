@@ -94,8 +94,8 @@ def test_a_part_without_keys_has_no_share(compiled):
 
 
 def test_few_shapes_are_compiled(monkeypatch):
-    """Texts, thoughts of any number of anchors, steps and documents, with gradient and without, in a model with norms
-    of queries and keys. Past its limit of recompilations torch runs a chain eagerly, and says so nowhere that is read."""
+    """Texts, and thoughts of any number of anchors, steps and rows, with gradient and without, in a model with norms of
+    queries and keys. Past its limit of recompilations torch runs a chain as it stands, and hardly says so."""
     monkeypatch.setattr(pointwise, "_compiled", {})
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))

@@ -15,8 +15,9 @@ from models import attention
 from models.attention import aten, reference, triton
 from models.attention.kernels import decode, dense, step
 from models.decoder import ThoughtCache
+from models.philox import Rng
 from models.thoughts import Anchors
-from tests.helpers import packed_text, relative_error, tiny_config, tiny_model
+from tests.helpers import packed_text, relative_error, rollout, tiny_config, tiny_model
 from tests.models.test_attention import NAMES, inputs, value_and_gradients
 
 TOLERANCE = 1e-5
@@ -291,6 +292,20 @@ def test_a_model_thinks_alike_on_either_backend():
         results[backend] = [hidden, torch.cat(steps, 2), *(g for g in grads if g is not None)]
     pairs = zip(results["triton"], results["reference"], strict=True)
     assert max(relative_error(a, b) for a, b in pairs) <= 2e-5
+
+
+def test_a_rollout_at_several_anchors_is_the_same_on_either_backend():
+    """The same tokens, from the same log-probs."""
+    model = tiny_model(dtype=torch.float32, head_dim=16)
+    anchors = Anchors(packed_text([[5, 4], [7]], 9), torch.tensor([[3, 8, 5], [6, 0, -1]]))
+    sampled = []
+    for backend in ("reference", "triton"):
+        model.decoder.attention_backend = backend
+        with torch.no_grad():
+            state = model.read(anchors.text)
+        sampled.append(rollout(model, state, anchors, 2, 4, Rng(1, 2), prompt=(4, 5)))
+    assert torch.equal(sampled[0].thoughts.tokens_BKSM, sampled[1].thoughts.tokens_BKSM)
+    assert relative_error(sampled[1].logprobs_BKSM, sampled[0].logprobs_BKSM) <= TOLERANCE
 
 
 def test_the_limits_of_a_tile_are_said_once():
