@@ -304,9 +304,9 @@ def _interval(value: Record) -> str:
     return f"[{value['low']:.3f}, {value['high']:.3f}]{few}"
 
 
-def _own_minus(value: Record | None) -> str:
+def _own_minus(value: Record | float) -> str:
     """The own thought's NLL minus that of the condition, from the record of their difference the other way round."""
-    if value is None:
+    if not isinstance(value, dict):  # a decile without tokens
         return ""
     few = "*" if value["documents"] < ENOUGH_DOCUMENTS else ""
     return f"{-value['nll']:+.2f} [{-value['high']:.2f}, {-value['low']:.2f}]{few}"
