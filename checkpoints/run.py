@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,10 +32,31 @@ REPLACED = re.compile(r"\.(step-\d{8})\.\d+\.old")
 def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
     """Writes `directory/step-<step>` with one safetensors file per group of `tensors`, and a JSON-serialisable state.
 
-    An existing checkpoint of the same step is replaced. When this returns, the checkpoint is on disk.
+    An existing checkpoint of the same step is replaced. When this returns, the checkpoint is on disk. Raises
+    CheckpointError, and leaves nothing behind, if it cannot be written.
     """
     final = directory / f"step-{step:08d}"
     temporary = directory / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        _write(temporary, tensors, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {final} cannot be written ({error}); make room or give it write access, and repeat the "
+            "command: it continues from the checkpoint before"
+        ) from None
+    if final.exists():
+        replaced = directory / f".{final.name}.{os.getpid()}.old"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    temporary.rename(final)
+    _flush(directory)
+    for replaced in directory.glob(f".{final.name}.*.old"):
+        shutil.rmtree(replaced)
+    return final
+
+
+def _write(temporary: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for group, named in tensors.items():
@@ -46,15 +68,6 @@ def save_checkpoint(directory: Path, step: int, tensors: dict[str, dict[str, Ten
     (temporary / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
     for path in (*temporary.iterdir(), temporary):
         _flush(path)
-    if final.exists():
-        replaced = directory / f".{final.name}.{os.getpid()}.old"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    _flush(directory)
-    for replaced in directory.glob(f".{final.name}.*.old"):
-        shutil.rmtree(replaced)
-    return final
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -112,6 +125,15 @@ def remove_after(directory: Path, step: int) -> None:
     for path in all_checkpoints(directory):
         if path.name > f"step-{step:08d}":
             _remove(path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed processes left half-written or half-removed; no other process may be writing there."""
+    for path in directory.glob(".step-*"):
+        replaced = REPLACED.fullmatch(path.name)
+        # One whose successor was not renamed any more is a checkpoint.
+        if replaced is None or (directory / replaced[1]).exists():
+            shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:

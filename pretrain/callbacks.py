@@ -47,6 +47,11 @@ def say(message: str) -> None:
         console.print(message, soft_wrap=True, markup=False)
 
 
+def scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """What loggers get of an evaluation."""
+    return {f"held_out/{name}": value for name, value in evaluation.items() if isinstance(value, float)}
+
+
 class Records(lightning.Callback):
     """Writes metrics.jsonl, samples.jsonl and warnings.jsonl, hands the metrics to the loggers, and shows progress.
 
@@ -137,6 +142,11 @@ class Records(lightning.Callback):
 
     def on_train_end(self, trainer, module) -> None:
         self._stop_progress()
+        if module.skipped:
+            say(f"{module.skipped} of {module.step} steps were skipped: non-finite loss or gradient")
+        counts = [f"{count:,} {name[5:].replace('_', ' ')}" for name, count in self.counts.items() if count]
+        if counts[1:]:
+            say(f"data: {', '.join(counts)}")
 
     def on_exception(self, trainer, module, exception) -> None:
         self._stop_progress()
@@ -221,7 +231,7 @@ class HeldOutEvaluation(lightning.Callback):
             at = {"step": module.step, "tokens": module.tokens, "flops": module.flops}
             record = {**at, "held_out": held_out.fingerprint, **summary}
             self.directory.append(self.directory.evaluations, record)
-            flat = {f"held_out/{name}": value for name, value in summary.items() if isinstance(value, float)}
+            flat = scalars(summary)
             for logger in self.loggers:
                 logger.log_metrics(flat, step=module.step)
             said = "  ".join(f"{name[9:]} {value:.4f}" for name, value in flat.items() if "nll" in name)

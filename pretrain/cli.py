@@ -156,12 +156,13 @@ def _main(argv: Sequence[str]) -> int:
     from checkpoints.errors import CheckpointError
     from data_pipelines import DataError
     from pretrain.recipe import RecipeError
+    from pretrain.run_directory import RunDirectoryError
 
     try:
         function(**options)
     except TrainingStopped as stopped:
         return _end(stopped, GAVE_UP)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except (RecipeError, DataError, CheckpointError, RunDirectoryError) as error:
         print(f"forethought: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,13 +23,13 @@ from models.philox import Rng
 from models.thoughts import Text
 from objectives import Step
 from pretrain.assembly import assemble
-from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say
+from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say, scalars
 from pretrain.diagnostics import Diagnostics, at_start
 from pretrain.module import PretrainModule, micro_batches
 from pretrain.recipe import LoggingConfig, Recipe
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.report import print_report, write_report
-from pretrain.run_directory import RunDirectory
+from pretrain.run_directory import RunDirectory, writing
 from pretrain.sharding import make_strategy
 from pretrain.state import restore_after_setup, restore_before_setup
 from pretrain.stopping import Stopped, StopSignals, TrainingStopped
@@ -43,8 +44,8 @@ def fit(recipe: Recipe, restart: bool = False) -> Path:
     """Runs a recipe to its end, then its control if it has one, continuing what its directory holds; returns that.
 
     restart: begins anew, and removes what the directory holds of a run.
-    Raises RecipeError, DataError or CheckpointError for what the user can fix, TrainingStopped if the run gave up, and
-    Stopped if a signal asked it to stop: then the same call continues.
+    Raises RecipeError, DataError, CheckpointError or RunDirectoryError for what the user can fix, TrainingStopped if it
+    gave up, and Stopped if a signal asked it to stop: then the same call continues.
     """
     started = time.perf_counter()
     directory = RunDirectory(recipe.run_dir or "runs/run")
@@ -73,7 +74,8 @@ def fit(recipe: Recipe, restart: bool = False) -> Path:
                 ) from None
         if is_rank_zero():
             seconds = time.perf_counter() - started
-            write_report(directory, recipe, seconds)
+            with writing(directory.path):
+                write_report(directory, recipe, seconds)
             print_report(directory, recipe, seconds)
     return directory.path
 
@@ -233,11 +235,29 @@ def dry_run(recipe: Recipe) -> None:
     say("the recipe can be run")
 
 
+class _Csv(CSVLogger):
+    """csv/metrics.csv: one file, made again from the records that a continued run has, with every row as it comes."""
+
+    def __init__(self, directory: RunDirectory):
+        super().__init__(directory.path, name="", version="csv", flush_logs_every_n_steps=1)
+        if is_rank_zero():
+            shutil.rmtree(directory.path / "csv", ignore_errors=True)  # Lightning warns of what is there
+            records = [(r["step"], r) for r in directory.read(directory.metrics)]
+            records += [(r["step"], scalars(r)) for r in directory.read(directory.evaluations)]
+            for step, record in sorted(records, key=lambda pair: pair[0]):
+                self.experiment.log_metrics(record, step)
+            self.save()
+
+    def save(self) -> None:
+        with writing(Path(self.log_dir)):
+            super().save()
+
+
 def _loggers(config: LoggingConfig, directory: RunDirectory) -> list[Logger]:
     """Loggers that repeat metrics.jsonl elsewhere."""
     loggers: list[Logger] = []
     if config.csv:
-        loggers.append(CSVLogger(str(directory.path), name="csv"))
+        loggers.append(_Csv(directory))
     mode = config.wandb
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         log.info("wandb is not installed; metrics.jsonl has everything")

@@ -7,6 +7,7 @@ report.png, lock, and control/, a run of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from checkpoints.errors import CheckpointError
-from checkpoints.run import all_checkpoints, newest_checkpoint
+from checkpoints.run import all_checkpoints, newest_checkpoint, remove_leftovers
 from pretrain.recipe import Recipe, RecipeError, free_keys
 from pretrain.recipe_files import Tree, read_yaml, recipe_from_tree, recipe_to_tree, recipe_to_yaml
 
@@ -34,6 +35,21 @@ RENAMED = {
     "causal_minus_own": "counterfactual_minus_own",
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class RunDirectoryError(RuntimeError):
+    """A run directory that cannot be written. The message is one line: what cannot, and the way out."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one line what cannot be written. Raises RunDirectoryError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way = "make room, and the same command continues" if full else "choose another --run-dir"
+        raise RunDirectoryError(f"{path} cannot be written ({error.strerror}); {way}") from None
 
 
 class RunDirectory:
@@ -56,11 +72,15 @@ class RunDirectory:
 
         A POSIX record lock: it ends with the process, however that ends, and forked processes do not inherit it.
         Hazard: if other code of this process closes the file, the lock is released. Raises RecipeError if another
-        process holds it.
+        process holds it, RunDirectoryError if it cannot be made.
         """
         path = self.path / "lock"
-        handle = _lock(path)
+        with writing(self.path):
+            handle = _lock(path)
         try:
+            # Before anything is written, for which there may be room only then.
+            with writing(self.path):
+                remove_leftovers(self.checkpoints)
             yield
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -138,11 +158,11 @@ class RunDirectory:
 
     def create(self, recipe: Recipe, tokenizer_directory: Path) -> None:
         """Writes recipe and tokenizer into the directory."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.mkdir(exist_ok=True)
+        with writing(self.tokenizer):
+            self.tokenizer.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (tokenizer_directory / name).exists():
-                shutil.copyfile(tokenizer_directory / name, self.tokenizer / name)
+                _write_durably(self.tokenizer / name, (tokenizer_directory / name).read_text(encoding="utf-8"))
         _write_durably(self.recipe, recipe_to_yaml(recipe))
 
     def load_recipe(self) -> Recipe:
@@ -167,9 +187,9 @@ class RunDirectory:
         return any(record["step"] == step for record in self.read(self.evaluations))
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            # NaN is not JSON.
-            finite = _mapped(record, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+        # NaN is not JSON.
+        finite = _mapped(record, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def read(self, path: Path) -> list[dict[str, Any]]:
@@ -194,11 +214,16 @@ def _complete_lines(path: Path) -> list[str]:
 
 def _write_durably(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _lock(path: Path) -> int:
@@ -219,8 +244,10 @@ def _lock(path: Path) -> int:
             log.warning("%s cannot be locked (%s); see to it that only one run uses it", path.parent, error.strerror)
         # It may have been removed before it was locked, and then excludes nobody.
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            # Whose it is only tells others; on a full disk, what was left behind is still to be removed.
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return handle
         os.close(handle)
 

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save
 
 from checkpoints.errors import CheckpointError
-from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from checkpoints.run import (
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    prune,
+    remove_leftovers,
+    save_checkpoint,
+)
 
 
 def contents(step: int = 0):
@@ -107,6 +114,16 @@ def test_what_a_kill_leaves_behind_is_ignored(tmp_path):
     (tmp_path / "step-9").mkdir()
     assert newest_checkpoint(tmp_path) == newer
     assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_what_a_kill_leaves_behind_is_removed_unless_it_is_a_checkpoint(tmp_path):
+    older, newer = saved(tmp_path, 5, 10)
+    for name in (".step-00000015.123.tmp", ".step-00000001.123.gone", ".step-00000010.123.old"):
+        shutil.copytree(newer, tmp_path / name)
+    older.rename(tmp_path / ".step-00000005.123.old")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-00000005.123.old", "step-00000010"]
+    remove_leftovers(tmp_path / "nothing")
 
 
 def test_what_the_manifest_does_not_name_is_not_loaded(tmp_path):

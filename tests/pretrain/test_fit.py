@@ -5,6 +5,7 @@ Shapes as in the modules under test.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -262,6 +263,7 @@ def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_di
     said = capsys.readouterr().err.strip().splitlines()
     assert "3 steps in a row, up to step 7, had a non-finite loss or gradient" in said[-1]
     assert sum("no checkpoint at step" in line for line in said) == 2  # once at 2, once at 6
+    assert "4 of 7 steps were skipped: non-finite loss or gradient" in said
     metrics = lines(run_directory / "metrics.jsonl")
     assert [m["skipped"] for m in metrics] == [0, 1, 1, 1, 2, 3, 4]
     assert [m["loss"] is None for m in metrics] == [False, True, False, False, True, True, True]
@@ -397,6 +399,30 @@ def test_a_finished_run_is_reported_again(tiny_run, capsys):
     captured = capsys.readouterr()
     assert "already at step 2 of 2; raise --steps" in captured.err
     assert "Held-out NLL" in captured.out
+
+
+def test_csv_is_one_file_that_loses_no_row(tiny_run, run_directory):
+    """Killed at any step, and continued: the rows of metrics.jsonl, and those of evaluations."""
+    arguments = [*tiny_run, *OBJECTIVES["next_token"], "--checkpoint.every", "2", "--evaluation.every", "3"]
+    process = start([*arguments, "--steps", "400"])
+    wait_for_step(run_directory, 5, process)
+    process.kill()
+    process.wait()
+    path = run_directory / "csv" / "metrics.csv"
+    steps = len(lines(run_directory / "metrics.jsonl"))
+    with path.open() as file:
+        assert sum(bool(row["loss"]) for row in csv.DictReader(file)) >= steps - 1
+    assert fit(arguments, "--steps", str(steps + 2)) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    trained, evaluated = ([row for row in rows if row[key]] for key in ("loss", "held_out/nll_text"))
+    assert [(int(r["step"]), float(r["loss"])) for r in trained] == [
+        (m["step"], m["loss"]) for m in lines(run_directory / "metrics.jsonl")
+    ]
+    assert [(int(r["step"]), float(r["held_out/nll_text"])) for r in evaluated] == [
+        (e["step"], e["nll_text"]) for e in lines(run_directory / "evaluations.jsonl")
+    ]
+    assert not [file for file in run_directory.rglob("*.csv") if file != path]
 
 
 def test_wandb_offline_mirrors_the_metrics(tiny_run, run_directory, monkeypatch):
@@ -562,7 +588,7 @@ def test_several_mistakes_come_together(tiny_run, capsys):
     assert "did you mean 'seed'?" in message
 
 
-def test_hard_documents_are_counted_and_harmless(tiny_run, run_directory, tmp_path):
+def test_hard_documents_are_counted_and_harmless(tiny_run, run_directory, tmp_path, capsys):
     """Empty, binary, not UTF-8, very long, with the delimiters and control tokens as text."""
     texts = tmp_path / "texts"
     (texts / "empty.txt").write_text("  \n")
@@ -572,6 +598,7 @@ def test_hard_documents_are_counted_and_harmless(tiny_run, run_directory, tmp_pa
     (texts / "control.txt").write_text("a <|startofthought|> b <|endofthought|> c <|endoftext|> d " * 40)
     arguments = ["--data.max_document_characters", "5000", "--steps", "2"]
     assert fit(tiny_run, *QUIET, *arguments) == 0
+    assert "documents, 1 empty, 1 binary, 1 not utf8, 1 enormous, 1 control text\n" in capsys.readouterr().err
     last = lines(run_directory / "metrics.jsonl")[-1]
     counts = {name: last[f"data/{name}"] for name in ("empty", "binary", "not_utf8", "enormous", "control_text")}
     assert counts == dict.fromkeys(counts, 1)

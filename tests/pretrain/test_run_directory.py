@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -94,6 +95,57 @@ def test_nothing_is_left_of_a_lock_alone(tmp_path):
     with directory.locked():
         (directory.path / "metrics.jsonl").write_text("")
     assert sorted(path.name for path in directory.path.iterdir()) == ["lock", "metrics.jsonl"]
+
+
+# What cannot be written
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("file", "File exists"), ("file/run", "Not a directory"), ("/proc/forethought", "No such file or directory")],
+)
+def test_a_directory_that_cannot_be_made_is_one_line(place, why, tiny_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / place
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1", "--run-dir", str(path)) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message == f"forethought: {path} cannot be written ({why}); choose another --run-dir"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory_is_one_line(tiny_run, tmp_path, capsys):
+    tmp_path.chmod(0o555)
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "1", "--run-dir", str(tmp_path)) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message == f"forethought: {tmp_path} cannot be written (Permission denied); choose another --run-dir"
+
+
+def largest_file(size: int):
+    """What a full disk does to a process, for files beyond a size."""
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
+
+@pytest.mark.parametrize(
+    ("every", "part"),
+    [
+        ("2", "checkpoints/step-00000002 cannot be written ("),
+        ("null", "metrics.jsonl cannot be written (File too large); make room, and the same command continues"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_same_command_continues(every, part, tiny_run, run_directory):
+    arguments = [*tiny_run, *NEXT_TOKEN, "--steps", "300", "--checkpoint.every", every]
+    # What a process that was killed left behind takes no room any more, even if there is none.
+    left = run_directory / "checkpoints" / ".step-00000001.12345.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    process = start(arguments, **largest_file(40_000))
+    errors = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert part in errors.splitlines()[-1]
+    assert not list(run_directory.rglob("*.tmp"))
+    assert fit(arguments, "--steps", "3") == 0
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == [1, 2, 3]
 
 
 # Older runs
