@@ -81,7 +81,7 @@ class Settings:
             "dtype": str(self.dtype).removeprefix("torch."),
             "repeats": self.repeats,
             "weights": "random",
-            "step": "loss and gradients, without the optimizer's update",
+            "step": "loss and gradients; the optimizer's update apart",
         }
 
 

@@ -5,6 +5,7 @@ Shapes: B rows, N text positions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Unsupported
+from benchmarks.measure import Unsupported, synchronise
 from models.attention import UnsupportedCall
 from models.decoder import Decoder, DecoderConfig
 from models.flops import Ledger
@@ -125,7 +126,8 @@ def next_token() -> NextToken:
 
 
 def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dict[str, float]:
-    """Loss and gradients of one step, without the optimizer update. Returns the FLOPs in the project's ledger.
+    """Loss and gradients of one step, without the optimizer update. Returns the FLOPs in the project's ledger, and how
+    many of them recompute.
 
     Gradients are allocated and freed inside, so they count towards the step's memory. Low-precision weight copies are
     made by the first step and kept, while in training every step makes them again; that costs all objectives the same,
@@ -135,7 +137,25 @@ def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dic
         for output in Step(objective, model, [text], Rng(0, 0)).losses():
             output.loss.backward()
     model.zero_grad(set_to_none=True)
-    return {"flops": ledger.total}
+    return {"flops": ledger.total, "recomputed_flops": ledger.recomputed}
+
+
+def optimizer_step(model: ThinkingModel) -> dict[str, float]:
+    """One update of AdamW, as training makes it, with all gradients there. The seconds are those of the update alone:
+    its moments are allocated by a first update before, and freed with the gradients at the end."""
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    optimizer.step()
+    device = parameters[0].device
+    synchronise(device)
+    started = time.perf_counter()
+    optimizer.step()
+    synchronise(device)
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return {"seconds": seconds}
 
 
 def model_bytes(model: ThinkingModel, samples: bool = True) -> int:

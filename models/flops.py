@@ -35,8 +35,11 @@ class Ledger:
     `vocabulary`: log-probs, entropies and predictions; `mixing`: the mixing head. Ledgers may be nested: each counts.
     """
 
+    recomputed: int  # of the total, so much computes again what was computed before: a model's FLOPs are the rest
+
     def __init__(self) -> None:
         self.spent: Counter[str] = Counter()
+        self.recomputed = 0
 
     @property
     def total(self) -> int:
@@ -50,9 +53,10 @@ class Ledger:
         _open.remove(self)
 
 
-def _spend(stage: str, flops: int) -> None:
+def _spend(stage: str, forward: int, passes: int = 1) -> None:
     for ledger in _open:
-        ledger.spent[stage] += flops
+        ledger.spent[stage] += passes * forward
+        ledger.recomputed += max(0, passes - 3) * forward
 
 
 def blocks(config: DecoderConfig, tokens: int) -> int:
@@ -79,7 +83,7 @@ def count_read(decoder: Decoder, text: Text) -> None:
     if _open:
         B, N = text.shape
         pairs = sum((end - start) * (end - start + 1) // 2 for _, start, end in text.spans)
-        _spend("text", _passes(decoder) * (blocks(decoder.config, B * N) + attention(decoder.config, pairs)))
+        _spend("text", blocks(decoder.config, B * N) + attention(decoder.config, pairs), _passes(decoder))
 
 
 def _thinking(config: DecoderConfig, anchors: Anchors, tokens_BKM: Tensor) -> int:
@@ -95,7 +99,7 @@ def _thinking(config: DecoderConfig, anchors: Anchors, tokens_BKM: Tensor) -> in
 def count_think(decoder: Decoder, thoughts: Thoughts) -> None:
     """One pass over whole thoughts. Synchronises with the host."""
     if _open:
-        _spend("thoughts", _passes(decoder) * _thinking(decoder.config, thoughts.anchors, thoughts.lengths_BKM))
+        _spend("thoughts", _thinking(decoder.config, thoughts.anchors, thoughts.lengths_BKM), _passes(decoder))
 
 
 def count_rollout(decoder: Decoder, thoughts: Thoughts, sampled_BKSM: Tensor) -> None:
@@ -109,10 +113,10 @@ def count_rollout(decoder: Decoder, thoughts: Thoughts, sampled_BKSM: Tensor) ->
 
 def count_vocabulary(rows: int, head_weight_VW: Tensor) -> None:
     """The vocabulary's log-probs for so many hidden states."""
-    _spend("vocabulary", 2 * head_weight_VW.numel() * rows * (4 if torch.is_grad_enabled() else 1))
+    _spend("vocabulary", 2 * head_weight_VW.numel() * rows, 4 if torch.is_grad_enabled() else 1)
 
 
 def count_mixing(width: int, text_rows: int, thought_rows: int) -> None:
     """The mixing head: half its first layer on text hidden states, the rest on thought hidden states."""
     forward = 2 * (width * width * text_rows + (2 * width * width + width) * thought_rows)
-    _spend("mixing", forward * (3 if torch.is_grad_enabled() else 1))
+    _spend("mixing", forward, 3 if torch.is_grad_enabled() else 1)

@@ -35,6 +35,13 @@ class Row:
     def rate(self, name: str, figure: str = "flops") -> list[float]:
         return self.measured[name].rate(figure) if self.seconds(name, figure) else []
 
+    def model_rate(self, name: str, also: str | None = None) -> list[float]:
+        """FLOPs per second without those that recompute, in each round; `also` adds another variant's time."""
+        spent, again = self.seconds(name, "flops"), self.seconds(name, "recomputed_flops")
+        others = self.seconds(also) if also is not None else [0.0] * len(spent)
+        figures = zip(spent, again, self.seconds(name), others, strict=False)
+        return [(flops - r) / (seconds + other) for flops, r, seconds, other in figures]
+
     def added(self, name: str, constant: int = 0) -> list[float]:
         """Bytes that a call allocates and frees again, plus `constant` bytes that are always there."""
         found = self.measured[name].added_bytes if name in self.measured else None

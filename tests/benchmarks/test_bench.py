@@ -22,6 +22,7 @@ from benchmarks.measure import (
     MAPPED_FROM_AT_MOST,
     MMAP_THRESHOLD,
     Growth,
+    Measured,
     Spread,
     Unsupported,
     Variant,
@@ -33,7 +34,15 @@ from benchmarks.rows.rollouts import _generate, deep_rollout
 from benchmarks.rows.row import Row
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
-from benchmarks.workloads import TINY, make_model, make_text, next_token, training_step, transformers_model
+from benchmarks.workloads import (
+    TINY,
+    make_model,
+    make_text,
+    next_token,
+    optimizer_step,
+    training_step,
+    transformers_model,
+)
 from pretrain import cli
 from tests.helpers import relative_error
 
@@ -201,6 +210,24 @@ def test_short_calls_are_measured_many_at_a_time():
     calls = []
     race({"a": lambda: calls.append(0)}, CPU, repeats=2)
     assert len(calls) > 200
+
+
+def test_model_flops_leave_out_what_is_recomputed_and_may_count_the_optimizers_time():
+    step = Measured({"flops": [8e9], "recomputed_flops": [2e9], "seconds": [2.0]})
+    row = Row("steps", "large", {}, {"next_token": step, "optimizer": Measured({"seconds": [1.0]})})
+    assert row.rate("next_token") == [4e9]
+    assert row.model_rate("next_token") == [3e9]
+    assert row.model_rate("next_token", "optimizer") == [2e9]
+    assert row.model_rate("quiet_star") == []
+
+
+def test_the_optimizer_is_timed_alone_and_changes_no_weights():
+    model = make_model(TINY, torch.float32, CPU)
+    before = [p.detach().clone() for p in model.parameters()]
+    started = time.perf_counter()
+    took = optimizer_step(model)["seconds"]
+    assert 0 < took < time.perf_counter() - started
+    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_ratios_are_taken_round_by_round():

@@ -202,6 +202,22 @@ def test_activation_checkpointing(objective):
     assert expected - 2 * c.layers * c.width * c.ffn_width * tokens == pytest.approx(seen, rel=0.005 if thinks else 0)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_recomputed_is_known_apart(checkpointing):
+    """A model's FLOPs are three times those of a forward pass with its logits, whatever is computed again to save
+    memory: against torch's count of that pass."""
+    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+    model.decoder.attention_backend = "reference"
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        _ = model.read(text).hidden_BNW @ model.head_weight_VW.t()
+        unseen = wasted(model, text, [])
+    model.decoder.activation_checkpointing = checkpointing
+    with Ledger() as ledger:
+        step_of(NextToken(), model, text, Rng(0, 0))
+    assert ledger.total - ledger.recomputed == 3 * (forward.get_total_flops() - unseen)
+    assert ledger.recomputed > 0
+
+
 def test_units():
     """A multiply-add is two; a thought of one token over a prefix of three meets four keys."""
     model, text = tiny_model(), packed_text([[5]], 5)
