@@ -152,10 +152,8 @@ def public_step(settings: Settings, dtype: torch.dtype) -> Row:
 
 
 def large_step(settings: Settings) -> Row:
-    """Model FLOPs utilisation of a Quiet-STaR step and a next-token step of a model with 1.7 billion parameters, also with
-    the optimizer's update, which takes the same time whatever the objective.
-
-    Model FLOPs are the ledger's without what is recomputed: logits, 6% of this next-token step.
+    """Model FLOPs utilisation of steps of Quiet-STaR and of next-token prediction with 1.7 billion parameters, also
+    with the optimizer's update, which takes the same time whatever the objective.
     """
     assert settings.large_model is not None
     c, peak = settings.large, bf16_peak(settings.device)
