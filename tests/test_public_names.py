@@ -13,7 +13,7 @@ NAMES = {
     "models": """EAGER END PAD START Anchors Decoder DecoderConfig Eager Engine Ledger Native Prediction Preferred
         Recorded Rng Rollout RolloutRequest Text TextState ThinkingModel Thoughts Trunk most_probable token_entropies
         token_logprobs""",
-    "objectives": """Batch CounterfactualTest Mean Metric NextToken NextTokenConfig Objective ObjectiveConfig QuietStar
+    "objectives": """Batch Bodies CounterfactualTest Mean Metric NextToken NextTokenConfig Objective ObjectiveConfig QuietStar
         QuietStarConfig Rlp RlpConfig Rpt RptConfig SettingError Step StepOutput Template Term TextPart ThoughtPart
         ThoughtRecord ThoughtState TokenScores find_objective setting""",
 }
