@@ -13,9 +13,9 @@ NAMES = {
     "models": """EAGER END PAD START Anchors Decoder DecoderConfig Eager Engine Ledger Native Prediction Preferred
         Recorded Rng Rollout RolloutRequest Text TextState ThinkingModel Thoughts Trunk most_probable token_entropies
         token_logprobs""",
-    "objectives": """Batch Bodies CounterfactualTest Mean Metric NextToken NextTokenConfig Objective ObjectiveConfig QuietStar
-        QuietStarConfig Rlp RlpConfig Rpt RptConfig SettingError Step StepOutput Template Term TextPart ThoughtPart
-        ThoughtRecord ThoughtState TokenScores find_objective setting""",
+    "objectives": """Batch Bodies CounterfactualTest Mean Metric NextToken NextTokenConfig Objective ObjectiveConfig
+        QuietStar QuietStarConfig Rlp RlpConfig Rpt RptConfig SettingError Step StepOutput Template Term
+        TextPart ThoughtPart ThoughtRecord ThoughtState TokenScores find_objective setting""",
 }
 
 
