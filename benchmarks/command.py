@@ -12,9 +12,9 @@ PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves")
 
 
 def parts(value: str) -> tuple[str, ...]:
-    """Comma-separated names of parts."""
+    """Comma-separated names of parts, or PART:ROW."""
     chosen = tuple(value.split(","))
-    unknown = [name for name in chosen if name not in PART_NAMES]
+    unknown = [name for name in chosen if name.partition(":")[0] not in PART_NAMES]
     if unknown:
         raise argparse.ArgumentTypeError(
             f"no part {', '.join(map(repr, unknown))}; choose from {', '.join(PART_NAMES)}"
@@ -31,8 +31,13 @@ def positive(value: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--only", type=parts, default=PART_NAMES, metavar="PART,…", help=f"default: all of {', '.join(PART_NAMES)}"
+        "--only",
+        type=parts,
+        default=PART_NAMES,
+        metavar="PART[:ROW],…",
+        help=f"default: all of {', '.join(PART_NAMES)}",
     )
+    parser.add_argument("--missing", action="store_true", help="leave out rows that the results already have")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
         "--quick", dest="size", action="store_const", const="quick", help="smaller; targets are not judged"

@@ -63,6 +63,7 @@ class Settings:
     masked: AttentionShape | None = None
     deep_decode: AttentionShape | None = None
     copy_bytes: int = 2**31  # larger than a GPU's caches
+    product_size: int = 8192
     model: DecoderConfig = SMOLLM2_135M
     quiet_star: Mapping[str, int] = field(default_factory=lambda: dict(N=256, L=8, A=4, K=2))
     rlp: Mapping[str, int] = field(default_factory=lambda: dict(P=512, G=8, T=64))
@@ -129,6 +130,8 @@ def full(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         step,
         deep_decode=DEEP_DECODE,
         large_model=QWEN3_1_7B,
+        # Every window of anchors takes L eager steps: of 2 anchors, as on CPU, there are 256.
+        memory=dict(N=512, L=16, A=4, K=2, at_once=64),
         curve_model=replace(SMOLLM2_135M, layers=12),
         curves=curves,
     )
@@ -173,6 +176,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         masked=AttentionShape("dense, masked", N=16, S=3, H=4, G=2, D=16, B=2, K=2),
         deep_decode=AttentionShape("deep decode", N=24, S=3, H=4, G=2, D=16, B=2, K=2),
         copy_bytes=2**20,
+        product_size=64,
         model=TINY,
         quiet_star=dict(N=16, L=2, A=2, K=2),
         rlp=dict(P=24, G=2, T=3),

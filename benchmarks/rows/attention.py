@@ -24,14 +24,14 @@ from models.thoughts import Anchors, Text
 
 
 def attention_rows(settings: Settings) -> Rows:
+    if settings.deep_decode is not None:
+        yield settings.deep_decode.name, partial(deep_decode, settings, settings.deep_decode)
     for shape in settings.attention:
         yield shape.name, partial(dense_attention, settings, shape)
     if settings.masked is not None:
         yield settings.masked.name, partial(masked_attention, settings, settings.masked)
     yield settings.rollout_step.name, partial(rollout_step, settings, settings.rollout_step)
     yield "deep step", partial(deep_attention, settings)
-    if settings.deep_decode is not None:
-        yield settings.deep_decode.name, partial(deep_decode, settings, settings.deep_decode)
 
 
 def _attention_inputs(

@@ -33,12 +33,12 @@ from objectives import Objective
 
 
 def step_rows(settings: Settings) -> Rows:
+    if settings.large_model is not None:
+        yield "large", partial(large_step, settings)
     yield "quiet_star", partial(quiet_star_step, settings)
     yield "rlp", partial(rlp_step, settings)
     for dtype in (torch.float32, torch.bfloat16):
         yield f"public shape, {dtype_name(dtype)}", partial(public_step, settings, dtype)
-    if settings.large_model is not None:
-        yield "large", partial(large_step, settings)
 
 
 def other_backends(settings: Settings) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ def public_step(settings: Settings, dtype: torch.dtype) -> Row:
 
 def large_step(settings: Settings) -> Row:
     """Model FLOPs utilisation of steps of Quiet-STaR and of next-token prediction with 1.7 billion parameters, also
-    with the optimizer's update, which takes the same time whatever the objective.
+    compiled, and with the optimizer's update, which takes the same time whatever the objective.
     """
     assert settings.large_model is not None
     c, peak = settings.large, bf16_peak(settings.device)
@@ -161,18 +161,17 @@ def large_step(settings: Settings) -> Row:
     model = make_model(settings.large_model, torch.bfloat16, settings.device)
     text = make_text(settings.large_model, 1, c["N"], settings.device)
     texts = make_text(settings.large_model, c["next_token_rows"], c["N"], settings.device)
-    race_row(
-        row,
-        settings,
-        {
-            "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"]), model, text),
-            "next_token": partial(training_step, next_token(), model, texts),
-            "optimizer": partial(optimizer_step, model),
-        },
-    )
+    steps: dict[str, Variant] = {
+        "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"]), model, text),
+        "next_token": partial(training_step, next_token(), model, texts),
+    }
+    if settings.name != "tiny":  # as in quiet_star_step
+        steps |= {f"{name}, compiled": _compiled(step) for name, step in steps.items()}
+        steps["quiet_star, compiled, triton"] = forced(model, "triton", steps["quiet_star, compiled"])
+    race_row(row, settings, steps | {"optimizer": partial(optimizer_step, model)})
     row.setting["model_bytes"] = model_bytes(model)
     row.compare("quiet_star / next_token, FLOP/s", row.rate("quiet_star"), row.rate("next_token"))
-    for name in ("quiet_star", "next_token"):
+    for name in steps:
         row.compare(f"{name}, recomputed FLOPs", row.seconds(name, "recomputed_flops"), row.seconds(name, "flops"))
         row.compare(f"optimizer / {name}, time", row.seconds("optimizer"), row.seconds(name))
         if peak is not None:

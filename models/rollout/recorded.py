@@ -9,6 +9,7 @@ Shapes: B rows, M anchors, K thoughts, W width.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -97,8 +98,11 @@ class RecordedStep:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._hidden_BK1MW = self._run()
-            finally:
-                graph.capture_end()
+            except Exception:
+                with suppress(RuntimeError):  # that the error broke the capture, which would hide the error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         here.wait_stream(stream)
         self._graph = _newest_graph[device] = graph
 

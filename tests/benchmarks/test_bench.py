@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, command, report
+from benchmarks import bench, command, correctness, device, report
 from benchmarks.correctness import CHECKED
 from benchmarks.measure import (
     MAPPED_FROM_AT_MOST,
@@ -50,37 +53,121 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory) -> tuple[Path, str]:
-    """All that runs on a GPU machine, here on CPU at toy sizes; the results' directory and what was printed."""
-    out = tmp_path_factory.mktemp("out")
-    environment = os.environ | {"FORETHOUGHT_DEVICE": "cpu", "OUT": str(out), "PYTHON": sys.executable}
-    run = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--tiny"], cwd=ROOT, env=environment, capture_output=True, text=True
+def gpu_script(out: Path, *arguments: str, fails: str = "nothing") -> tuple[int, str, list[list[str]]]:
+    """Exit code, output and commands of gpu.sh with a Python that runs nothing; commands that contain `fails` fail."""
+    python, commands = out / "python", out / "commands"
+    python.write_text(
+        f"""#!/bin/bash
+        echo "$(printf '%s\\t' "$@")" >>{commands}
+        [[ "$*" != *"{fails}"* ]]
+        """
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return out, run.stdout
+    python.chmod(0o755)
+    commands.unlink(missing_ok=True)
+    run = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"FORETHOUGHT_DEVICE": "cpu", "OUT": str(out / "results"), "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert not run.stderr
+    ran = [line.rstrip("\t").split("\t") for line in commands.read_text().splitlines()]
+    return run.returncode, run.stdout, [command[1:] for command in ran if command[0] == "-m"]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> tuple[Path, list[str]]:
+    """All that runs on a GPU machine, here in this process, on its CPU and at toy sizes; the directory of gpu.sh, and
+    the modules that ran. Of the checks for correctness only the shortest: all are tests of their own."""
+    out = tmp_path_factory.mktemp("out")
+    code, _, commands = gpu_script(out, "--tiny")
+    assert code == 0
+    mains = {
+        "benchmarks": command.main,
+        "benchmarks.correctness": correctness.main,
+        "benchmarks.device": device.main,
+        "benchmarks.report": lambda argv: report.main(Path(*argv)),
+    }
+    checks = correctness.checks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("FORETHOUGHT_DEVICE", "cpu")
+        patch.setattr(
+            correctness, "checks", lambda *call: {name: c for name, c in checks(*call).items() if name[:4] == "text"}
+        )
+        for module, *arguments in commands:
+            if module == "pytest":
+                assert all(Path(name).exists() for name in arguments if name.startswith("tests/"))
+            else:
+                assert not mains[module](arguments)
+    return out, [module for module, *_ in commands]
 
 
 def test_the_gpu_script_runs_everything(dry_run):
-    out, said = dry_run
+    out, modules = dry_run
+    out, directory = out / "results", out
+    assert modules[0] == "benchmarks.device"
+    assert sorted(modules[1:6]) == [*["benchmarks.correctness"] * 4, "pytest"]  # concurrently
+    assert modules[6:] == ["benchmarks", "benchmarks.device", *["benchmarks"] * len(ROWS), "benchmarks.report"]
     checked = [f"correctness-{backend}" for backend in CHECKED]
-    files = {f"{name}.json" for name in checked} | {"cpu.json", "cpu.png", "gpu.log"}
-    assert {path.name for path in out.iterdir()} == files
-    for name in (*checked, "tests", *ROWS, "report"):
-        assert f"== {name}: exit code 0" in said
-    assert (out / "gpu.log").read_text() == said
+    files = {f"{name}.json" for name in checked} | {"cpu.json", "cpu.png", "gpu.log", "ceilings.json"}
+    files |= {"profile-quiet_star.txt", "profile-next_token.txt"}
+    assert {path.name for path in out.iterdir()} == files | {"gpu.tar.gz"}
+    assert gpu_script(directory, "--tiny", "3")[0] == 0
+    with tarfile.open(out / "gpu.tar.gz") as tar:
+        assert set(tar.getnames()) == files
+    ceilings = json.loads((out / "ceilings.json").read_text())
+    assert min(ceilings[name]["median"] for name in ("product, FLOP/s", "copy, bytes/s")) > 0
+    assert "aten::mm" in (out / "profile-next_token.txt").read_text()
     results = json.loads((out / "cpu.json").read_text())
     assert {row["part"] for row in results["rows"]} == set(ROWS)
     assert not [row for row in results["rows"] if row.get("failed")]
     assert not [m for row in results["rows"] for m in row["measured"].values() if m.get("failed")]
     counts = {name: json.loads((out / f"{name}.json").read_text())["counts"] for name in checked}
-    assert counts["correctness-aten"]["passed"] > 5
+    assert counts["correctness-aten"]["passed"] == 1
     assert not any(count["failed"] for count in counts.values())
 
 
+@pytest.mark.parametrize(
+    ("part", "sections"),
+    [
+        ("1", ["ceilings", "smoke", *(f"correctness-{backend}" for backend in CHECKED), "tests"]),
+        ("2", ["targets", "profile"]),
+        ("3", ["attention", "steps", "memory", "rollouts", "curves", "report"]),
+    ],
+)
+def test_each_part_of_the_gpu_script_ends_within_nine_minutes_whatever_fails(tmp_path, part, sections):
+    code, said, commands = gpu_script(tmp_path, part, fails=f"--out {tmp_path}/results")
+    limits = dict(re.findall(r"== (.+?)(?:, concurrently)?, at most (\d+) s", said))
+    together = {name: int(limit) for name, limit in limits.items() if f"{name}, concurrently" in said}
+    one_by_one = [int(limit) + 5 for name, limit in limits.items() if name not in together]
+    assert sorted(limits) == sorted(sections)
+    assert sum(one_by_one) + max(together.values(), default=0) + 5 < 540
+    # All that writes results fails here, and all runs nevertheless.
+    assert len(commands) == len(sections)
+    assert code == 1
+    failed = [name for name in sections if name not in ("smoke", "tests", "report")]
+    assert set(said.rpartition("failed: ")[2].replace(" (1)", "").split()) == set(failed)
+    assert (tmp_path / "results" / "gpu.log").read_text() == said
+
+
+def test_rows_with_a_target_are_measured_before_all_others(tmp_path):
+    *_, commands = gpu_script(tmp_path, "2")
+    only = commands[0][commands[0].index("--only") + 1]
+    on_cuda = SIZES["full"](torch.device("cuda"), torch.bfloat16, None)
+    assert [f"{part}:{name}" for part, name, _ in bench._chosen(command.parts(only), on_cuda)] == only.split(",")
+    assert {f"{t.part}:{t.row}" for t in TARGETS if t.device == "cuda"} == set(only.split(","))
+
+
+def test_memory_is_measured_in_seconds_on_cuda():
+    """Steps of the eager rollouts, a hundred kernels a layer each: some seconds, not minutes."""
+    c = SIZES["full"](torch.device("cuda"), torch.bfloat16, None).memory
+    assert c["N"] / c["at_once"] * c["L"] <= 128
+
+
 def test_every_target_is_measured_by_a_row(dry_run):
-    results = json.loads((dry_run[0] / "cpu.json").read_text())
+    results = json.loads((dry_run[0] / "results" / "cpu.json").read_text())
     assert [t["ratio"] for t in results["targets"]] == [t.ratio for t in TARGETS if t.device != "cuda"]
     for target in results["targets"]:
         # Steps of this size may fit into pages that are resident anyway.
@@ -94,7 +181,7 @@ def test_every_target_is_measured_by_a_row(dry_run):
 
 def test_the_targets_of_a_gpu_name_ratios_that_are_taken(dry_run):
     """As far as a CPU has them: without those relative to a GPU's peak, and with aten in place of Triton."""
-    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    rows = json.loads((dry_run[0] / "results" / "cpu.json").read_text())["rows"]
     rows = {(row["part"], row["name"]): row for row in rows}
     for target in (t for t in TARGETS if t.device == "cuda"):
         row = rows[target.part, target.row]
@@ -112,14 +199,14 @@ def test_gradients_count_as_memory_of_a_step():
 
 
 def test_both_ways_of_scoring_give_the_same_log_probs(dry_run):
-    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    rows = json.loads((dry_run[0] / "results" / "cpu.json").read_text())["rows"]
     scoring = next(row for row in rows if row["name"] == "scoring")
     assert 0 <= scoring["setting"]["largest_difference"] <= 1e-4
 
 
 def test_keys_and_values_are_counted(dry_run):
     """Ours holds the text's once and each thought's own; `generate` holds both for every thought."""
-    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    rows = json.loads((dry_run[0] / "results" / "cpu.json").read_text())["rows"]
     deep = next(row for row in rows if (row["part"], row["name"]) == ("rollouts", "deep"))
     P, G, T = (deep["setting"][name] for name in "PGT")
     token = 2 * TINY.layers * TINY.kv_heads * TINY.head_dim * 4
@@ -139,7 +226,7 @@ def test_an_engine_that_does_not_support_a_rollout_has_not_failed():
 
 def test_a_decoding_step_counts_each_key_and_value_once(dry_run):
     """Those of text and thoughts, queries and output, in bf16."""
-    rows = json.loads((dry_run[0] / "cpu.json").read_text())["rows"]
+    rows = json.loads((dry_run[0] / "results" / "cpu.json").read_text())["rows"]
     decode = next(row for row in rows if row["name"] == "deep decode")
     B, N, K, S, H, G, D = (decode["setting"][name] for name in "BNKSHGD")
     counted = 2 * B * N * G * D + 2 * B * K * S * G * D + 2 * B * K * H * D
@@ -199,6 +286,14 @@ def test_variants_take_turns_and_one_that_fails_loses_only_its_own_figures():
     assert measured["c"].unsupported == "no such kernel"
     assert measured["c"].failed is None
     assert measured["d"].failed
+
+
+def test_collections_leave_out_what_was_there_before():
+    """Else a whole program's objects are gone through twice for every figure of memory."""
+    frozen = []
+    race({"a": lambda: frozen.append(gc.get_freeze_count())}, CPU, repeats=1)
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_budget_ends_the_rounds_but_not_the_first():
@@ -328,6 +423,24 @@ def test_parts_run_apart_join_in_one_file(tmp_path, monkeypatch, capsys):
     assert [row["part"] for row in json.loads((tmp_path / "cpu.json").read_text())["rows"]] == ["memory"]
 
 
+def test_a_row_is_measured_alone_and_one_that_is_there_is_not_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
+    measured = []
+
+    def rows(settings):
+        return [(name, lambda name=name: measured.append(name) or Row("memory", name, {})) for name in ("a", "b")]
+
+    monkeypatch.setitem(ROWS, "memory", rows)
+    arguments = ["--tiny", "--out", str(tmp_path), "--only"]
+    command.main([*arguments, "memory:b"])
+    command.main([*arguments, "memory", "--missing"])
+    command.main([*arguments, "memory:b"])
+    assert measured == ["b", "a", "b"]
+    assert [r["name"] for r in json.loads((tmp_path / "cpu.json").read_text())["rows"]] == ["a", "b"]
+    with pytest.raises(SystemExit, match="no row 'c' in memory; choose from a, b"):
+        command.main([*arguments, "memory:c"])
+
+
 def test_a_row_that_fails_is_reported_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")
 
@@ -401,8 +514,8 @@ def test_a_part_that_does_not_exist_is_named(capsys):
 
 def test_mistakes_are_named_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device, why in (("cuda", "there is no CUDA device"), ("tpu", "it must be cpu or cuda")):
-        monkeypatch.setenv("FORETHOUGHT_DEVICE", device)
+    for asked, why in (("cuda", "there is no CUDA device"), ("tpu", "it must be cpu or cuda")):
+        monkeypatch.setenv("FORETHOUGHT_DEVICE", asked)
         with pytest.raises(SystemExit, match=why):
             cli.main(["bench", "--tiny", "--out", str(tmp_path)])
     monkeypatch.setenv("FORETHOUGHT_DEVICE", "cpu")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from models.attention import aten, reference
 from models.attention.merged import MergedAttention
 from models.decoder import RecordableCache, ThoughtCache
 from models.philox import Rng
-from models.rollout import EAGER, Prediction, Preferred, Recorded
+from models.rollout import EAGER, Prediction, Preferred, Recorded, recorded
 from models.rollout.recorded import RecordedStep
 from models.thoughts import Anchors
 from tests.helpers import packed_text, relative_error, rollout, tiny_model
@@ -143,6 +146,36 @@ def test_the_buffers_are_those_of_the_cache():
     cache = ThoughtCache(model.decoder.config, 2, 1, 4, 2, like=torch.zeros(1))
     recordable = RecordableCache(cache)
     assert recordable.keys is cache.keys and recordable.values is cache.values
+
+
+@torch.no_grad()
+def test_what_breaks_a_capture_is_what_is_raised(monkeypatch):
+    """Ending a broken capture raises too, and says no more than that it is broken."""
+
+    class Graph:
+        def capture_begin(self, **options): ...
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    model, anchors = tiny_model(), at_few()
+    state = model.read(anchors.text)
+    step = RecordedStep(model, anchors, state, cache_for(model, anchors, 1, 5, state))
+    stream, runs = SimpleNamespace(wait_stream=lambda other: None), []
+
+    def run():
+        runs.append(1)
+        if len(runs) == 2:
+            raise ValueError("a copy from the host")
+
+    step._run = run
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda where: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(recorded, "_stream", lambda device: stream)
+    with pytest.raises(ValueError, match="a copy from the host"):
+        step._record(0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a CUDA device")
