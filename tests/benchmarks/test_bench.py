@@ -32,7 +32,7 @@ from benchmarks.measure import (
     memory_limit,
     race,
 )
-from benchmarks.rows import ROWS
+from benchmarks.rows import ROWS, steps
 from benchmarks.rows.rollouts import _generate, deep_rollout
 from benchmarks.rows.row import Row
 from benchmarks.settings import SIZES
@@ -158,6 +158,14 @@ def test_rows_with_a_target_are_measured_before_all_others(tmp_path):
     on_cuda = SIZES["full"](torch.device("cuda"), torch.bfloat16, None)
     assert [f"{part}:{name}" for part, name, _ in bench._chosen(command.parts(only), on_cuda)] == only.split(",")
     assert {f"{t.part}:{t.row}" for t in TARGETS if t.device == "cuda"} == set(only.split(","))
+
+
+def test_the_large_step_is_raced_compiled_and_with_the_optimizer(monkeypatch):
+    raced = {}
+    monkeypatch.setattr(steps, "race_row", lambda row, settings, variants: raced.update(variants))
+    steps.large_step(replace(SIZES["tiny"](CPU, torch.float32, None), name="full"))
+    compiled = {"quiet_star, compiled", "next_token, compiled", "quiet_star, compiled, triton"}
+    assert raced.keys() == {"quiet_star", "next_token", "optimizer"} | compiled
 
 
 def test_memory_is_measured_in_seconds_on_cuda():
