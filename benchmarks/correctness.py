@@ -374,7 +374,8 @@ def sampling_syncs(device: torch.device) -> list[Finding]:
         sample()  # the first call may sync to build what is cached with the text and its anchors
         with syncs_raise(model):
             rollout = sample()
-        found.append(Finding(where, (~rollout.sampled_BKSM[:, :, 1:]).sum().item(), 0.0))
+        missing_BM = (~rollout.sampled_BKSM[:, :, 1:]).sum((1, 2)) * (anchors.index_BM >= 0)
+        found.append(Finding(where, missing_BM.sum().item(), 0.0))
     return found
 
 
