@@ -23,7 +23,6 @@ from benchmarks.environment import bf16_peak, environment
 from benchmarks.measure import Spread, race, synchronise
 from benchmarks.settings import SIZES, Settings
 from benchmarks.workloads import copy_bytes, make_model, make_text, next_token, quiet_star, training_step
-from models.pointwise import compile_chains
 
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
 
@@ -67,7 +66,6 @@ def profile_steps(settings: Settings, out: Path) -> None:
     model = make_model(settings.large_model, torch.bfloat16, device)
     rows = {"quiet_star": 1, "next_token": c["next_token_rows"]}
     objectives = {"quiet_star": quiet_star(c["L"], c["A"], c["K"]), "next_token": next_token()}
-    compile_chains(settings.name != "tiny")
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     for name, objective in objectives.items():

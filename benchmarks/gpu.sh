@@ -88,9 +88,9 @@ if [[ $parts == *1* ]]; then
         beside "correctness-$backend" 300 "$python" -m benchmarks.correctness $size --backend "$backend" --out "$out"
     done
     if "$python" -c "import pytest" 2>/dev/null; then
-        tests=(tests/models/test_attention_cuda.py tests/models/test_recorded.py tests/models/test_logprobs.py)
+        tests=(tests/models/test_attention_cuda.py tests/models/test_pointwise_cuda.py tests/models/test_recorded.py)
         tests+=(tests/models/test_attention.py tests/models/test_decoder.py tests/models/test_rollout.py)
-        tests+=(tests/models/test_philox.py tests/checkpoints/test_parity.py)
+        tests+=(tests/models/test_logprobs.py tests/models/test_philox.py tests/checkpoints/test_parity.py)
         # Without the real models, whose weights would have to be downloaded.
         beside tests 300 "$python" -m pytest -p no:cacheprovider -m "not smollm2" ${size:+--collect-only} "${tests[@]}"
     fi

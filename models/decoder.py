@@ -336,9 +336,8 @@ class Decoder(nn.Module):
         written, S = (0 if cache is None else cache.length), x_BKSMW.shape[2]
         self.check_positions(state.text.shape[1] + written + S)
         steps_S = torch.arange(1, S + 1, device=x_BKSMW.device) if cache is None else cache.next_tokens(S)
-        # Of all K, where those of one would do: a fused rotation reads rows, and would copy them in every layer.
-        position_BKSM = (anchors.position_BM[:, None, None, :] + steps_S[:, None]).expand(x_BKSMW.shape[:-1])
-        cos, sin = self.rotation_at(position_BKSM, x_BKSMW.dtype)
+        position_B1SM = anchors.position_BM[:, None, None, :] + steps_S[:, None]
+        cos, sin = self.rotation_at(position_B1SM, x_BKSMW.dtype)
 
         x = x_BKSMW
         for layer, block in enumerate(self.layers):

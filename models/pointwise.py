@@ -1,14 +1,16 @@
 """Chains of elementwise ops: norms, rotary embedding, gating, and the merge of two attention parts.
 
-Uncompiled, each op is a pass over memory. `compile_chains` fuses each chain with torch.compile, forward and backward.
-Matrix products and attention are single kernels already and are not compiled.
+As torch runs them each op is a pass over memory. On CUDA, wherever Triton is installed (it comes with torch for CUDA on
+Linux), a chain is one kernel of pointwise_kernels.py, forward and backward.
 
-Shapes: R rows (tokens), W any width, H heads, D head size; `_` leading axes of any number.
+Shapes: W any width, H heads, D head size; `_` leading axes of any number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib.util
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +18,27 @@ from torch import Tensor
 
 from models.precision import accumulation_dtype
 
-_compile = False
-_compiled: dict[Callable, Callable] = {}
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The kernels, where there are any for x."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    return _triton_kernels()
 
 
-def compile_chains(on: bool = True) -> None:
-    """Switches fused chains on or off for this process; each is compiled at its first use, which takes seconds.
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from models import pointwise_kernels
 
-    On CPU that takes a C++ compiler; torch raises where it finds none.
-    """
-    global _compile
-    _compile = on
-
-
-def _rows(x: Tensor, kept: int) -> Tensor:
-    """x with all but the last `kept` axes made one, as no view of x.
-
-    Torch compiles a chain anew for every number of axes and every axis that is 1, of a view's base too, and when it has
-    done so 8 times runs the chain as it stands.
-    """
-    rows = x.flatten(0, -1 - kept)
-    return torch.ops.aten._unsafe_view(rows, rows.shape)
-
-
-def _run(chain: Callable[..., Tensor], *arguments) -> Tensor:
-    if chain not in _compiled:
-        _compiled[chain] = torch.compile(chain, dynamic=True)
-    return _compiled[chain](*arguments)
+    return pointwise_kernels
 
 
 def rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
     """Zhang & Sennrich, 1910.07467; computed in fp32 (fp64 for fp64), returned in the dtype of x [_, W]."""
-    if _compile:
-        return _run(_rms_norm, _rows(x_W, 1), weight_W, eps).view(x_W.shape)
+    if (kernels := _kernels(x_W)) and x_W.shape[-1] <= kernels.MAX_WIDTH:
+        return kernels.rms_norm(x_W, weight_W, eps)
     if torch.is_grad_enabled() and x_W.device.type == "cpu":
         return _RMSNorm.apply(x_W, weight_W, eps)
     return _rms_norm(x_W, weight_W, eps)
@@ -84,21 +74,16 @@ def _rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D], as rope.rotation gives them."""
-    if _compile:
-        rows = (_rows(y.expand(*x.shape[:-2], -1, -1), 2) for y in (x, cos, sin))
-        return _run(_rotate, *rows).view(x.shape)
-    return _rotate(x, cos, sin)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if (kernels := _kernels(x)) and not (cos.requires_grad or sin.requires_grad):
+        return kernels.rotate(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
     """silu(gate) · up, of [_, W] each."""
-    if _compile:
-        return _run(_gated, _rows(gate_W, 1), _rows(up_W, 1)).view(gate_W.shape)
-    return _Gated.apply(gate_W, up_W) if torch.is_grad_enabled() else _gated(gate_W, up_W)
+    if kernels := _kernels(gate_W):
+        return kernels.gated(gate_W, up_W)
+    return _Gated.apply(gate_W, up_W) if torch.is_grad_enabled() else F.silu(gate_W) * up_W
 
 
 class _Gated(torch.autograd.Function):
@@ -115,18 +100,17 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad_W * up_W, gate_W), F.silu(gate_W).mul_(grad_W)
 
 
-def _gated(gate_W: Tensor, up_W: Tensor) -> Tensor:
-    return F.silu(gate_W) * up_W
-
-
 def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
     """Attention over two disjoint sets of keys from its two parts: O [_, H, D] in their dtype, L [_, H].
 
     O = exp(L_a − L) O_a + exp(L_b − L) O_b with L = log(exp L_a + exp L_b); L_a must be finite.
     """
-    # Flat, and so contiguous, is a seventh faster than as it comes, even uncompiled.
-    arguments = (_rows(x, 1) for x in (out_a, lse_a[..., None], out_b, lse_b[..., None]))
-    return (_run(_merged, *arguments) if _compile else _merged(*arguments)).view(out_a.shape)
+    # Attention has its own backward and merges without gradient.
+    if (kernels := _kernels(out_a)) and not torch.is_grad_enabled():
+        return kernels.merged(out_a, lse_a, out_b, lse_b)
+    # Flat, and so contiguous, is a seventh faster than as it comes.
+    arguments = (x.flatten(0, -2) for x in (out_a, lse_a[..., None], out_b, lse_b[..., None]))
+    return _merged(*arguments).view(out_a.shape)
 
 
 def _merged(out_a_D: Tensor, lse_a_1: Tensor, out_b_D: Tensor, lse_b_1: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from checkpoints.references import resolve
 from checkpoints.run import load_checkpoint
 from data_pipelines import PackedText, Tokenizer, open_data
-from models.pointwise import compile_chains
 from models.rollout import EAGER, Engine, Native, Preferred, Recorded
 from models.rollout.native import library
 from models.thinking import ThinkingModel
@@ -50,7 +49,6 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
     """
     engine = make_engine(recipe.compile, recipe.cuda_graphs, recipe.ranks)
-    compile_chains(recipe.compile and torch.cuda.is_available())
     dtype = compute_dtype(recipe.compute_dtype)
     directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(directory)

@@ -158,8 +158,7 @@ class Recipe(Part):
     )
     compile: bool = Field(
         default=False,
-        description="GPU: fuse elementwise ops with torch.compile; a single CPU: sample at a few anchors by a compiled "
-        "kernel",
+        description="a single CPU: sample at a few anchors by a compiled kernel; not needed on CUDA",
     )
     activation_checkpointing: bool = Field(
         default=False,

@@ -27,7 +27,6 @@ from benchmarks.workloads import (
     unsupported_calls,
 )
 from models import attention
-from models.pointwise import compile_chains
 from models.thinking import ThinkingModel
 from objectives import Objective
 
@@ -62,21 +61,8 @@ def forced(model: ThinkingModel, backend: str, run: Variant) -> Variant:
     return with_backend
 
 
-def _compiled(run: Variant) -> Variant:
-    """The same variant with fused elementwise ops."""
-
-    def with_compiled_chains() -> Mapping[str, float] | None:
-        compile_chains()
-        try:
-            return run()
-        finally:
-            compile_chains(False)
-
-    return with_compiled_chains
-
-
 def quiet_star_step(settings: Settings) -> Row:
-    """A Quiet-STaR step and a next-token step on the same rows; the former also compiled and with each backend."""
+    """A Quiet-STaR step and a next-token step on the same rows; the former also with each backend."""
     c = settings.quiet_star
     row = Row("steps", "quiet_star", dict(c) | {"dtype": dtype_name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
@@ -86,8 +72,6 @@ def quiet_star_step(settings: Settings) -> Row:
         "quiet_star": step,
         "next_token": partial(training_step, next_token(), model, text),
     }
-    if settings.name != "tiny":  # at that size, compiling would take longer than everything else
-        variants["quiet_star, compiled"] = _compiled(step)
     variants |= {f"quiet_star, {b}": forced(model, b, step) for b in other_backends(settings)}
     race_row(row, settings, variants)
     weights = row.setting["model_bytes"] = model_bytes(model)
@@ -98,7 +82,6 @@ def quiet_star_step(settings: Settings) -> Row:
         row.added("quiet_star", weights),
         row.added("next_token", model_bytes(model, samples=False)),
     )
-    row.compare("compiled / default, time", row.seconds("quiet_star, compiled"), row.seconds("quiet_star"))
     for backend in other_backends(settings):
         other = row.seconds(f"quiet_star, {backend}")
         row.compare(f"{backend} / default, time", other, row.seconds("quiet_star"))
@@ -152,8 +135,8 @@ def public_step(settings: Settings, dtype: torch.dtype) -> Row:
 
 
 def large_step(settings: Settings) -> Row:
-    """Model FLOPs utilisation of steps of Quiet-STaR and of next-token prediction with 1.7 billion parameters, also
-    compiled, and with the optimizer's update, which takes the same time whatever the objective.
+    """Model FLOPs utilisation of steps of Quiet-STaR and of next-token prediction with 1.7 billion parameters,
+    the former also with `aten`, and with the optimizer's update, which takes the same time whatever the objective.
     """
     assert settings.large_model is not None
     c, peak = settings.large, bf16_peak(settings.device)
@@ -165,9 +148,7 @@ def large_step(settings: Settings) -> Row:
         "quiet_star": partial(training_step, quiet_star(c["L"], c["A"], c["K"]), model, text),
         "next_token": partial(training_step, next_token(), model, texts),
     }
-    if settings.name != "tiny":  # as in quiet_star_step
-        steps |= {f"{name}, compiled": _compiled(step) for name, step in steps.items()}
-        steps["quiet_star, compiled, triton"] = forced(model, "triton", steps["quiet_star, compiled"])
+    steps["quiet_star, aten"] = forced(model, "aten", steps["quiet_star"])
     race_row(row, settings, steps | {"optimizer": partial(optimizer_step, model)})
     row.setting["model_bytes"] = model_bytes(model)
     row.compare("quiet_star / next_token, FLOP/s", row.rate("quiet_star"), row.rate("next_token"))

@@ -62,7 +62,7 @@ def supports(
     if S == T:
         if S * group > MAX_ROWS or S > MAX_OWN:
             return False, f"{S} tokens × {group} query heads of a group exceed a tile of {MAX_OWN} × {MAX_ROWS}"
-        if q[0, 0].numel() >= 2**31:
+        if math.prod(q.shape[2:]) >= 2**31:
             return False, "the queries of one thought of all positions exceed 32-bit offsets"
         return True, "triton kernel for whole thoughts at every position"
     if S > 1:

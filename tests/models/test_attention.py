@@ -322,3 +322,20 @@ def test_new_tokens_at_several_anchors_do_not_copy_their_texts(hopper, monkeypat
     assert chosen(several, 7, 7) is aten
     assert chosen(several, 1, 1, requires_grad=True) is aten
     assert chosen(Anchors.everywhere(text), 1, 7) is aten
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_whole_thoughts_at_every_position_take_the_kernel_made_for_them(hopper, monkeypatch, installed):
+    """With gradient or without, in fp32 too, if it is there and a thought fits into a tile; windows take torch's."""
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: installed or None)
+    everywhere = Anchors.everywhere(packed_text([[30], [30]], 30))
+
+    def chosen(anchors, S, **of_q):
+        M = anchors.index_BM.shape[1]
+        return attention._choose(on_cuda(2, 2, S, M, 4, 64, **of_q), on_cuda(2, 2, S, M, 2, 64), anchors=anchors)
+
+    for requires_grad in (False, True):
+        assert chosen(everywhere, 16, requires_grad=requires_grad) is (triton if installed else aten)
+        assert chosen(everywhere, 65, requires_grad=requires_grad) is aten
+        assert chosen(everywhere.part(slice(10, 20)), 16, requires_grad=requires_grad) is aten
+    assert chosen(everywhere, 16, dtype=torch.float32) is (triton if installed else reference)

@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from models import pointwise_kernels as pointwise  # noqa: E402
 from models.attention.kernels import decode, dense, step  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -29,7 +30,23 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 KNOWN_SPILLS = {(release, "dense backward, rows", 16, 1, 128, 80): n for release, n in (("3.6", 184), ("3.9", 688))}
 FP32 = {"lse_ptr", "delta_ptr", "lse_text_ptr"}
 INTEGERS = {"start_ptr": "*i32", "end_ptr": "*i32", "document_end_ptr": "*i32", "filled_ptr": "*i32"}
-FLOATS = {"scale", "unscaled", "log2_e"}
+FLOATS = {"scale", "unscaled", "log2_e", "eps"}
+# Kernel of a pointwise chain, constants, fp32 pointers.
+CHAINS = {
+    f"norm{what}, W={W}": (kernel, pointwise.norm_constants(W) | more, {"weight_ptr", "inverse_ptr", "partial_ptr"})
+    for W in (16, 128, 576, 2048, pointwise.MAX_WIDTH)
+    for what, kernel, more in (
+        ("", pointwise._norm, {}),
+        (" without gradient", pointwise._norm, {"inverse_ptr": None}),
+        (" backward", pointwise._norm_backward, {}),
+    )
+} | {
+    "rotate": (pointwise._rotate, pointwise.rotate_constants(14, 64) | {"BACK": False}, set()),
+    "rotate backward": (pointwise._rotate, pointwise.rotate_constants(8, 128) | {"BACK": True}, set()),
+    "gate": (pointwise._gate, pointwise.GATE_CONSTANTS, set()),
+    "gate backward": (pointwise._gate_backward, pointwise.GATE_CONSTANTS, set()),
+    "merge": (pointwise._merge, pointwise.merge_constants(128), {"lse_a_ptr", "lse_b_ptr"}),
+}
 
 
 def kernels(S: int, R: int, D: int) -> dict[str, tuple]:
@@ -57,9 +74,8 @@ def compiled(kernel, constants: dict[str, int | None], fp32: set[str], target: i
         return "fp32" if name in FLOATS else "i32"
 
     signature = {name: type_of(name) for name in kernel.arg_names}
-    aligned = [
-        i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in ("N", "thought_stride")
-    ]
+    sizes = ("N", "thought_stride", "numbers")
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in sizes]
     source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
@@ -87,6 +103,18 @@ def test_compiles_without_spills(name, S, R, D, target, tmp_path):
         # The products are on the tensor cores, by each generation's own instruction.
         instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[target]
         assert instruction in built.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_compile_without_spills(name, target, tmp_path):
+    kernel, constants, fp32 = CHAINS[name]
+    built = compiled(kernel, constants, fp32, target)
+    used = resources(built.asm["cubin"], tmp_path)
+    print(f"\n{name}, sm_{target}, {constants['num_warps']} warps: {used} shared {built.metadata.shared}")
+    assert used["STACK"] == used["LOCAL"] == 0
+    # Rows of a whole number of 16 bytes are read and written 16 bytes at a time.
+    assert "ld.global.v4.b32" in built.asm["ptx"] and "st.global.v4.b32" in built.asm["ptx"]
 
 
 def test_a_spill_is_noticed(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs triton_interpreted.py in a process of its own, since Triton reads TRITON_INTERPRET as kernels are defined."""
+"""Runs *_interpreted.py in a process of their own, since Triton reads TRITON_INTERPRET as kernels are defined."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from tests.helpers import packed_text
 from tests.models.test_attention import inputs
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "pointwise_interpreted.py"])
+def test_kernels_in_the_interpreter(file):
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/models/triton_interpreted.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/{file}"],
         cwd=root,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
