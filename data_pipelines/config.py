@@ -11,6 +11,10 @@ class DataError(ValueError):
     """A mistake in the data or its settings that the user can fix; the message is one line that says how."""
 
 
+class DataUnreachable(DataError):
+    """Data that may well be right, but cannot be reached from here and now."""
+
+
 Step = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 

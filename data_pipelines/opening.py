@@ -7,10 +7,10 @@ from pathlib import Path
 
 from data_pipelines.config import DataConfig
 from data_pipelines.corpus import Corpus, end_of_document, tokenised
+from data_pipelines.finding import warn_once
 from data_pipelines.lab import LabConfig, LabText
 from data_pipelines.packing import REPEAT, CorpusText
 from data_pipelines.rows import PackedText
-from data_pipelines.sources import warn_once
 from data_pipelines.tokenizer import Tokenizer
 
 REPEATED = 0.1  # share of held-out text that may be in the training text without a word

@@ -8,26 +8,19 @@ skipped and counted. Nothing that is read is ever unpickled or executed.
 from __future__ import annotations
 
 import ast
-import glob
 import gzip
 import json
-import logging
 import sysconfig
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
 from data_pipelines.config import DataConfig, DataError
+from data_pipelines.finding import PYTHON_DOCS, find
 
-log = logging.getLogger(__name__)
-PYTHON_DOCS = "python-docs"
-_TEXT = (".txt", ".md", ".text")
-_SUFFIXES = (*_TEXT, ".jsonl", *(f"{suffix}.gz" for suffix in (*_TEXT, ".jsonl")), ".parquet")
-_NAMED = 5  # files that a warning names at most
 # Folders inside the standard library's that are not part of it, or only test it.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -54,7 +47,7 @@ class Documents:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.files = _python_docs_files() if config.reference == PYTHON_DOCS else _find(config.reference)
+        self.files = _python_docs_files() if config.reference == PYTHON_DOCS else _find(config)
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -152,36 +145,17 @@ def _open(file: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
-def _find(reference: str) -> list[Path]:
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    files = sorted(file.absolute() for file in found if file.name.endswith(_SUFFIXES) and file.is_file())
-    if not files:
-        problem = "is neither a known name nor an existing path"
-        if found or path.is_dir():
-            problem = "matches no file of a supported type"
-        accepted = f"{PYTHON_DOCS}, lab, lab:SETTINGS, or a file, directory or glob of {' '.join(_SUFFIXES)}"
-        raise DataError(f"data reference {reference!r} {problem}; accepted: {accepted}")
-    others = sorted(str(file) for file in found if not file.name.endswith(_SUFFIXES) and file.is_file())
-    if others:
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-        warn_once(f"not read: {', '.join(others[:_NAMED])}{more}; only {' '.join(_SUFFIXES)} are")
-    return files
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-@cache
-def warn_once(message: str) -> None:
-    """A run opens its data several times."""
-    log.warning("%s", message)
+def _find(config: DataConfig) -> list[Path]:
+    shards = find(config, patience=config.patience).shards
+    for shard in shards:
+        if (
+            shard.is_remote
+            or shard.format == "tar"
+            or shard.compression == "zst"
+            or ".json" in Path(shard.name).suffixes
+        ):
+            raise DataError(f"{shard.name} can only be streamed; set data.stream to true")
+    return [Path(shard.place) for shard in shards]
 
 
 def _python_docs_files() -> list[Path]:
