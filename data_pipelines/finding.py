@@ -38,7 +38,6 @@ FORMATS: dict[str, Format] = {
     ".tar": "tar",
 }
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}  # of all but parquet, which compresses by itself
-_BUILDERS: dict[str, Format] = {"parquet": "parquet", "json": "jsonl", "text": "text", "webdataset": "tar"}
 _NAMED = 5  # files that a warning names at most
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = re.compile(
@@ -75,7 +74,7 @@ def find(source: SourceConfig, revision: str | None = None, patience: float = 60
     for key, default in (("config", None), ("split", "train"), ("revision", None)):
         if getattr(source, key) != default:
             raise DataError(f"data.{key} is of hub datasets and {reference!r} is none; leave it out")
-    return Found([shard for pattern in _patterns(reference) for shard in _of_pattern(pattern)], None)
+    return Found([shard for root, pattern in _patterns(reference) for shard in _of_pattern(root, pattern)], None)
 
 
 def shard_of(name: str, place: str, json_lines: bool = False) -> Shard | None:
@@ -85,7 +84,7 @@ def shard_of(name: str, place: str, json_lines: bool = False) -> Shard | None:
         if name.endswith(suffix):
             stem, compression = name.removesuffix(suffix), kind
     format = FORMATS.get(os.path.splitext(stem)[1])
-    if format is None and json_lines and stem.endswith(".json"):
+    if json_lines and stem.endswith((".json", ".ndjson")):
         format = "jsonl"
     if format is None or (format == "parquet" and compression):
         return None
@@ -101,42 +100,65 @@ def warn_once(message: str) -> None:
 # Files and URLs
 
 
-def _patterns(reference: str) -> Iterator[str]:
-    """The parts of a list, and of each part what its braces expand to; what exists is taken literally."""
+def _patterns(reference: str) -> list[tuple[str, str]]:
+    """Of the parts of a list, all that their braces expand to, each with the folder below which its files are named.
+
+    What exists is taken literally.
+    """
     from braceexpand import braceexpand
 
     if Path(reference).expanduser().exists():
-        yield reference
-        return
-    for part in reference.split("::"):
-        # At commas outside braces.
-        for item in re.split(r",(?![^{]*\})", part):
-            if not item:
-                raise DataError(f"data reference {reference!r} has an empty part; write what stands between the commas")
-            try:
-                yield from [item] if Path(item).expanduser().exists() else braceexpand(item, escape=False)
-            except ValueError:
-                raise DataError(f"data reference {item!r} has braces without a partner; close them") from None
+        return [(_root(reference), reference)]
+    items = [item for part in reference.split("::") for item in _split_at_commas(part)]
+    if "" in items:
+        raise DataError(f"data reference {reference!r} has an empty part; remove the comma or :: beside it")
+    found: list[tuple[str, str]] = []
+    for item in items:
+        try:
+            expanded = [item] if Path(item).expanduser().exists() else braceexpand(item, escape=False)
+            found += [(_root(item), pattern) for pattern in expanded]
+        except ValueError:
+            raise DataError(f"data reference {item!r} has braces without a partner; close them") from None
+    return found
 
 
-def _of_pattern(pattern: str) -> list[Shard]:
-    json_lines = bool(re.search(r"\.json(\.gz|\.zst)?$", urlsplit(pattern).path))
-    if pattern.startswith(("http://", "https://")):
-        shard = shard_of(os.path.basename(urlsplit(pattern).path), pattern, json_lines)
+def _split_at_commas(text: str) -> Iterator[str]:
+    """The parts between the commas outside braces."""
+    start = depth = 0
+    for at, character in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            yield text[start:at]
+            start = at + 1
+    yield text[start:]
+
+
+def _root(pattern: str) -> str:
+    """The directory itself, or the folder before wildcards and braces."""
+    if Path(pattern).expanduser().is_dir():
+        return pattern
+    magic = r"[{?]" if _is_url(pattern) else r"[{*?[]"  # behind the ? of a URL is its query
+    fixed = pattern if Path(pattern).expanduser().exists() else re.split(magic, pattern, maxsplit=1)[0]
+    return fixed[: fixed.rfind("/") + 1]
+
+
+def _of_pattern(root: str, pattern: str) -> list[Shard]:
+    json_lines = bool(re.search(r"\.json(\.gz|\.zst)?$", urlsplit(pattern).path if _is_url(pattern) else pattern))
+    if _is_url(pattern):
+        shard = shard_of(pattern.partition("?")[0][len(root) :], pattern, json_lines)
         if shard is None:
             raise DataError(f"data reference {pattern!r} ends in no supported type; accepted: {ACCEPTED}")
         return [shard]
     path = Path(pattern).expanduser()
     if path.is_dir():
-        root = path
         files = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
     elif path.exists():
-        root, files = path.parent, [path]
+        files = [path]
     else:
-        root = Path(*path.parts[: next((n for n, part in enumerate(path.parts) if glob.has_magic(part)), 0)])
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    files = sorted(file for file in files if file.is_file())
-    shards = [shard_of(file.relative_to(root).as_posix(), str(file.absolute()), json_lines) for file in files]
+    files = sorted(file.absolute() for file in files if file.is_file())
+    above = Path(root).expanduser().absolute()
+    shards = [shard_of(file.relative_to(above).as_posix(), str(file), json_lines) for file in files]
     found = [shard for shard in shards if shard is not None]
     if not found:
         problem = "is neither a known name nor an existing path"
@@ -148,6 +170,10 @@ def _of_pattern(pattern: str) -> list[Shard]:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         warn_once(f"not read: {', '.join(others[:_NAMED])}{more}; only {' '.join(FORMATS)} are")
     return found
+
+
+def _is_url(pattern: str) -> bool:
+    return pattern.startswith(("http://", "https://"))
 
 
 def _is_path(reference: str) -> bool:
@@ -200,9 +226,9 @@ def _on_hub(source: SourceConfig, revision: str | None, patience: float) -> Foun
         root = f"datasets/{repo}@{commit}/"
         shards = [
             shard
-            for item in _patterns(pattern)
+            for _, item in _patterns(pattern)
             for file in HfFileSystem().glob(root + item)
-            if (shard := _on_hub_at(repo, commit, file.removeprefix(root), json_lines=True)) is not None
+            if (shard := shard_of(path := file.removeprefix(root), _url(repo, commit, path), True)) is not None
         ]
         if not shards:
             raise DataError(
@@ -217,17 +243,17 @@ def _of_builder(source: SourceConfig, where: str, commit: str | None) -> list[Sh
     """The files of one split, as `datasets` finds them. where: an absolute directory, or a hub id."""
     try:
         import datasets  # takes 1.5 s
+        from datasets.data_files import EmptyDatasetError
     except ImportError:
         raise DataError(
             f"{source.reference} needs the package datasets, which is not installed; pip install 'datasets>=5.0.1'"
         ) from None
 
     try:
-        # Its cache is only locked, never filled, and an older one could stand in for a hub that does not answer.
+        # In no cache of its own, where an older answer could stand in for a hub that gives none.
         with tempfile.TemporaryDirectory() as directory:
             builder = datasets.load_dataset_builder(where, source.config, revision=commit, cache_dir=directory)
-    except (datasets.exceptions.DataFilesNotFoundError, datasets.exceptions.EmptyDatasetError) as error:
-        _raise_if_transient(error)
+    except (datasets.exceptions.DataFilesNotFoundError, EmptyDatasetError):
         raise DataError(f"{source.reference} has no files of a supported type; accepted: {ACCEPTED}") from None
     except ValueError as error:
         listed = re.search(r"[Aa]vailable(?: configs)?: (\[.*?\])", str(error), re.DOTALL)
@@ -237,40 +263,32 @@ def _of_builder(source: SourceConfig, where: str, commit: str | None) -> list[Sh
         raise DataError(
             f"{source.reference} has {lacks}; set data.config to one of {', '.join(yaml.safe_load(listed[1]))}"
         ) from None
-    except RuntimeError as error:
+    except RuntimeError:
         raise DataError(
-            f"{source.reference} is a script, which is never executed ({_one_line(error)}); choose data files"
+            f"{source.reference} is a script, which is never executed; name its data files, as in "
+            "hf://datasets/OWNER/NAME/*.parquet, if it has any"
         ) from None
-    kinds = [cls.__module__.rpartition(".")[2] for cls in type(builder).__mro__]
-    format = next((_BUILDERS[kind] for kind in kinds if kind in _BUILDERS), None)
-    if format is None:
-        raise DataError(f"{source.reference} is of type {kinds[0]}; supported: {', '.join(_BUILDERS)}")
     splits: Any = builder.config.data_files
     if source.split not in splits:
         raise DataError(
             f"{source.reference} has no split {source.split!r}; set data.split to one of {', '.join(map(str, splits))}"
         )
-    return [_of_file(str(file), where, format) for file in splits[source.split]]
+    return [_of_file(str(file), where) for file in splits[source.split]]
 
 
-def _of_file(file: str, root: str, format: Format) -> Shard:
-    suffix = os.path.splitext(urlsplit(file).path)[1]
-    compression = _COMPRESSIONS.get(suffix, "")
-    if "::" in file or suffix in (".zip", ".bz2", ".xz", ".lz4", ".7z") or (format == "parquet" and compression):
-        raise DataError(f"{file} is compressed as {suffix}, which cannot be read; supported: .gz and .zst of text")
+def _of_file(file: str, root: str) -> Shard:
+    # By its name: `datasets` has one builder for all configurations, even where they differ in type.
     on_hub = _HUB_FILES.fullmatch(file)
     if on_hub:
         name = on_hub["path"]
-        place = _url(on_hub["repo"], on_hub["revision"], name)
-    elif file.startswith(("http://", "https://")):
-        name, place = os.path.basename(urlsplit(file).path), file
+        shard = shard_of(name, _url(on_hub["repo"], on_hub["revision"], name), json_lines=True)
+    elif _is_url(file):
+        shard = shard_of(os.path.basename(urlsplit(file).path), file, json_lines=True)
     else:
-        name, place = os.path.relpath(file, root), file
-    return Shard(name, place, format, compression, _is_on_hub(place))  # type: ignore[arg-type]
-
-
-def _on_hub_at(repo: str, commit: str, path: str, json_lines: bool) -> Shard | None:
-    return shard_of(path, _url(repo, commit, path), json_lines)
+        shard = shard_of(os.path.relpath(file, root), file, json_lines=True)
+    if shard is None:
+        raise DataError(f"{file} is of no supported type; accepted: {ACCEPTED}")
+    return shard
 
 
 def _url(repo: str, revision: str | None, path: str) -> str:
@@ -339,12 +357,6 @@ def _patiently(look: Callable[[], T], repo: str, revision: str | None, patience:
         log.warning("waiting for hub dataset %s at %s since %s (%s)", repo, _endpoint(), since, _one_line(cause))
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(2 * pause, 60.0)
-
-
-def _raise_if_transient(error: BaseException) -> None:
-    cause = _transient(error)
-    if cause is not None:
-        raise cause
 
 
 def _transient(error: BaseException) -> BaseException | None:
