@@ -2,7 +2,9 @@
 
     config     DataConfig: where the text comes from and how it is cut into rows
       ↓
-    sources    Documents: the reference's documents as (name, text), in a fixed order, each defect counted
+    readers    a shard's rows as text, each defect counted, from any place on; `remote` waits for servers
+      ↓
+    sources    Documents: the reference's documents as (name, text), in a fixed order
       ↓
     tokenizer  Tokenizer: text to token ids; no text ever becomes a control token
       ↓

@@ -59,6 +59,10 @@ def test_documents_end_with_eos_and_keep_all_their_text(config, cache, tokenizer
         "not_utf8": 0,
         "enormous": 2,
         "control_text": 1,
+        "oversized": 0,
+        "filtered": 0,
+        "duplicate": 0,
+        "held_out": 0,
         "broken": 0,
     }
 
