@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, CheckpointUnreachable
 
 ACCEPTED = (
     "a local Hugging Face directory, a hub id like owner/name or owner/name@revision, smollm2-135m, lab, "
@@ -78,7 +78,7 @@ def _from_hub(reference: str) -> Path:
             f"no model {name!r} on the hub that you have access to; check the name, or log in with `hf auth login`"
         ) from None
     except (HTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
+        raise CheckpointUnreachable(
             f"cannot fetch {reference!r} from the hub ({type(error).__name__}); "
             "check the network connection, or give a local directory as --model"
         ) from None

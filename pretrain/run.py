@@ -16,8 +16,12 @@ import lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from checkpoints.errors import CheckpointUnreachable
+from checkpoints.references import resolve
 from checkpoints.run import newest_checkpoint, remove_after
+from data_pipelines.config import DataUnreachable
 from data_pipelines.data_module import TextDataModule
+from data_pipelines.finding import PYTHON_DOCS, find
 from models.flops import Ledger
 from models.philox import Rng
 from models.thoughts import Text
@@ -26,7 +30,7 @@ from pretrain.assembly import assemble
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say, scalars
 from pretrain.diagnostics import Diagnostics, at_start
 from pretrain.module import PretrainModule, micro_batches
-from pretrain.recipe import LoggingConfig, Recipe
+from pretrain.recipe import LoggingConfig, Recipe, RecipeError
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory, writing
@@ -35,6 +39,7 @@ from pretrain.state import restore_after_setup, restore_before_setup
 from pretrain.stopping import Stopped, StopSignals, TrainingStopped
 
 log = logging.getLogger(__name__)
+DRY_RUN_PATIENCE = 10.0  # seconds that a dry run waits for a hub at most
 # Lightning announces its hardware and products at every start.
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -203,7 +208,11 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Validates a recipe down to one forward and backward pass on its first micro-batch; writes nothing."""
+    """Validates a recipe down to one forward and backward pass on its first micro-batch; writes nothing.
+
+    Raises what `fit` does, and RecipeError that lists all of its data and models that cannot be reached.
+    """
+    _reach(recipe)
     run = assemble(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = run.model.to(device)
@@ -233,6 +242,25 @@ def dry_run(recipe: Recipe) -> None:
     for warning in at_start(recipe.model, recipe.objective):
         say(f"warning, {warning.name}: {warning.message}")
     say("the recipe can be run")
+
+
+def _reach(recipe: Recipe) -> None:
+    unreachable: list[str] = []
+    for source in recipe.data.sources.values():
+        if source.is_lab or source.reference == PYTHON_DOCS:
+            continue
+        try:
+            find(source, patience=min(recipe.data.patience, DRY_RUN_PATIENCE))
+        except DataUnreachable as error:
+            unreachable.append(str(error))
+    try:
+        resolve(recipe.model)
+    except CheckpointUnreachable as error:
+        unreachable.append(str(error))
+    if unreachable:
+        raise RecipeError(
+            "\n".join([*unreachable, "otherwise, as far as can be told without these, the recipe is valid"])
+        )
 
 
 class _Csv(CSVLogger):

@@ -541,6 +541,23 @@ def test_dry_run_writes_nothing(tiny_run, run_directory, capsys):
     assert not run_directory.exists()
 
 
+def test_dry_run_lists_what_cannot_be_reached():
+    arguments = ["--data.patience", "0", "--model", "org/absent"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pretrain", "fit", "smollm2-mixture", *arguments, "--dry-run"],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    *unreachable, last = run.stderr.strip().splitlines()
+    parts = ["HuggingFaceFW/fineweb-edu", "open-web-math/open-web-math", "codeparrot/codeparrot-clean", "org/absent"]
+    assert all(part in line for part, line in zip(parts, unreachable, strict=True))
+    assert last == "otherwise, as far as can be told without these, the recipe is valid"
+
+
 # Bad input, seen from the command line: one line, exit code 1, no traceback
 
 
