@@ -154,6 +154,12 @@ def test_configurations_and_splits(two_configs):
     assert "no split 'x'; set data.split to one of train, test" in error(two_configs, config="english", split="x")
 
 
+def test_without_the_package_that_reads_layouts(two_configs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "needs the package datasets, which is not installed; pip install" in error(two_configs, config="english")
+    assert names(two_configs / "en" / "*.jsonl") == ["test.jsonl", "train-0.jsonl", "train-1.jsonl"]
+
+
 def test_a_pushed_directory(tmp_path, monkeypatch):
     pushed = [f"data/{split}-0000{n}-of-00002.parquet" for split in ("train", "test") for n in range(2)]
     for name in pushed:
