@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,8 @@ class DataUnreachable(DataError):
     """Data that may well be right, but cannot be reached from here and now."""
 
 
+# Keys that may differ between a run and its continuation, which compares what the data contains.
+FREE: dict[str, Any] = {"free": True}
 Step = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -27,13 +29,19 @@ class SourceConfig(BaseModel):
     reference: str = Field(
         default="python-docs",
         min_length=1,
-        description="python-docs, lab, lab:SETTINGS; a file, directory, glob or brace pattern of text, jsonl, parquet or "
-        "tar files, local or behind http(s)://; a hub dataset OWNER/NAME, a directory in its layout, or hf:// files",
+        description="python-docs, lab, lab:SETTINGS; a file, directory, glob or brace pattern of text, jsonl, "
+        "parquet or tar files, local or behind http(s)://; a hub dataset OWNER/NAME, a directory in its layout, or "
+        "hf:// files",
+        json_schema_extra=FREE,
     )
-    config: str | None = Field(default=None, description="configuration of a hub dataset; default: its only one")
-    split: str = Field(default="train", min_length=1, description="split of a hub dataset")
+    config: str | None = Field(
+        default=None, description="configuration of a hub dataset; default: its only one", json_schema_extra=FREE
+    )
+    split: str = Field(default="train", min_length=1, description="split of a hub dataset", json_schema_extra=FREE)
     revision: str | None = Field(
-        default=None, description="branch, tag or commit of a hub dataset; a run keeps the commit that it began with"
+        default=None,
+        description="branch, tag or commit of a hub dataset; a run keeps the commit that it began with",
+        json_schema_extra=FREE,
     )
     text_field: str = Field(
         default="text",
@@ -75,12 +83,12 @@ class DataConfig(SourceConfig):
     lanes: int = Field(
         default=16,
         ge=1,
-        description="independent readers of a stream, which ranks × data_workers must divide; another number is other data",
+        description="readers of a stream, which ranks × data_workers must divide; other lanes are other data",
     )
     packing: Literal["concatenate", "best_fit"] = Field(
         default="concatenate",
-        description="of a stream; concatenate: cut documents wherever a row ends; best_fit: cut only those longer than a "
-        "row, and pad",
+        description="of a stream; concatenate: cut documents wherever a row ends; best_fit: cut only those longer than "
+        "a row, and pad",
     )
     drop_duplicates: bool = Field(
         default=False, description="of a stream: drop texts that the same window of 1024 documents already had"
@@ -107,7 +115,7 @@ class DataConfig(SourceConfig):
         default=600.0,
         ge=0,
         description="seconds that a stream waits for a server before the run stops",
-        json_schema_extra={"free": True},
+        json_schema_extra=FREE,
     )
 
     @property

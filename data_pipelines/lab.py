@@ -35,7 +35,7 @@ from data_pipelines.tokenizer import Tokenizer
 
 MARKER, OPEN, CLOSE, END_OF_DOCUMENT = "=", "<think>", "</think>", "<|endoftext|>"
 HELD_OUT_ONE_IN = 20
-_VERSION = 1  # bump it when the same configuration would give different documents
+VERSION = 1  # bump it when the same configuration would give different documents
 
 Draw = Callable[[int], int]  # draw(n) is uniform over 0 … n − 1
 
@@ -275,7 +275,7 @@ class LabText(PackedText):
         self.tokens_per_epoch = math.inf
         self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self._tokenizer, self._end_id = tokenizer, end_id
-        what = json.dumps([_VERSION, asdict(config), tokenizer.fingerprint, end_id, length, seed])
+        what = json.dumps([VERSION, asdict(config), tokenizer.fingerprint, end_id, length, seed])
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
         longest = replace(config, chain=(config.chain[1],) * 2, worked=float(config.worked > 0))
         needed = max(

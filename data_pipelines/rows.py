@@ -5,6 +5,7 @@ Shapes: B rows, N tokens of a row.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -55,6 +56,10 @@ class PackedText(ABC):
     def solutions(self, limit: int) -> dict[tuple[int, int], tuple[int, ...]]:
         """Correct thoughts, where known, by (sample id, index in the row), for the first `limit` held-out rows."""
         return {}
+
+    def about(self) -> str:
+        """How much there is, in words."""
+        return "endless" if math.isinf(self.tokens_per_epoch) else f"{self.tokens_per_epoch:,} tokens per epoch"
 
     def batch(self, step: int, rows_per_step: int) -> dict[str, Tensor]:
         """The rows of a training step; steps are counted from 0."""

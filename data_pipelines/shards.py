@@ -52,8 +52,8 @@ class Place(NamedTuple):
 class Row(NamedTuple):
     """A row, line, member or file.
 
-    name: as messages call it. text: None if it has none that can be used. notes: names in `sources.COUNTS`, why there is
-    no text or what was done to it. size: bytes of the text as UTF-8. fields: whatever else is stored with it.
+    name: as messages call it. text: None if it has none that can be used. notes: names in `sources.COUNTS`, why there
+    is no text or what was done to it. size: bytes of the text as UTF-8. fields: whatever else is stored with it.
     """
 
     name: str

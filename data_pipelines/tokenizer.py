@@ -44,12 +44,16 @@ class Tokenizer:
         self.control_ids = tuple(sorted(control))
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._decoder = json.loads(serialized).get("decoder") or {}
+        self._made_of = serialized, settings
 
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._control_texts = [text for id in control if (text := tokenizer.id_to_token(id))]
         # Unknown characters are rightly encoded as the unknown token, even if it is listed as special.
         self._forbidden = control - ({_unknown_id(serialized)} - {self.bos_id, self.eos_id})
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, dict[str, Any]]]:
+        return Tokenizer, self._made_of  # pickled, the backend would forget some of its settings
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:

@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from checkpoints.references import resolve
 from checkpoints.run import load_checkpoint
-from data_pipelines import PackedText, Tokenizer, open_data
+from data_pipelines import PackedText, StreamText, Tokenizer, open_data
+from data_pipelines.lanes import State
 from models.rollout import EAGER, Engine, Native, Preferred, Recorded
 from models.rollout.native import library
 from models.thinking import ThinkingModel
@@ -52,7 +54,11 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     dtype = compute_dtype(recipe.compute_dtype)
     directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(directory)
-    data = open_data(recipe.data, tokenizer, recipe.seed)
+    checkpoint = None if from_checkpoint is None else load_checkpoint(from_checkpoint)
+    contents = None if checkpoint is None else checkpoint[1].get("data_contents")
+    data = open_data(recipe.data, tokenizer, recipe.seed, rows_per_step=recipe.rows_per_step, contents=contents)
+    if checkpoint is not None:
+        _check_data(recipe, data, checkpoint[1], from_checkpoint)
 
     objectives = {
         key: build_objective(key, config, tokenizer, recipe.model) for key, config in recipe.objectives.items()
@@ -65,17 +71,10 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     _check_held_out(recipe, evaluator, held_out.text)
     other_models = _resolve_other_models(objectives, tokenizer, recipe.model)
 
-    checkpoint = None
-    if from_checkpoint is None:
+    if checkpoint is None:
         source = load_reference(recipe.model, directory, dtype, recipe.seed)
         model = _with_parts(source, (objective.needs, evaluator.needs), tokenizer, recipe.seed)
     else:
-        checkpoint = load_checkpoint(from_checkpoint)
-        if checkpoint[1]["data_fingerprint"] != data.fingerprint:
-            raise RecipeError(
-                f"the data is not what {from_checkpoint} was trained on, so the run cannot be continued exactly; "
-                "restore the data or choose another --run-dir"
-            )
         model = model_from_state(*checkpoint, dtype)
     _check_sizes(recipe, objectives, tokenizer, model)
     model.ban(tokenizer.size, tokenizer.control_ids)
@@ -93,6 +92,16 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
         model=model,
         checkpoint=checkpoint,
     )
+
+
+def lane_states(run: Assembled, first: int) -> dict[int, State] | None:
+    """Where the lanes of a stream go on with row `first`; None where there is no stream, or nothing before."""
+    if run.checkpoint is None or not isinstance(run.data, StreamText):
+        return None
+    state = run.checkpoint[1]
+    if state["data_fingerprint"] != run.data.fingerprint:
+        return run.data.beginning(first)
+    return {int(lane): cursor for lane, cursor in state["lanes"].items()}
 
 
 def make_engine(compile: bool, cuda_graphs: bool, ranks: int) -> Engine:
@@ -212,6 +221,19 @@ def _check_sizes(
     raise RecipeError(
         f"data.length {length} and thoughts of {thought} tokens exceed the {limit} positions of {recipe.model}; "
         + (f"set {' or '.join(ways)}" if ways else f"lower {' and '.join(fitting)}")
+    )
+
+
+def _check_data(recipe: Recipe, data: PackedText, state: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Raises RecipeError if the data is not what a run began with, unless the recipe reads it from its beginning."""
+    if state["data_fingerprint"] == data.fingerprint or recipe.data_changed == "begin":
+        return
+    before = state.get("data_contents")
+    what = data.changed(before) if isinstance(data, StreamText) and before is not None else None
+    raise RecipeError(
+        f"the data is not what {checkpoint} was trained on{f' ({what})' if what else ''}, so the run cannot be "
+        "continued exactly; restore the data, choose another --run-dir, or read the new data from its beginning with "
+        "--data_changed begin"
     )
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from checkpoints.run import prune, save_checkpoint
 from data_pipelines import Tokenizer
+from data_pipelines.data_module import TextDataModule
+from data_pipelines.sources import COUNTS
 from models.philox import Rng
 from models.rollout import Engine
 from objectives import CounterfactualTest, Objective
@@ -63,7 +65,7 @@ class Records(lightning.Callback):
         directory: RunDirectory,
         config: LoggingConfig,
         tokenizer: Tokenizer,
-        counts: dict[str, int],
+        data: TextDataModule,
         loggers: list[Logger],
         diagnostics: Diagnostics,
         warnings: Sequence[RunWarning] = (),
@@ -73,7 +75,8 @@ class Records(lightning.Callback):
         self.config = config
         self.tokenizer = tokenizer
         self.warnings = warnings
-        self.counts = {f"data/{name}": count for name, count in counts.items()}
+        self.data = data
+        self.counts: dict[str, int] = {}
         self.loggers = loggers
         self.progress: Progress | None = None
         self.diagnostics = diagnostics
@@ -98,6 +101,9 @@ class Records(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         report: StepReport = module.report
+        logged = report.step % self.config.every == 0 or report.step == module.steps
+        if logged:
+            self.counts = {f"data/{name}": count for name, count in self.data.counts().items()}
         if not trainer.is_global_zero:
             return
         tokens, seconds = self._last
@@ -107,7 +113,7 @@ class Records(lightning.Callback):
         if self.progress is not None:
             self.progress.update(self._task, completed=report.step, status=status)
         steps = module.steps
-        if report.step % self.config.every and report.step != steps:
+        if not logged:
             return
         if self.progress is None and (report.seconds >= self._said + SECONDS_PER_LINE or report.step == steps):
             self._said = report.seconds
@@ -144,7 +150,11 @@ class Records(lightning.Callback):
         self._stop_progress()
         if module.skipped:
             say(f"{module.skipped} of {module.step} steps were skipped: non-finite loss or gradient")
-        counts = [f"{count:,} {name[5:].replace('_', ' ')}" for name, count in self.counts.items() if count]
+        counts = [
+            f"{count:,} {name[5:].replace('_', ' ')}"
+            for name, count in self.counts.items()
+            if count and name.rpartition("/")[2] in COUNTS
+        ]
         if counts[1:]:
             say(f"data: {', '.join(counts)}")
 
@@ -255,7 +265,9 @@ class Checkpoints(lightning.Callback):
         constants: Mapping[str, Any],
         evaluation: HeldOutEvaluation,
         signals: StopSignals,
+        data: TextDataModule,
     ):
+        self.data = data
         self.directory = directory
         self.config = config
         self.constants = constants
@@ -281,7 +293,8 @@ class Checkpoints(lightning.Callback):
 
     def _save(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
         before = self.refused
-        tensors, state = run_state(module, self.constants, self.evaluation.difficulty_E)
+        constants = {**self.constants, "lanes": self.data.state()}
+        tensors, state = run_state(module, constants, self.evaluation.difficulty_E)
         if (count := module.skipped_in_a_row) > 0:
             steps = "step" if count == 1 else f"{count} steps in a row, up to step"
             self.refused = f"{steps} {module.step}{',' * (count > 1)} had a non-finite loss or gradient"

@@ -44,6 +44,35 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool, restart: bool) -> 
         run.fit(loaded, restart)
 
 
+def data(
+    recipe: str,
+    overrides: Sequence[str],
+    steps: int,
+    rows: int,
+    digest: int | None,
+    from_step: int,
+    workers: int,
+    ranks: int,
+    tokenize: str | None,
+) -> None:
+    """Show what a recipe reads: packed rows, statistics, throughput, and where it would resume.
+
+    --digest N prints a sha256 of each of N steps' rows as --ranks ranks with --workers workers read them: equal lines
+    on two machines mean that both read the same. A run directory's newest checkpoint at or before --from-step saves
+    reading a stream from its beginning. --tokenize OUT writes a tokenised copy for --data OUT, read by random access.
+    """
+    from pretrain import data as showing
+    from pretrain.recipe_files import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if tokenize is not None:
+        showing.tokenize(loaded, Path(tokenize))
+    elif digest is not None:
+        showing.print_digests(loaded, digest, from_step, workers, ranks)
+    else:
+        showing.print_data(loaded, steps, from_step, workers, rows)
+
+
 def export(checkpoint: str, out: str) -> None:
     """Write a run's model as a Hugging Face directory.
 
@@ -101,6 +130,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     fitting.add_argument("--dry-run", action="store_true", help="validate everything, run one pass, and stop")
     fitting.add_argument("--restart", action="store_true", help="remove what the run directory holds of a run")
 
+    reading = command(data)
+    reading.add_argument("recipe", metavar="RECIPE", help="shipped name or YAML file; --key value as for fit")
+    reading.add_argument("--steps-shown", dest="steps", type=int, default=20, help="steps to read (default 20)")
+    reading.add_argument("--rows", type=int, default=4, help="rows to print (default 4)")
+    reading.add_argument("--digest", type=int, metavar="N", help="print a sha256 of each of N steps, and nothing else")
+    reading.add_argument("--from-step", type=int, default=0, help="first step (default 0)")
+    reading.add_argument("--workers", type=int, default=0, help="processes of each rank that prepare batches")
+    reading.add_argument("--ranks", type=int, default=1, help="ranks among which rows are divided")
+    reading.add_argument("--tokenize", metavar="OUT", help="write a tokenised copy into a new directory")
+
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     exporting.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty")
@@ -149,7 +188,7 @@ def _main(argv: Sequence[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     options = vars(arguments)
     function = options.pop("function")
-    if options.pop("command") == "fit":
+    if options.pop("command") in ("fit", "data"):
         options["overrides"] = rest
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")

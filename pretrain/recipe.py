@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, g
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, PydanticUserError, TypeAdapter
 from pydantic_core import PydanticCustomError, PydanticUndefined
 
-from data_pipelines import DataConfig
+from data_pipelines import DataConfig, SourceConfig
 from objectives import OBJECTIVES, ObjectiveConfig, find_objective
 
 # Marks keys that may differ between a run and its continuation: none that changes what a step computes.
@@ -172,6 +172,12 @@ class Recipe(Part):
         default=1, ge=1, description="of each node; the model is sharded over all of them", json_schema_extra=FREE
     )
     nodes: int = Field(default=1, ge=1, description="machines", json_schema_extra=FREE)
+    data_changed: Literal["refuse", "begin"] = Field(
+        default="refuse",
+        description="what a continued run does if its data is not what it began with: begin reads the new data from "
+        "its beginning",
+        json_schema_extra=FREE,
+    )
     data_workers: int = Field(
         default=0, ge=0, description="processes that prepare batches ahead of time", json_schema_extra=FREE
     )
@@ -273,6 +279,12 @@ class Key:
         return self.options == [ObjectiveConfig]
 
     @property
+    def of_each(self) -> type | None:
+        """The model of its values, if it maps names of the user's choice to models."""
+        (hint, *_) = self.options
+        return get_args(hint)[1] if get_origin(hint) is dict else None
+
+    @property
     def kind(self) -> type | None:
         """The model or dataclass of its keys, if it has keys of its own."""
         (kind, *others) = self.options
@@ -311,7 +323,10 @@ def _is_free(extra: Any) -> bool:
 
 def free_keys(recipe: Recipe) -> set[str]:
     """Dotted keys that may differ between a run and its continuation."""
-    return set(_free(Recipe, "", recipe.objectives))
+    found = set(_free(Recipe, "", recipe.objectives))
+    # What a source refers to is known by what it contains.
+    of_sources = [key.name for key in keys(SourceConfig).values() if key.free]
+    return found | {f"data.mixture.{name}.{key}" for name in recipe.data.mixture for key in of_sources}
 
 
 def _free(kind: type, prefix: str, objectives: Mapping[str, ObjectiveConfig]) -> Iterator[str]:

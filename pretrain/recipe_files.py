@@ -372,6 +372,8 @@ def _keys_below(parents: Sequence[str], tree: Tree) -> dict[str, Key]:
         key, tree = known.get(parent), tree.get(parent, {})
         if key is not None and key.is_objective:
             known = keys(find_objective(tree["name"]).Config)
+        elif key is not None and key.of_each is not None:
+            known = {name: Key(name, key.of_each, MISSING, "", False) for name in tree}
         else:
             known = keys(key.kind) if key is not None and key.kind is not None else {}
     return known
@@ -435,6 +437,9 @@ def _help(kind: type, prefix: str) -> list[str]:
             if key.name in SHORT_FORMS:
                 lines.append(f"--{path} REF: short for --{path}.{SHORT_FORMS[key.name]} REF")
             lines += _help(key.kind, f"{path}.")
+            continue
+        if key.of_each is not None:
+            lines.append(f"--{path} or --{path}.NAME.KEY: {key.description}; KEY: {', '.join(keys(key.of_each))}")
             continue
         default = "" if key.default is MISSING else f" (default {_written(key.default)})"
         lines.append(f"--{path} {_type_name(key)}{default}" + (f": {key.description}" if key.description else ""))

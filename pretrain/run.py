@@ -19,14 +19,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from checkpoints.errors import CheckpointUnreachable
 from checkpoints.references import resolve
 from checkpoints.run import newest_checkpoint, remove_after
+from data_pipelines import StreamText
 from data_pipelines.config import DataUnreachable
+from data_pipelines.corpus import is_corpus
 from data_pipelines.data_module import TextDataModule
 from data_pipelines.finding import PYTHON_DOCS, find
 from models.flops import Ledger
 from models.philox import Rng
 from models.thoughts import Text
 from objectives import Step
-from pretrain.assembly import assemble
+from pretrain.assembly import assemble, lane_states
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say, scalars
 from pretrain.diagnostics import Diagnostics, at_start
 from pretrain.module import PretrainModule, micro_batches
@@ -171,10 +173,20 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
     )
     constants = {"recipe": recipe_to_tree(recipe), "data_fingerprint": run.data.fingerprint}
     constants["held_out_fingerprint"] = run.held_out.fingerprint
-    checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals)
+    if isinstance(run.data, StreamText):
+        constants["data_contents"] = run.data.contents
+    data_module = TextDataModule(
+        run.data,
+        recipe.steps,
+        recipe.rows_per_step,
+        start_step=module.step,
+        num_workers=recipe.data_workers,
+        states=lane_states(run, module.step * recipe.rows_per_step),
+    )
+    checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals, data_module)
     diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
     warnings = at_start(recipe.model, recipe.objective)
-    records = Records(directory, recipe.logging, run.tokenizer, run.data.counts, loggers, diagnostics, warnings)
+    records = Records(directory, recipe.logging, run.tokenizer, data_module, loggers, diagnostics, warnings)
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=recipe.devices,
@@ -188,9 +200,6 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-    )
-    data_module = TextDataModule(
-        run.data, recipe.steps, recipe.rows_per_step, start_step=module.step, num_workers=recipe.data_workers
     )
     try:
         trainer.fit(module, datamodule=data_module)
@@ -232,7 +241,7 @@ def dry_run(recipe: Recipe) -> None:
         f"{parameters * 16 / 2**30:.1f} GiB in fp32"
     )
     say(
-        f"data: {run.data.tokens_per_epoch:,} tokens per epoch; {recipe.steps} steps of {recipe.rows_per_step} × "
+        f"data: {run.data.about()}; {recipe.steps} steps of {recipe.rows_per_step} × "
         f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
     )
     say(
@@ -247,7 +256,7 @@ def dry_run(recipe: Recipe) -> None:
 def _reach(recipe: Recipe) -> None:
     unreachable: list[str] = []
     for source in recipe.data.sources.values():
-        if source.is_lab or source.reference == PYTHON_DOCS:
+        if source.is_lab or source.reference == PYTHON_DOCS or is_corpus(source.reference):
             continue
         try:
             find(source, patience=min(recipe.data.patience, DRY_RUN_PATIENCE))

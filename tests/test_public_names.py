@@ -9,7 +9,8 @@ import pytest
 NAMES = {
     "checkpoints": """CheckpointError config_from_hf config_to_hf export find_checkpoint load_checkpoint load_decoder
         load_thinking_model newest_checkpoint prune resolve save_checkpoint""",
-    "data_pipelines": "DataConfig DataError Documents PackedText Tokenizer open_data packed_rows",
+    "data_pipelines": """DataConfig DataError Documents PackedText SourceConfig StreamText Tokenizer open_data
+        packed_rows""",
     "models": """EAGER END PAD START Anchors Decoder DecoderConfig Eager Engine Ledger Native Prediction Preferred
         Recorded Rng Rollout RolloutRequest Text TextState ThinkingModel Thoughts Trunk most_probable token_entropies
         token_logprobs""",

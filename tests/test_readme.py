@@ -7,6 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pretrain.cli import main
@@ -56,6 +58,13 @@ def test_recipes_can_be_run(arguments, tmp_path, monkeypatch, capsys):
         text = "The reader thinks while it reads. " * 400
         Path("corpus/a.jsonl").write_text(json.dumps({"text": text}) + "\n")
         arguments = [{"Qwen/Qwen2.5-0.5B": "smollm2-135m"}.get(a, a) for a in arguments]
+    if "HuggingFaceFW/fineweb-edu" in arguments:
+        # What the hub has under this name, in its layout.
+        (folder := Path("HuggingFaceFW/fineweb-edu/sample")).mkdir(parents=True)
+        configs = {"configs": [{"config_name": "sample-10BT", "data_files": "sample/*.parquet"}]}
+        (folder.parent / "README.md").write_text(f"---\n{json.dumps(configs)}\n---\n")
+        pq.write_table(pa.table({"text": [f"Page {n} of the web. " * 20 for n in range(200)]}), folder / "000.parquet")
+        arguments = [*arguments, "--data.stream", "true"]
     assert main(["fit", *arguments, *SMALL]) == 0
     assert "the recipe can be run" in capsys.readouterr().err
 
