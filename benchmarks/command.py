@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves")
+PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves", "data")
 
 
 def parts(value: str) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ class Settings:
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
     memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=2))
     curve_model: DecoderConfig = CURVE_26M
+    data: Mapping[str, int] = field(default_factory=lambda: dict(documents=320, length=256, rows=8))
     curves: Sequence[Curve] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -187,6 +188,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         deep=dict(P=32, G=2, T=18),
         memory=dict(N=16, L=3, A=2, K=2, at_once=5),
         curve_model=TINY,
+        data=dict(documents=20, length=64, rows=2),
         curves=_curves(
             dict(N=16, L=2, A=2, K=1),
             dict(P=24, G=2, T=2, anchors=1),
