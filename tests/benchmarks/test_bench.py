@@ -134,7 +134,7 @@ def test_the_gpu_script_runs_everything(dry_run):
     [
         ("1", ["ceilings", "smoke", *(f"correctness-{backend}" for backend in CHECKED), "tests"]),
         ("2", ["targets", "profile"]),
-        ("3", ["attention", "steps", "memory", "rollouts", "curves", "report"]),
+        ("3", ["attention", "steps", "memory", "rollouts", "curves", "data", "report"]),
     ],
 )
 def test_each_part_of_the_gpu_script_ends_within_nine_minutes_whatever_fails(tmp_path, part, sections):
