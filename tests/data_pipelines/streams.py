@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import random
+import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping
@@ -21,12 +22,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import zstandard
 
 from data_pipelines import DataConfig, SourceConfig, StreamText, Tokenizer, open_data
 from data_pipelines.data_module import TextDataModule
 from pretrain.data import digest
 from tests.data_pipelines.conftest import byte_level, save
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 ROWS, LANES = 8, 8
 READERS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (0, 2)]
@@ -50,7 +55,7 @@ def write(kind: str, directory: Path, texts: list[str], shards: int = 3) -> str:
         elif kind == "jsonl.gz":
             path.write_bytes(gzip.compress(lines, mtime=0))
         elif kind == "jsonl.zst":
-            path.write_bytes(zstandard.compress(lines))
+            path.write_bytes(zstd.compress(lines))
         elif kind == "parquet":
             pq.write_table(pa.table({"text": part, "n": list(range(len(part)))}), path, row_group_size=50)
         elif kind in ("tar", "tar.gz"):
