@@ -431,7 +431,10 @@ class _Tar(tarfile.TarFile):
             except tarfile.ReadError as error:
                 return str(error)
         data = self.fileobj.read(info.size)
-        return data if len(data) == info.size else "unexpected end of data"
+        if len(data) == info.size:
+            return data
+        self.offset = self.fileobj.tell()  # there is nothing more to be missed
+        return "unexpected end of data"
 
 
 # Texts
