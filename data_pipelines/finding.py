@@ -83,6 +83,8 @@ def shard_of(name: str, place: str, json_lines: bool = False) -> Shard | None:
     for suffix, kind in _COMPRESSIONS.items():
         if name.endswith(suffix):
             stem, compression = name.removesuffix(suffix), kind
+    if name.endswith(".tgz"):
+        stem, compression = f"{name.removesuffix('.tgz')}.tar", "gz"
     format = FORMATS.get(os.path.splitext(stem)[1])
     if json_lines and stem.endswith((".json", ".ndjson")):
         format = "jsonl"

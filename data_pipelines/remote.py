@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import BinaryIO, cast
-
-import httpx2 as httpx
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from data_pipelines.config import DataError, DataUnreachable
 from data_pipelines.shards import Shard
+
+if TYPE_CHECKING:  # files on this machine are read without it
+    import httpx2 as httpx
 
 log = logging.getLogger(__name__)
 STALL = 30.0  # seconds without a byte after which a connection counts as lost
@@ -118,6 +119,8 @@ class _Remote(io.RawIOBase):
 
     def _patiently(self, attempt: Callable[[float], None]) -> None:
         """Calls attempt(timeout in seconds) until it succeeds. Raises DataError."""
+        import httpx2 as httpx
+
         began = self._heard = time.monotonic()
         since, pause, waits = time.strftime("%H:%M:%S"), 0.1, False
         self._furthest = -1
@@ -239,6 +242,8 @@ class _Remote(io.RawIOBase):
 @cache
 def _client(process: int) -> httpx.Client:
     """One for all threads of a process; connections do not survive a fork."""
+    import httpx2 as httpx
+
     return httpx.Client(limits=httpx.Limits(max_connections=None))
 
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import DataError, readers
+from data_pipelines import DataConfig, DataError, Documents, readers
 from data_pipelines.readers import END, Reading, blocks, read
 from data_pipelines.shards import Block, Place, Row, Shard
 from tests.data_pipelines.servers import serving
@@ -388,6 +388,15 @@ def test_empty_and_odd_files(tmp_path, name, data, expected):
     if "broken" in expected:
         with pytest.raises(DataError, match=r"^x\."):
             rows_of(where)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "compression"),
+    [("x.tgz", "tar", "gz"), ("x.tar.zst", "tar", "zst"), ("x.jsonl.zst", "jsonl", "zst"), ("x.json", "json", "")],
+)
+def test_random_access_reads_them_too(tmp_path, name, content, compression):
+    (tmp_path / name).write_bytes(COMPRESSIONS[compression](CONTENT[content]))
+    assert [text for _, text in Documents(DataConfig(reference=str(tmp_path / name)))] == TEXTS
 
 
 def test_concatenated_archives_and_frames(tmp_path):
