@@ -128,6 +128,12 @@ def test_as_long_as_bytes_come_there_is_patience(server):
     assert read(server.url("a"), patience=1.0, stall=0.2) == DATA
 
 
+def test_skipping_counts_as_progress_where_there_are_no_ranges(server):
+    server.ranges = False
+    server.faults.extend([("drop", 2_900_000), *(("stall", count) for count in range(1_000_000, 2_900_000, 400_000))])
+    assert read(server.url("a"), patience=1.0, stall=0.2) == DATA
+
+
 @pytest.mark.parametrize("date", [False, True])
 def test_retry_after(server, caplog, date):
     server.faults.append(429)
