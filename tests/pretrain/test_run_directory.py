@@ -197,7 +197,8 @@ def test_what_may_change_within_a_run():
     recipe = Recipe(steps=3, objective=RptConfig(), control=NextTokenConfig())
     assert free_keys(recipe) == {
         *("steps", "control", "run_dir", "continue_from", "micro_batch_rows", "activation_checkpointing"),
-        *("devices", "nodes", "data_workers", "evaluation", "checkpoint", "logging"),
+        *("devices", "nodes", "data_workers", "data_changed", "evaluation", "checkpoint", "logging"),
+        *(f"data.{key}" for key in ("reference", "config", "split", "revision", "patience")),  # by what it contains
         *("objective.anchors_at_once", "objective.sampled_at_once"),
     }
     assert "objective.anchors_at_once" not in free_keys(Recipe(steps=3, objective=NextTokenConfig()))
