@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipelines import lab
 from data_pipelines.cache import cache_directory, write_whole
-from data_pipelines.config import DataConfig, DataError, SourceConfig
+from data_pipelines.config import DataConfig, DataError, DataUnreachable, SourceConfig
 from data_pipelines.finding import find
 from data_pipelines.lab import LabConfig
 from data_pipelines.readers import blocks
@@ -117,6 +117,8 @@ def _digest(shard: Shard, patience: float, skip: Callable[[DataError], None]) ->
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - _EDGE, 0))
             last = file.read(_EDGE)
+    except DataUnreachable:
+        raise  # never skipped: the data would depend on the network
     except DataError as error:
         skip(error)
         return "0" * 12
