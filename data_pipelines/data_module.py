@@ -200,13 +200,13 @@ class TextDataModule(LightningDataModule):
         text = self.packed
         if not isinstance(text, StreamText):
             return dict(text.counts)
-        # Of this rank's lanes; the others' states are as old as the run's beginning.
         read: list[Counter[str]] = [Counter() for _ in text.lanes.sources]
         epochs = [0 for _ in read]
         for state in self._gathered().values():
-            for n, (*_, counts) in enumerate(state["sources"]):
+            # A lane that begins anew with other data has no sources yet.
+            for n, (epoch, *_, counts) in enumerate(state.get("sources", ())):
                 read[n].update(counts)
-                epochs[n] = max(epochs[n], state["sources"][n][0])
+                epochs[n] = max(epochs[n], epoch)
         found: dict[str, int] = {}
         for source, counts, epoch in zip(text.lanes.sources, read, epochs, strict=True):
             prefix = f"{source.name}/" if source.name else ""

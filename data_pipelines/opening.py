@@ -55,7 +55,10 @@ def open_data(
 
 def streams(config: DataConfig) -> bool:
     """Whether the text is tokenised while training. Raises DataError where it cannot be otherwise."""
-    if config.mixture or config.stream is True:
+    needs = needs_stream(config)
+    if needs and config.stream is False:
+        raise DataError(f"data.{needs[0]} needs a stream; leave data.stream out, or {needs[0]}")
+    if needs or config.stream is True:
         return True
     if config.is_lab or config.reference == PYTHON_DOCS or is_corpus(config.reference):
         return False
@@ -65,9 +68,14 @@ def streams(config: DataConfig) -> bool:
         if remote is not None:
             raise DataError(f"{remote.name} is not on this machine; leave data.stream out to stream it")
         return False
-    ways = config.filter, config.epochs, config.max_tokens, config.drop_duplicates, config.packing == "best_fit"
     tar = any(shard.format == "tar" for shard in shards)
-    return any(ways) or remote is not None or tar or sum(os.path.getsize(shard.place) for shard in shards) > LARGE
+    return remote is not None or tar or sum(os.path.getsize(shard.place) for shard in shards) > LARGE
+
+
+def needs_stream(config: DataConfig) -> list[str]:
+    """The keys of `data` that are set and that only a stream heeds."""
+    keys = ("mixture", "filter", "epochs", "max_tokens", "drop_duplicates", "packing")
+    return [key for key in keys if getattr(config, key) != DataConfig.model_fields[key].default]
 
 
 @cache

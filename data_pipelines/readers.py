@@ -560,23 +560,13 @@ def _unpacked(file: BinaryIO, compression: str) -> BufferedReader:
     return BufferedReader(_Unpacked(file, compression), remote.BUFFER)
 
 
-class _Unpacked(io.RawIOBase):
+class _Unpacked(remote.Positioned):
     """What a compressed file contains, forwards. Raises OSError and EOFError, but first gives all that precedes the
     damage."""
 
     def __init__(self, file: BinaryIO, compression: str):
         self._chunks = _chunks(file, compression)
         self._left = memoryview(b"")
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
 
     def readinto(self, buffer) -> int:
         if not self._left:

@@ -56,18 +56,10 @@ class _Again(Exception):
         self.after = after
 
 
-class _Remote(io.RawIOBase):
-    """A file behind a URL. It is received sequentially from one response; another one takes over where that ends."""
+class Positioned(io.RawIOBase):
+    """Bytes that can be read, and sought, from `_at` on."""
 
-    def __init__(self, shard: Shard, patience: float, stall: float):
-        self._shard, self._patience, self._stall = shard, patience, stall
-        self._what = f"{shard.name} at {shard.place.partition('?')[0]}"  # signed URLs are secrets
-        self._at = 0  # where the next read begins
-        self._response: httpx.Response | None = None
-        self._chunks: Iterator[bytes] = iter(())
-        self._left = memoryview(b"")  # received and not yet read
-        self._next = 0  # position of the first byte of _left
-        self._heard = 0.0  # when the last new byte came
+    _at = 0
 
     def readable(self) -> bool:
         return True
@@ -77,6 +69,19 @@ class _Remote(io.RawIOBase):
 
     def tell(self) -> int:
         return self._at
+
+
+class _Remote(Positioned):
+    """A file behind a URL. It is received sequentially from one response; another one takes over where that ends."""
+
+    def __init__(self, shard: Shard, patience: float, stall: float):
+        self._shard, self._patience, self._stall = shard, patience, stall
+        self._what = f"{shard.name} at {shard.place.partition('?')[0]}"  # signed URLs are secrets
+        self._response: httpx.Response | None = None
+        self._chunks: Iterator[bytes] = iter(())
+        self._left = memoryview(b"")  # received and not yet read
+        self._next = 0  # position of the first byte of _left
+        self._heard = 0.0  # when the last new byte came
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: lambda: 0, os.SEEK_CUR: self.tell, os.SEEK_END: self._end}[whence]()

@@ -16,9 +16,10 @@ from rich.text import Text
 
 from checkpoints.references import resolve
 from checkpoints.run import load_checkpoint, newest_checkpoint
-from data_pipelines import PackedText, StreamText, Tokenizer, open_data
+from data_pipelines import DataError, PackedText, StreamText, Tokenizer, open_data
 from data_pipelines.corpus import write_corpus
 from data_pipelines.data_module import Batch, TextDataModule
+from data_pipelines.opening import needs_stream
 from pretrain.callbacks import console, say
 from pretrain.recipe import Recipe
 from pretrain.run_directory import RunDirectory
@@ -124,6 +125,10 @@ def print_data(recipe: Recipe, steps: int, step: int, workers: int, rows: int) -
 
 def tokenize(recipe: Recipe, out: Path) -> None:
     """Writes the recipe's data as a tokenised copy, which `--data OUT` reads by random access."""
+    if keys := needs_stream(recipe.data):
+        raise DataError(
+            f"data.{keys[0]} needs a stream, of which there is no tokenised copy; tokenise a source by itself"
+        )
     tokenizer = Tokenizer.from_directory(resolve(recipe.model))
     corpus = write_corpus(recipe.data, tokenizer, out)
     count = corpus.counts["documents"]

@@ -16,6 +16,7 @@ from data_pipelines import DataConfig, DataError, SourceConfig, open_data
 from data_pipelines.data_module import TextDataModule
 from data_pipelines.encoding import text_hash
 from data_pipelines.lanes import _best_fit
+from data_pipelines.opening import streams
 from tests.data_pipelines.streams import ROWS, check, digests, documents, open_stream, sources, write
 
 COUNT = 400
@@ -231,6 +232,26 @@ def test_a_mistake_in_a_worker_is_one_line(root, tokenizer, tmp_path):
     text = open_stream({"reference": str(tmp_path / "x")}, tokenizer, tmp_path, held_out=0.0)
     with pytest.raises(DataError, match=r"0.jsonl, line \d+ has no string in field 'text'; [^\n]*$"):
         digests(text, 5, workers=2)
+
+
+def test_new_data_from_its_beginning(stream):
+    """As a run reads it that goes on with data that has changed: rows are numbered on, documents begin anew."""
+    text = stream("parquet")
+    module = TextDataModule(text, 7, ROWS, 5, states=text.beginning(5 * ROWS))
+    assert module.counts()["documents"] == 0
+    (first, *_) = module.batches(0, 1)
+    assert first["sample_id_B"].tolist() == list(range(5 * ROWS, 6 * ROWS))
+    assert (first["tokens_BN"] == text.rows(0, ROWS)["tokens_BN"]).all()
+    module.on_after_batch_transfer(first, 0)
+    assert module.counts()["documents"] > 0
+
+
+def test_what_only_a_stream_heeds(stream, kinds, root, tokenizer):
+    for reference in (kinds["parquet"]["reference"], "python-docs", "lab"):
+        config = DataConfig(reference=reference, packing="best_fit")
+        assert streams(config)
+        with pytest.raises(DataError, match=r"^data.packing needs a stream; leave data.stream out, or packing"):
+            streams(config.model_copy(update={"stream": False}))
 
 
 def test_what_is_streamed_by_itself(kinds, root, tokenizer):
