@@ -51,22 +51,29 @@ class _Steps(Dataset[dict[str, Tensor]]):
         return self.packed.rows((self.start + index) * self.rows_per_step + self.rank * rows, rows)
 
 
-class _Lanes(IterableDataset[tuple[int, int, PackedRow] | str]):
-    """A rank's rows of a stream, one by one: rows rank, rank + world, … of each step; a mistake as text, at the end.
+NumberedRow = tuple[int, int, PackedRow]  # with its number and its lane's
 
-    The loader asks its W workers in turn, so worker w gives every W-th of them, from the w-th on.
+
+class _Lanes(IterableDataset[list[NumberedRow] | str]):
+    """A rank's rows of a stream: rank, rank + world, … of each step, `at_once` at a time; a mistake as text, last.
+
+    Worker w of W gives every W-th of them, from the w-th on. The loader asks its workers in turn.
     """
 
-    def __init__(self, text: StreamText, states: Mapping[int, State], start: int, stop: int, rank: int, world: int):
-        self.text, self.states = text, states
+    def __init__(
+        self, text: StreamText, states: Mapping[int, State], start: int, stop: int, rank: int, world: int, at_once: int
+    ):
+        self.text, self.states, self.at_once = text, states, at_once
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
-    def __iter__(self) -> Iterator[tuple[int, int, PackedRow] | str]:
+    def __iter__(self) -> Iterator[list[NumberedRow] | str]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         first = self.start + self.rank + worker * self.world
+        rows = self.text.stream(first, self.world * workers, self.states, self.stop)
         try:
-            yield from self.text.stream(first, self.world * workers, self.states, self.stop)
+            while found := list(itertools.islice(rows, self.at_once)):
+                yield found
         except DataError as error:
             # As a value: a loader would wrap an exception in its trace.
             yield str(error)
@@ -82,16 +89,18 @@ class Position:
 class _Batches:
     """A rank's batches, from the rows of a loader."""
 
-    def __init__(self, text: StreamText, loader: Iterable[tuple[int, int, PackedRow] | str], rows: int):
-        self.text, self.loader, self.rows = text, loader, rows
+    def __init__(self, text: StreamText, loader: Iterable[list[NumberedRow] | str], messages: int):
+        """messages: that make a batch."""
+        self.text, self.loader, self.messages = text, loader, messages
 
     def __iter__(self) -> Iterator[Batch]:
         found = self._checked()
-        while rows := list(itertools.islice(found, self.rows)):
+        while parts := list(itertools.islice(found, self.messages)):
+            rows = sorted(itertools.chain.from_iterable(parts), key=lambda row: row[0])
             batch: Batch = self.text.packed([(number, row) for number, _, row in rows])
             yield batch | {"position": Position({lane: row.state for _, lane, row in rows})}
 
-    def _checked(self) -> Iterator[tuple[int, int, PackedRow]]:
+    def _checked(self) -> Iterator[list[NumberedRow]]:
         try:
             for found in self.loader:
                 if isinstance(found, str):
@@ -171,19 +180,23 @@ class TextDataModule(LightningDataModule):
                 + ", or begin a run with other lanes"
             )
         start, stop = (step * self.rows_per_step for step in (self.start_step, self.steps))
-        rows = _Lanes(text, self._states, start, stop, rank, world)
+        # A message costs as much as a row, so that a worker sends all of a step in one, if each has as many of them.
+        rows = self.rows_per_step // world
+        at_once, rest = divmod(rows, max(self.num_workers, 1))
+        at_once = 1 if rest else at_once
+        lanes_of = _Lanes(text, self._states, start, stop, rank, world, at_once)
         if not self.num_workers:
-            return _Batches(text, rows, self.rows_per_step // world)
+            return _Batches(text, lanes_of, 1)
         loader = DataLoader(
-            rows,
+            lanes_of,
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=max(2, 2 * self.rows_per_step // readers),  # two steps ahead, however many workers
+            prefetch_factor=max(2, 2 * rows // (self.num_workers * at_once)),  # two steps ahead, however many workers
             collate_fn=_as_it_is,  # the default turns every array into a tensor, which takes longer than to pack a row
             worker_init_fn=_start_worker,
             generator=torch.Generator(),
         )
-        return _Batches(text, loader, self.rows_per_step // world)
+        return _Batches(text, loader, rows // at_once)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Takes the position out of a batch that a step is about to be made of."""

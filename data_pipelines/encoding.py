@@ -45,9 +45,9 @@ class Encoder:
         """
         done: list[np.ndarray] = []
         for batch in _batches(self._parts(texts), characters):
-            encoded = self.tokenizer.encode([text[start:stop] for text, start, stop in batch])
+            encoded = self.tokenizer.arrays([text[start:stop] for text, start, stop in batch])
             for (text, _, stop), ids in zip(batch, encoded, strict=True):
-                done.append(np.array(ids, dtype="<u4"))
+                done.append(ids)
                 if stop == len(text):
                     yield np.concatenate([self._before, *done, self._after]) if any(map(len, done)) else None
                     done = []

@@ -21,7 +21,6 @@ from __future__ import annotations
 import bisect
 import importlib
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,18 +35,16 @@ from data_pipelines.readers import Reading, read
 from data_pipelines.shards import Block, Place, Row
 
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**24
-ENCODED_AT_ONCE = 2**18  # characters
+ENCODED_AT_ONCE = 2**16  # characters; a lane that begins waits for so many
 POOL_ROWS = 64  # rows that best-fit packing fills at a time
 State = dict[str, Any]
 
 
 class Piece(NamedTuple):
-    """Every `stripes`-th row of a block, from `stripe` on."""
+    """A block, or a stripe of one, of the shard of this number."""
 
     shard: int
     block: Block
-    stripe: int
-    stripes: int
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,11 @@ class Source:
         """Rows of a piece from a place on, each with the place behind it. Raises DataError."""
         if self.config.is_lab:
             config = lab.LabConfig.parse(self.config.reference)
-            first = place.rows + (piece.stripe - place.rows) % piece.stripes
-            for index in itertools.count(first, piece.stripes):
+            first = place.rows + (piece.block.stripe - place.rows) % piece.block.stripes
+            for index in itertools.count(first, piece.block.stripes):
                 text = lab.document(config, 0, index)
                 yield Row(f"document {index} of the lab", text, size=len(text)), Place(index + 1, index + 1)
-        for row, after in read(self.manifest.shards[piece.shard], piece.block, reading, place):
-            if (after.rows - 1) % piece.stripes == piece.stripe:
-                yield row, after
+        yield from read(self.manifest.shards[piece.shard], piece.block, reading, place)
 
 
 class Cursor(NamedTuple):
@@ -151,7 +146,7 @@ class Stream:
         stripes = -(-lanes // len(blocks))
         dealt = _permutation(len(blocks) * stripes, self.seed, source.number)[lane::lanes]
         pairs = ((*blocks[n // stripes], n % stripes) for n in dealt.tolist())
-        return [Piece(shard, block, stripe, stripes) for shard, block, stripe in pairs]
+        return [Piece(shard, replace(block, stripe=stripe, stripes=stripes)) for shard, block, stripe in pairs]
 
 
 def _permutation(n: int, *key: int) -> np.ndarray:
@@ -326,23 +321,26 @@ class _Lane:
             place = (cursor.epoch * 1_000_003 + cursor.piece) * 1_000_003 + cursor.place.rows
             order = _permutation(len(window), stream.seed, source.number + 1, self.number + 1, ~place)
             seen: set[int] = set()
+            taken = cursor.taken
             rows = [self._usable(s, row, seen) for row in window]
-            rows = [rows[n] for n in order[cursor.taken :].tolist()]
+            rows = [rows[n] for n in order[taken:].tolist()]
             encoded = stream.encoder.documents((row.text for row in rows if row.text is not None), ENCODED_AT_ONCE)
             for row in rows:
                 ids = next(encoded) if row.text is not None else None
-                counts = Counter(cursor.counts)
-                counts.update(row.notes)
+                read = [(note, 1) for note in row.notes]
                 if ids is not None:
                     assert row.text is not None
-                    counts.update(documents=1, tokens=len(ids), bytes=row.size)
-                    counts["enormous"] += stream.encoder.is_enormous(row.text)
-                    counts["control_text"] += stream.encoder.tokenizer.has_control_text(row.text)
+                    read += [("documents", 1), ("tokens", len(ids)), ("bytes", row.size)]
+                    read.append(("enormous", stream.encoder.is_enormous(row.text)))
+                    read.append(("control_text", stream.encoder.tokenizer.has_control_text(row.text)))
                 elif row.text is not None:  # the normaliser removed everything
-                    counts["empty"] += 1
-                cursor = cursor._replace(taken=cursor.taken + 1, counts=dict(counts))
-                if cursor.taken == len(window):
-                    cursor = cursor._replace(place=after, taken=0)
+                    read.append(("empty", 1))
+                counts = dict(cursor.counts)
+                for name, count in read:
+                    counts[name] = counts.get(name, 0) + count
+                taken += 1
+                here, at = (cursor.place, taken) if taken < len(window) else (after, 0)
+                cursor = Cursor(cursor.epoch, cursor.piece, here, at, cursor.credit, counts)
                 yield ids, cursor
 
     def _windows(self, s: int, piece: Piece, place: Place) -> Iterator[tuple[list[Row], Place]]:

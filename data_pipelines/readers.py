@@ -48,6 +48,7 @@ _OBJECTS = {"json": "", "json.gz": "gz", "json.zst": "zst"}
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 _BOM = b"\xef\xbb\xbf"
 _NOTHING: Mapping[str, Any] = {}
+_OTHER = Row("", None)  # of another stripe, whose text nobody wants
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def read(shard: Shard, block: Block, reading: Reading, place: Place = START) -> 
             file = _unpacked(stored, shard.compression) if shard.compression else stored
             for row, after in rows(shard, block, reading, place, cast(BufferedReader, file)):
                 number = after.rows
-                yield row, after
+                if block.has(number - 1):
+                    yield row, after
     except (OSError, EOFError) as error:
-        yield _broken(reading, shard.name, f"cannot be read ({error})"), Place(number + 1, END)
+        if block.has(number):
+            yield _broken(reading, shard.name, f"cannot be read ({error})"), Place(number + 1, END)
 
 
-# Formats: each yields as `read` does, and may raise OSError and EOFError
+# Formats: each yields as `read` does, rows of other stripes too, and may raise OSError and EOFError
 
 
 def _jsonl(
@@ -135,7 +138,12 @@ def _jsonl(
             skipping.add(len(line))
             continue
         name = f"{shard.name}, byte {begin}" if block.start else f"{shard.name}, line {number}"
-        row = Row(name, None, ("oversized",)) if oversized else _of_json(name, line, reading)
+        if not block.has(number - 1):
+            row = _OTHER
+        elif oversized:
+            row = Row(name, None, ("oversized",))
+        else:
+            row = _of_json(name, line, reading)
         yield row, Place(number, at if seeks else number)
 
 
@@ -222,7 +230,9 @@ def _parquet(
                     if number <= place.rows:
                         continue
                     name = f"{shard.name}, row {in_file - 1}"
-                    if raw is None:
+                    if not block.has(number - 1):
+                        row = _OTHER
+                    elif raw is None:
                         row = _broken(reading, name, f"has no string in column {field!r}")
                     else:
                         row = _of_bytes(name, raw, reading, others)
@@ -272,10 +282,16 @@ def _tar(
     sample: _Sample | None = None
     skipping = _Skipping(shard)
 
-    def done(row: Row, at: int) -> Iterator[tuple[Row, Place]]:
+    def done(found: _Sample | None, at: int, where: str = "") -> Iterator[tuple[Row, Place]]:
         nonlocal number
         number += 1
         if number > place.rows:
+            if not block.has(number - 1):
+                row = _OTHER
+            elif found is None:
+                row = _broken(reading, where, "is no header of a tar")
+            else:
+                row = found.row(reading)
             yield row, Place(number, at if seeks else number)
 
     try:
@@ -287,17 +303,16 @@ def _tar(
                 skipping.reach(begin)
             if info is None:
                 if sample is not None:
-                    yield from done(sample.row(reading), begin)
+                    yield from done(sample, begin)
                 sample = None
-                where = f"{shard.name}, byte {begin}"
-                yield from done(_broken(reading, where, "is no header of a tar"), tar.behind)
+                yield from done(None, tar.behind, f"{shard.name}, byte {begin}")
                 continue
             key, suffix = base_plus_ext(_printable(info.name))
             if not info.isreg() or key is None or _META.match(info.name):
                 continue
             suffix = suffix.lower()
             if sample is not None and (key != sample.key or suffix in sample.suffixes):
-                yield from done(sample.row(reading), begin)
+                yield from done(sample, begin)
                 sample = None
             if sample is None:
                 sample = _Sample(f"{shard.name}, sample {key}", key)
@@ -307,10 +322,10 @@ def _tar(
                 read.add(suffix, tar.content(info, reading.max_document_bytes), reading)
                 sample = read
         if sample is not None:
-            yield from done(sample.row(reading), END)
+            yield from done(sample, END)
     except (OSError, EOFError):
         if sample is not None:
-            yield from done(sample.row(reading), END)
+            yield from done(sample, END)
         raise
 
 

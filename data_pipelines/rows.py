@@ -71,14 +71,16 @@ def packed_rows(first: int, rows: Sequence[Iterable[Sequence[int] | np.ndarray]]
     shape = (len(rows), length)
     tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     document_BN = np.full(shape, -1)
+    counted_N = np.arange(length)
     for row, documents in enumerate(rows):
         at = 0
         for index, ids in enumerate(documents):
-            part = np.s_[row, at : at + len(ids)]
+            size = len(ids)
+            part = np.s_[row, at : at + size]
             tokens_BN[part] = ids
             document_BN[part] = index
-            position_BN[part] = np.arange(len(ids))
-            at += len(ids)
+            position_BN[part] = counted_N[:size]
+            at += size
     return {
         "tokens_BN": torch.from_numpy(tokens_BN),
         "document_BN": torch.from_numpy(document_BN),

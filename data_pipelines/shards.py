@@ -31,19 +31,26 @@ class Shard:
 @dataclass(frozen=True)
 class Block:
     """A part of a shard that can be read without the rest: row groups `start` to `stop` of a parquet file, the lines
-    that begin in bytes `start` to `stop` of an uncompressed jsonl file, and else all of the file.
+    that begin in bytes `start` to `stop` of an uncompressed jsonl file, and else all of the file; of its rows, every
+    `stripes`-th from row `stripe` on.
 
-    rows: how many it has, where the file says so without being read.
+    rows: how many it has in all stripes, where the file says so without being read.
     """
 
     start: int
     stop: int
     rows: int | None = None
+    stripe: int = 0
+    stripes: int = 1
+
+    def has(self, row: int) -> bool:
+        """Whether a row, counted from 0 in all stripes, is of this one."""
+        return row % self.stripes == self.stripe
 
 
 class Place(NamedTuple):
     """Where in a block reading can go on: behind `rows` of its rows. at: the byte in the file where the format can
-    seek (tar and jsonl, uncompressed), else equal to `rows`."""
+    seek (tar and jsonl, uncompressed), else equal to `rows`. Rows of other stripes count."""
 
     rows: int
     at: int
