@@ -55,7 +55,9 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(directory)
     checkpoint = None if from_checkpoint is None else load_checkpoint(from_checkpoint)
-    contents = None if checkpoint is None else checkpoint[1].get("data_contents")
+    contents = None
+    if checkpoint is not None and recipe.data_changed == "refuse":
+        contents = checkpoint[1].get("data_contents")
     data = open_data(recipe.data, tokenizer, recipe.seed, rows_per_step=recipe.rows_per_step, contents=contents)
     if checkpoint is not None:
         _check_data(recipe, data, checkpoint[1], from_checkpoint)

@@ -174,8 +174,8 @@ class Recipe(Part):
     nodes: int = Field(default=1, ge=1, description="machines", json_schema_extra=FREE)
     data_changed: Literal["refuse", "begin"] = Field(
         default="refuse",
-        description="what a continued run does if its data is not what it began with: begin reads the new data from "
-        "its beginning",
+        description="what a continued run does if its data is not what it began with: begin reads the new data, of a "
+        "hub dataset the revision as it is now, from its beginning",
         json_schema_extra=FREE,
     )
     data_workers: int = Field(

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ from checkpoints.run import find_checkpoint, load_checkpoint, save_checkpoint
 from data_pipelines import Tokenizer, open_data
 from models.philox import Rng
 from models.thoughts import Text
-from objectives import Step
+from objectives import NextToken, Step
+from pretrain import assembly
 from pretrain.assembly import make_objective
 from pretrain.cli import main
 from pretrain.evaluation import score_held_out
@@ -33,6 +35,7 @@ from pretrain.module import learning_rate
 from pretrain.opening import open_model
 from pretrain.recipe import OptimizerConfig
 from pretrain.recipe_files import load_recipe
+from tests.data_pipelines.streams import documents, write
 from tests.helpers import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -326,6 +329,49 @@ def test_another_recipe_or_other_data_in_the_same_directory_is_refused(tiny_run,
     assert fit(tiny_run, *common, "--steps", "3") == 1
     assert "the data is not what" in capsys.readouterr().err
     assert load_checkpoint(find_checkpoint(run_directory))[1]["step"] == 2
+
+
+def test_a_stream_that_changed_is_refused_or_read_from_its_beginning(
+    tiny_run, run_directory, tmp_path, monkeypatch, capsys
+):
+    known = []  # what is asked to be as it was, commits of hub datasets included
+    monkeypatch.setattr(assembly, "open_data", lambda *a, **kw: known.append(kw["contents"]) or open_data(*a, **kw))
+    reference = write("jsonl", tmp_path / "web", [text[:20] for text in documents(300)])
+    common = [*OBJECTIVES["next_token"], "--data", reference, "--data.stream", "true", "--data.lanes", "4"]
+    common, begin = [*common, "--optimizer.schedule", "constant"], ["--data_changed", "begin"]
+    assert fit(tiny_run, *common, "--steps", "3") == 0
+    with (tmp_path / "web" / "001.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+
+    assert fit(tiny_run, *common, "--steps", "5") == 1
+    said = capsys.readouterr().err
+    assert "(001.jsonl has changed)" in said and "with --data_changed begin" in said
+    assert known[0] is None and known[1] is not None
+    before = find_checkpoint(run_directory)
+    model, state = open_model(str(before)).model, load_checkpoint(before)[1]
+    assert state["step"] == 3
+
+    shutil.copytree(run_directory, tmp_path / "again")
+    assert fit(tiny_run, *common, "--steps", "5", *begin) == 0
+    recipe = load_recipe(str(run_directory / "recipe.yaml"))
+    tokenizer = Tokenizer.from_directory(Path(recipe.model))
+    changed = open_data(recipe.data, tokenizer, recipe.seed, rows_per_step=4)
+    # The fourth step's loss is that of the weights after the third, on the first rows of the new text.
+    scores = NextToken().evaluate(model, Text(**changed.rows(0, 4)), Rng(0, 0))
+    metrics = lines(run_directory / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5]
+    expected = (scores.text_nll_BN.double().sum() / scores.valid_BN.sum()).item()
+    assert metrics[3]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert 0 < metrics[3]["data/documents"] < metrics[2]["data/documents"]
+    state = load_checkpoint(find_checkpoint(run_directory))[1]
+    assert [lane["rows"] for lane in state["lanes"].values()] == [5, 5, 5, 5]  # numbered on
+
+    # From then on it is the run's own text.
+    assert fit(tiny_run, *common, "--steps", "6", "--data_changed", "refuse") == 0
+    assert known[2:] == [None, state["data_contents"]]
+    assert fit([*tiny_run, "--run-dir", str(tmp_path / "again")], *common, "--steps", "6", *begin) == 0
+    expected, got = weights(tmp_path / "again"), weights(run_directory)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
 def test_a_longer_run_keeps_its_schedule_and_says_what_it_changes(tiny_run, run_directory, tmp_path, capsys):
