@@ -74,7 +74,8 @@ class Settings:
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
     memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=2))
     curve_model: DecoderConfig = CURVE_26M
-    data: Mapping[str, int] = field(default_factory=lambda: dict(documents=320, length=256, rows=8))
+    data: Mapping[str, int] = field(default_factory=lambda: dict(documents=2400, length=1024, rows=8))
+    data_steps: Mapping[str, int] = field(default_factory=lambda: dict(documents=160, length=256, rows=2, steps=12))
     curves: Sequence[Curve] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -153,6 +154,8 @@ def quick(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Sett
         public=dict(N=128, L=4, A=2, K=2, at_once=32),
         deep=dict(P=256, G=8, T=16),
         memory=dict(N=128, L=8, A=2, K=2, at_once=32),
+        data=dict(documents=320, length=1024, rows=8),
+        data_steps=dict(documents=80, length=128, rows=2, steps=6),
         curves=_curves(
             dict(N=64, L=4, A=2, K=1),
             dict(P=128, G=4, T=8, anchors=1),
@@ -189,6 +192,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         memory=dict(N=16, L=3, A=2, K=2, at_once=5),
         curve_model=TINY,
         data=dict(documents=20, length=64, rows=2),
+        data_steps=dict(documents=20, length=64, rows=2, steps=2),
         curves=_curves(
             dict(N=16, L=2, A=2, K=1),
             dict(P=24, G=2, T=2, anchors=1),

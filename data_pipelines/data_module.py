@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -21,6 +22,9 @@ from data_pipelines.rows import PackedText
 from data_pipelines.stream import READ, StreamText
 
 Batch = dict[str, Any]
+# Tokens that a worker may be ahead. Lanes are encoded in bursts, of which each worker must be able to work off one while
+# the others do not.
+PREFETCHED = 2**17
 
 
 def _start_worker(worker: int) -> None:
@@ -28,6 +32,7 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
+    gc.freeze()  # a collection writes to every object, which would copy all that the parent holds
 
 
 def _as_it_is(row: Any) -> Any:
@@ -191,7 +196,7 @@ class TextDataModule(LightningDataModule):
             lanes_of,
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=max(2, 2 * rows // (self.num_workers * at_once)),  # two steps ahead, however many workers
+            prefetch_factor=max(2, PREFETCHED // (text.length * at_once)),
             collate_fn=_as_it_is,  # the default turns every array into a tensor, which takes longer than to pack a row
             worker_init_fn=_start_worker,
             generator=torch.Generator(),

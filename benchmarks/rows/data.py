@@ -5,82 +5,82 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Variant
-from benchmarks.rows.row import Row, Rows, race_row
+from benchmarks.rows.row import Row, Rows, dtype_name, race_row
 from benchmarks.settings import Settings
+from benchmarks.workloads import make_model, next_token, training_step
+from models.thoughts import Text
 
 
 def data_rows(settings: Settings) -> Rows:
     yield "stream", partial(stream_speed, settings)
+    yield "step", partial(waiting_steps, settings)
 
 
 def stream_speed(settings: Settings) -> Row:
-    """Tokens/s of one epoch of jsonl: the tokenizer alone on the same texts (encode_batch_fast, one process without
-    threads), a stream that reads, tokenises and packs them in one process, the same without tokenising, and streams of
-    one and of two worker processes."""
+    """Tokens/s of nine tenths of an epoch of jsonl: the tokenizer alone on the same texts (encode_batch_fast, one
+    process without threads), reading alone, a stream that reads, tokenises and packs in one process, the same without
+    tokenising, and streams of one and of two worker processes."""
     # Here, because a machine that only measures models may lack what data needs.
-    from data_pipelines import DataConfig, StreamText, open_data
-    from data_pipelines.data_module import TextDataModule
     from data_pipelines.encoding import Encoder
+    from data_pipelines.readers import START, Reading
 
     c = settings.data
     row = Row("data", "stream", dict(c))
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            texts, tokenizer = _texts(c["documents"]), _tokenizer(settings, Path(folder))
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            (Path(folder) / "texts.jsonl").write_text(lines)
-            config = DataConfig(
-                reference=str(Path(folder) / "texts.jsonl"), stream=True, length=c["length"], lanes=4, held_out=0.0
-            )
-            text = open_data(config, tokenizer, 0, Path(folder) / "cache", rows_per_step=c["rows"])
-            assert isinstance(text, StreamText)
-            encoder = Encoder(config, tokenizer)
-            known = {t: ids for t in texts for ids in encoder.documents([t], len(t)) if ids is not None}
-            tokens = sum(map(len, known.values()))
-            steps = tokens // (c["rows"] * c["length"]) - 1
+    with tempfile.TemporaryDirectory() as folder, _without_threads():
+        texts, tokenizer = english_texts(c["documents"]), _tokenizer(settings, Path(folder))
+        text = _stream_text(texts, tokenizer, Path(folder), c)
+        known = {t: ids for t in texts for ids in text.lanes.encoder.documents([t], len(t)) if ids is not None}
+        tokens = sum(map(len, known.values()))
+        steps = tokens * 9 // (10 * c["rows"] * c["length"])  # no lane begins another epoch
 
-            def encode() -> dict[str, float]:
-                for first in range(0, len(texts), 256):
-                    tokenizer._tokenizer.encode_batch_fast(texts[first : first + 256], add_special_tokens=False)
-                return {"tokens": tokens}
+        def encode() -> dict[str, float]:
+            for first in range(0, len(texts), 256):
+                tokenizer._tokenizer.encode_batch_fast(texts[first : first + 256], add_special_tokens=False)
+            return {"tokens": tokens}
 
-            def stream(workers: int) -> dict[str, float]:
-                for _ in TextDataModule(text, steps, c["rows"], num_workers=workers).batches(0, 1):
+        def read() -> dict[str, float]:
+            (source,) = text.lanes.sources
+            for piece in (piece for lane in range(text.config.lanes) for piece in text.lanes.pieces(source, lane)):
+                for _ in source.rows(piece, START, Reading()):
                     pass
-                return {"tokens": steps * c["rows"] * c["length"]}
+            return {"tokens": tokens}
 
-            def without_tokenising() -> dict[str, float]:
-                looked_up: Callable[..., Any] = lambda self, texts, characters: map(known.get, texts)  # noqa: E731
-                documents, Encoder.documents = Encoder.documents, looked_up  # type: ignore[method-assign]
-                try:
-                    return stream(0)
-                finally:
-                    Encoder.documents = documents  # type: ignore[method-assign]
+        def stream(workers: int) -> dict[str, float]:
+            for _ in _batches(text, steps, c, workers):
+                pass
+            return {"tokens": steps * c["rows"] * c["length"]}
 
-            variants: dict[str, Variant] = {
-                "tokenizer alone": encode,
-                "stream": partial(stream, 0),
-                "stream, tokens known": without_tokenising,
-                "1 worker": partial(stream, 1),
-                "2 workers": partial(stream, 2),
-            }
-            race_row(row, settings, variants)
-    finally:
-        if parallelism is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+        def without_tokenising() -> dict[str, float]:
+            looked_up: Callable[..., Any] = lambda self, texts, characters: map(known.get, texts)  # noqa: E731
+            documents, Encoder.documents = Encoder.documents, looked_up  # type: ignore[method-assign]
+            try:
+                return stream(0)
+            finally:
+                Encoder.documents = documents  # type: ignore[method-assign]
+
+        variants: dict[str, Variant] = {
+            "tokenizer alone": encode,
+            "reading alone": read,
+            "stream": partial(stream, 0),
+            "stream, tokens known": without_tokenising,
+            "1 worker": partial(stream, 1),
+            "2 workers": partial(stream, 2),
+        }
+        race_row(row, settings, variants)
     rates = {name: row.rate(name, "tokens") for name in variants}
     row.compare("stream / tokenizer alone, tokens/s", rates["stream"], rates["tokenizer alone"])
+    row.compare("reading, share of the stream's time", rates["stream"], rates["reading alone"])
     row.compare(
         "reading, packing and bookkeeping, share of the stream's time", rates["stream"], rates["stream, tokens known"]
     )
@@ -88,11 +88,72 @@ def stream_speed(settings: Settings) -> Row:
     return row
 
 
-def _texts(count: int) -> list[str]:
-    """Different English texts: topics of Python's language reference, numbered."""
+def waiting_steps(settings: Settings) -> Row:
+    """Next-token steps on streamed text: the longest that one of them waited for its batch, beside the median step; not
+    the first, which waits for readers to start."""
+    c = settings.data_steps
+    row = Row("data", "step", dict(c) | {"dtype": dtype_name(settings.dtype)})
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(settings, Path(folder))
+        text = _stream_text(english_texts(c["documents"]), tokenizer, Path(folder), c)
+        model = make_model(replace(settings.model, vocab_size=tokenizer.size), settings.dtype, settings.device)
+
+        def steps(workers: int) -> dict[str, float]:
+            waited, took = [], []
+            batches = iter(_batches(text, c["steps"] + 1, c, workers))
+            next(batches)
+            for _ in range(c["steps"]):
+                begun = time.perf_counter()
+                batch = next(batches)
+                waited.append(time.perf_counter() - begun)
+                del batch["position"]
+                training_step(next_token(), model, Text(**batch).to(settings.device))
+                took.append(time.perf_counter() - begun)
+            return {"longest wait": max(waited), "step": statistics.median(took)}
+
+        race_row(row, settings, {"1 worker": partial(steps, 1), "no worker": partial(steps, 0)}, repeats=1)
+    for name in ("1 worker", "no worker"):
+        row.compare(f"longest wait / step, {name}", row.seconds(name, "longest wait"), row.seconds(name, "step"))
+    return row
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if parallelism is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+def _stream_text(texts: list[str], tokenizer: Any, folder: Path, c: Mapping[str, int]) -> Any:
+    """A StreamText of the texts, in eight shards of jsonl."""
+    from data_pipelines import DataConfig, open_data
+
+    (folder / "texts").mkdir()
+    for shard in range(8):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[shard::8])
+        (folder / "texts" / f"{shard}.jsonl").write_text(lines)
+    config = DataConfig(reference=str(folder / "texts"), stream=True, length=c["length"], lanes=8, held_out=0.0)
+    return open_data(config, tokenizer, 0, folder / "cache", rows_per_step=c["rows"])
+
+
+def _batches(text: Any, steps: int, c: Mapping[str, int], workers: int) -> Iterable[Any]:
+    from data_pipelines.data_module import TextDataModule
+
+    return TextDataModule(text, steps, c["rows"], num_workers=workers).batches(0, 1)
+
+
+def english_texts(count: int, first: int = 0) -> list[str]:
+    """Different English texts: topics of Python's language reference, numbered from `first` on."""
     from pydoc_data.topics import topics
 
-    return [f"{n}. {text}" for n, text in zip(range(count), itertools.cycle(topics.values()), strict=False)]
+    every = itertools.cycle(topics.values())
+    return [f"{n}. {text}" for n, text in zip(range(first, first + count), every, strict=False)]
 
 
 def _tokenizer(settings: Settings, folder: Path) -> Any:
