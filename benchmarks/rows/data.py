@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,6 +156,15 @@ def english_texts(count: int, first: int = 0) -> list[str]:
 
     every = itertools.cycle(topics.values())
     return [f"{n}. {text}" for n, text in zip(range(first, first + count), every, strict=False)]
+
+
+def write_tar(path: Path, texts: list[str]) -> None:
+    """A webdataset shard of texts."""
+    with tarfile.open(path, "w") as tar:
+        for n, text in enumerate(map(str.encode, texts)):
+            member = tarfile.TarInfo(f"{n}.txt")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
 
 
 def _tokenizer(settings: Settings, folder: Path) -> Any:
