@@ -114,7 +114,8 @@ class DataConfig(SourceConfig):
     patience: float = Field(
         default=600.0,
         ge=0,
-        description="seconds that a stream waits for a server before the run stops",
+        description="seconds that a stream waits for a server before the run stops; a connection that is silent for a "
+        "fourth of them, or for 30, is replaced",
         json_schema_extra=FREE,
     )
 

@@ -32,8 +32,8 @@ def open_shard(shard: Shard, patience: float, stall: float = STALL) -> BinaryIO:
     """A shard's bytes as they are stored, seekable and buffered.
 
     patience: seconds without a new byte after which a server is given up. stall: seconds after which a silent
-    connection is replaced. Raises OSError for local files; DataError, while reading, for what a server refuses, for a
-    file that changes, and, as DataUnreachable, when patience ends.
+    connection is replaced, or a fourth of the patience where that is less. Raises OSError for local files; DataError,
+    while reading, for what a server refuses, for a file that changes, and, as DataUnreachable, when patience ends.
     """
     if not shard.is_remote:
         return open(shard.place, "rb", buffering=BUFFER)
@@ -75,7 +75,8 @@ class _Remote(Positioned):
     """A file behind a URL. It is received sequentially from one response; another one takes over where that ends."""
 
     def __init__(self, shard: Shard, patience: float, stall: float):
-        self._shard, self._patience, self._stall = shard, patience, stall
+        # A connection that stalls must not use up the patience, or nobody would ask again.
+        self._shard, self._patience, self._stall = shard, patience, min(stall, max(patience / 4, 1.0))
         self._what = f"{shard.name} at {shard.place.partition('?')[0]}"  # signed URLs are secrets
         self._response: httpx.Response | None = None
         self._chunks: Iterator[bytes] = iter(())

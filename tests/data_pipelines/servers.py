@@ -14,9 +14,11 @@ from data_pipelines import remote
 class Server(ThreadingHTTPServer):
     """Serves `files` by path, with ranges.
 
-    faults: what the next requests get, one each: an HTTP status, ("drop", n) or ("stall", n) for a response that ends
-    or goes silent after n bytes, or None. always: a fault of every request, once `faults` is empty. retry_after: header
-    of statuses. redirects: locations by path. asked: the path, Range and Authorization of every request.
+    faults: what the next requests get, one each: an HTTP status, ("drop", n) for a response that ends after n bytes,
+    ("stall", n) or ("stall", n, seconds) for one that is silent after them, by default for longer than anybody waits,
+    or None. always: a fault of every request, once `faults` is empty. retry_after: header of statuses. redirects:
+    locations by path. asked: the path, Range and Authorization of every request. happened: the path and kind of every
+    fault that a client may have noticed.
     """
 
     daemon_threads = True
@@ -32,6 +34,7 @@ class Server(ThreadingHTTPServer):
         self.redirects: dict[str, str] = {}
         self.etags: dict[str, str] = {}
         self.asked: list[tuple[str, str | None, str | None]] = []
+        self.happened: list[tuple[str, str]] = []
         self.stop = threading.Event()
 
     def url(self, path: str) -> str:
@@ -55,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in server.redirects:
             return self.answer(302, {"Location": server.redirects[path]})
         if isinstance(fault, int):
+            server.happened.append((path, str(fault)))
             return self.answer(fault, {"Retry-After": server.retry_after} if server.retry_after else {})
         if path not in server.files:
             return self.answer(404)
@@ -69,10 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.answer(416, {**headers, "Content-Range": f"bytes */{total}"})
             data, status = data[first : int(last) + 1 if last else total], 206
             headers["Content-Range"] = f"bytes {first}-{first + len(data) - 1}/{total}"
-        kind, count = fault if fault else ("", len(data))
-        self.answer(status, headers, data, count, kind == "stall")
+        kind, count, *seconds = fault if fault else ("", len(data))
+        if count < len(data):
+            server.happened.append((path, kind))
+        self.answer(status, headers, data, count, (*seconds, 30.0)[0] if kind == "stall" else None)
 
-    def answer(self, status: int, headers=(), data=b"", count: int | None = None, stall: bool = False) -> None:
+    def answer(self, status: int, headers=(), data=b"", count: int | None = None, stall: float | None = None) -> None:
         self.send_response(status)
         for name, value in dict(headers).items():
             self.send_header(name, value)
@@ -85,8 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data[:count])
         self.wfile.flush()
-        if stall and cut:
-            self.server.stop.wait(30)
+        if stall is not None and cut:
+            self.server.stop.wait(stall)
+            self.wfile.write(data[count:])
 
 
 @contextmanager

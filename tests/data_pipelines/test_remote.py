@@ -128,6 +128,18 @@ def test_as_long_as_bytes_come_there_is_patience(server):
     assert read(server.url("a"), patience=1.0, stall=0.2) == DATA
 
 
+@pytest.mark.parametrize("seconds", [0.3, 30.0])
+def test_a_stall_leaves_patience_to_ask_again(server, caplog, seconds):
+    """A short one is sat out; a connection that is silent for a fourth of the patience is replaced."""
+    server.faults.append(("stall", 500_000, seconds))
+    start = time.monotonic()
+    with open_shard(shard(server.url("a")), patience=8.0) as file:
+        assert file.read() == DATA
+    assert time.monotonic() - start < 7
+    assert len(server.asked) == (1 if seconds < 1 else 2)
+    assert any("(timed out)" in message for message in caplog.messages) == (seconds > 1)
+
+
 def test_skipping_counts_as_progress_where_there_are_no_ranges(server):
     server.ranges = False
     server.faults.extend([("drop", 2_900_000), *(("stall", count) for count in range(1_000_000, 2_900_000, 400_000))])

@@ -47,14 +47,18 @@ def write_model(directory: Path) -> Path:
 
 
 def recipe(directory: Path, model: Path, objective: str, steps: int) -> Path:
-    """A YAML file; JSON is YAML."""
     web, code = (write(kind, directory / kind, documents(300, n)) for n, kind in enumerate(("jsonl", "tar")))
     mixture = {"web": {"reference": web, "weight": [[0, 3.0], [steps, 1.0]]}, "code": {"reference": code}}
+    return write_recipe(directory / f"{objective}.yaml", model, OBJECTIVES[objective], steps, {"mixture": mixture})
+
+
+def write_recipe(path: Path, model: Path, objective: dict, steps: int, data: dict) -> Path:
+    """A YAML file; JSON is YAML."""
     settings = {
         "steps": steps,
-        "objective": OBJECTIVES[objective],
+        "objective": objective,
         "model": str(model),
-        "data": {"mixture": mixture, "length": 48, "lanes": 4, "end_of_document": "<|endoftext|>"},
+        "data": {"length": 48, "lanes": 4, "end_of_document": "<|endoftext|>", **data},
         "rows_per_step": 4,
         "compute_dtype": "fp32",
         "optimizer": {"lr": 1e-3},
@@ -62,7 +66,6 @@ def recipe(directory: Path, model: Path, objective: str, steps: int) -> Path:
         "checkpoint": {"every": 3},
         "logging": {"wandb": "disabled", "csv": False},
     }
-    path = directory / f"{objective}.yaml"
     path.write_text(json.dumps(settings))
     return path
 
@@ -84,9 +87,11 @@ def start(recipe: Path, run: Path, workers: int) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen) -> str:
+    """What it said."""
     said, _ = process.communicate()
     assert process.returncode == 0, said
+    return said
 
 
 def final(run: Path, steps: int) -> tuple[dict[str, torch.Tensor], dict]:
