@@ -22,8 +22,7 @@ from data_pipelines.rows import PackedText
 from data_pipelines.stream import READ, StreamText
 
 Batch = dict[str, Any]
-# Tokens that a worker may be ahead. Lanes are encoded in bursts, of which each worker must be able to work off one while
-# the others do not.
+# Tokens that a worker may be ahead: lanes are encoded in bursts, and while one worker has one, the others must go on.
 PREFETCHED = 2**17
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # heeded by torch when it is imported, and by what tests start
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
