@@ -50,7 +50,7 @@ def check(directory: Path, steps: int, rng: random.Random, patience: float, shar
     model = write_model(directory)
     tars = Path(write("tar", directory / "tars", documents(25 * shards), shards))
     files = {path.name: path.read_bytes() for path in sorted(tars.iterdir())}
-    runs = {"local": {"reference": str(tars)}, "remote": {"patience": patience}}
+    runs: dict = {"local": {"reference": str(tars), "length": 120}, "remote": {"patience": patience, "length": 120}}
     with serving(files) as server:
         for name in list(files)[::REDIRECTED]:
             server.redirects[name] = server.url(f"moved/{name}")
