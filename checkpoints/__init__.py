@@ -8,7 +8,8 @@ transformers, gguf or network; gguf and the network are used only to fetch a mod
 """
 
 from checkpoints.errors import CheckpointError
-from checkpoints.hugging_face import config_from_hf, config_to_hf, export, load_decoder, load_thinking_model
+from checkpoints.families import config_from_hf, config_to_hf
+from checkpoints.hugging_face import export, load_decoder, load_thinking_model
 from checkpoints.references import resolve
 from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint, prune, save_checkpoint
 

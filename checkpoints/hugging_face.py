@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,129 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
+from checkpoints.families import config_from_hf, config_to_hf
 from checkpoints.references import resolve
-from models.decoder import Decoder, DecoderConfig
-from models.rope import SCALINGS, inverse_frequencies
+from models.decoder import Decoder
 from models.thinking import ThinkingModel
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-# What transformers assumes for keys missing from config.json, where it differs from its defaults for Llama.
-ABSENT: dict[str, dict[str, Any]] = {
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
 THINKING_PARTS = ("delimiters", "mixing_head")
 FORMAT = 1  # of thinking.json
-
-
-def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of the decoder that a config.json of transformers 4 or 5 describes. Raises CheckpointError."""
-    family = hf.get("model_type")
-    if family not in ARCHITECTURES:
-        raise CheckpointError(f"model_type {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    hf = ABSENT.get(family, {}) | dict(hf)
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(f"activation {hf['hidden_act']!r} is not supported; supported: silu")
-    if hf.get("quantization_config"):
-        raise CheckpointError("quantised weights cannot be trained; give the model in its original precision")
-    # transformers 5 writes rope_parameters, theta included; 4 writes rope_theta and rope_scaling.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    kind = rope.setdefault("rope_type", rope.pop("type", "default"))
-    if kind not in SCALINGS:
-        raise CheckpointError(f"rope scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}")
-    attention_bias = family == "qwen2" or bool(hf.get("attention_bias", False))
-    try:
-        config = DecoderConfig(
-            vocab_size=hf["vocab_size"],
-            width=hf["hidden_size"],
-            ffn_width=hf["intermediate_size"],
-            layers=hf["num_hidden_layers"],
-            heads=hf["num_attention_heads"],
-            kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            max_positions=hf["max_position_embeddings"],
-            rope_theta=float(theta),
-            rope_scaling={} if kind == "default" else rope,
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias,
-            out_bias=attention_bias and family != "qwen2",
-            mlp_bias=family == "llama" and bool(hf.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            sliding_window=_sliding_window(hf),
-            family=family,
-            initializer_range=hf.get("initializer_range", 0.02),
-        )
-        # Called only to check that all RoPE settings are there.
-        inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions)
-    except KeyError as error:
-        raise CheckpointError(f"the model's config.json is missing {error}; fetch the model again") from None
-    except ValueError as error:
-        raise CheckpointError(f"the model's config.json is inconsistent: {error}; fetch the model again") from None
-    return config
-
-
-def _sliding_window(hf: Mapping[str, Any]) -> int | None:
-    """The window of the layers that have one; None if no layer does."""
-    if hf["model_type"] == "mistral":
-        return hf["sliding_window"]
-    if hf["model_type"] == "llama" or not hf.get("use_sliding_window", False):
-        return None
-    windowed = hf["num_hidden_layers"] - hf.get("max_window_layers", 28)
-    layer_types = hf.get("layer_types") or ["sliding_attention"] * windowed
-    return hf.get("sliding_window", 4096) if "sliding_attention" in layer_types else None
-
-
-def config_to_hf(config: DecoderConfig, dtype: torch.dtype = torch.float32, **token_ids: int | None) -> dict[str, Any]:
-    """config.json for transformers 4 and 5; `token_ids` are bos_token_id and the like.
-
-    RoPE is written in both forms: readers of the older one would otherwise fall back to a theta of 10000.
-    """
-    rope = dict(config.rope_scaling) or {"rope_type": "default"}
-    hf: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.family]],
-        "model_type": config.family,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": dict(config.rope_scaling) or None,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.initializer_range,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
-        **{name: number for name, number in token_ids.items() if number is not None},
-    }
-    if config.family in ("llama", "qwen3"):
-        hf["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        hf["mlp_bias"] = config.mlp_bias
-    if config.family == "mistral":
-        hf["sliding_window"] = config.sliding_window
-    if config.family in ("qwen2", "qwen3"):
-        hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
-        if config.sliding_window is not None:
-            hf["max_window_layers"] = 0
-    return hf
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -192,10 +80,7 @@ def load_decoder(
     if problems:
         raise CheckpointError(f"the weights in {directory} do not match its config.json: {'; '.join(problems)}")
     decoder.load_state_dict(tensors, assign=True)
-    # Not in any file, and still on the meta device.
-    decoder.inverse_frequencies, _ = inverse_frequencies(
-        config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
-    )
+    decoder.init_rotary()  # which is still on the meta device
     return decoder.requires_grad_()
 
 

@@ -1,4 +1,4 @@
-"""The decoder of the Llama, Mistral, Qwen2 and Qwen3 families, which reads text and thinks.
+"""The decoder of the Llama, Mistral, Qwen, OLMo and SmolLM families, which reads text and thinks.
 
 `read` is one causal, document-masked pass over packed text; `think` runs thought tokens that see that text up to their
 anchor and their own thought. Parameter names are those of the families' Hugging Face checkpoints without the leading
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import text_attention, thought_attention
 from models.pointwise import gated, rms_norm, rotate
 from models.precision import Linear, accumulation_dtype, together
-from models.rope import inverse_frequencies, rotation
+from models.rope import cos_and_sin, inverse_frequencies
 from models.thoughts import Anchors, Text
 
 
@@ -45,14 +45,23 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # of each head, or
+    qk_norm_all_heads: bool = False  # one norm over all heads of queries, and one over those of keys
+    post_norm: bool = False  # norms of what attention and MLP return, not of what they are given
+    rotary: tuple[str, ...] = ()  # of each layer: scaled, plain (without rope_scaling) or none; all scaled if empty
     sliding_window: int | None = None  # texts longer than this are refused, not windowed
-    family: str = "llama"  # llama, mistral, qwen2 or qwen3: the architecture named on export
+    windowed_layers: tuple[int, ...] | None = None  # that the window limits, all if None; only export asks for them
+    family: str = "llama"  # of checkpoints.families: the architecture named on export
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        for name in ("rotary", "windowed_layers"):  # lists in JSON
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else tuple(value))
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly")
+        if self.rotary and len(self.rotary) != self.layers:
+            raise ValueError(f"rotary embeddings are given for {len(self.rotary)} of {self.layers} layers")
 
 
 class RMSNorm(nn.Module):
@@ -211,6 +220,8 @@ class RecordableCache(ThoughtCache):
 
 # Attention of queries [_, H, D] over keys and values [_, G, D] and whatever else may be seen → [_, H, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# cos and sin [_, 1, D] of a layer's rotary embedding, as pointwise.rotate takes them; None for a layer without.
+Rotation = tuple[Tensor, Tensor] | None
 
 
 class Attention(nn.Module):
@@ -222,16 +233,24 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.width, G * D, bias=config.qkv_bias)
         self.v_proj = Linear(config.width, G * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, config.width, bias=config.out_bias)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
+        self.norms_all_heads = config.qk_norm_all_heads
+        q_size, k_size = (H * D, G * D) if config.qk_norm_all_heads else (D, D)
+        normed = config.qk_norm or config.qk_norm_all_heads
+        self.q_norm = RMSNorm(q_size, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(k_size, config.rms_norm_eps) if normed else None
 
-    def project(self, x_W: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_W: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [_, H, D] and keys [_, G, D], and values [_, G, D], of x [_, W]."""
-        projected = together(x_W, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k, v = together(x_W, self.q_proj, self.k_proj, self.v_proj)
+        if self.norms_all_heads:
+            q, k = self._normed(q, k)
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
+        if not self.norms_all_heads:
+            q, k = self._normed(q, k)
+        return (q, k, v) if rotation is None else (rotate(q, *rotation), rotate(k, *rotation), v)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
 
 class MLP(nn.Module):
@@ -254,15 +273,42 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_W: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm]:
+        """Of attention and of the MLP."""
+        return self.input_layernorm, self.post_attention_layernorm
+
+    def forward(self, x_W: Tensor, rotation: Rotation, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         """x [_, W] → x [_, W], keys and values [_, G, D]; `attend` is attention over whatever these tokens may see.
 
         Keys and values are results like x, because thoughts send gradient into a text's: what hooks a block's results,
         as sharding does, must see all three.
         """
-        q, k, v = self.self_attn.project(self.input_layernorm(x_W), cos, sin)
+        q, k, v = self.self_attn.project(self.input_layernorm(x_W), rotation)
         x_W = x_W + self.self_attn.o_proj(attend(q, k, v).flatten(-2))
         return x_W + self.mlp(self.post_attention_layernorm(x_W)), k, v
+
+
+class PostNormBlock(nn.Module):
+    """Block with the norms of OLMo 2 (2501.00656 §2): of what attention and MLP return."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm]:
+        """Of attention and of the MLP."""
+        return self.post_attention_layernorm, self.post_feedforward_layernorm
+
+    def forward(self, x_W: Tensor, rotation: Rotation, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+        """As Block.forward."""
+        q, k, v = self.self_attn.project(x_W, rotation)
+        x_W = x_W + self.post_attention_layernorm(self.self_attn.o_proj(attend(q, k, v).flatten(-2)))
+        return x_W + self.post_feedforward_layernorm(self.mlp(x_W)), k, v
 
 
 class Decoder(nn.Module):
@@ -275,13 +321,12 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        block = PostNormBlock if config.post_norm else Block
+        self.layers = nn.ModuleList(block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
-        inverse, self.rope_factor = inverse_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_positions
-        )
-        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+        self.init_rotary()
         self.attention_backend: str | None = None
         # Whether a pass with gradient keeps only each block's inputs, and backward computes the block again.
         self.activation_checkpointing = False
@@ -296,6 +341,15 @@ class Decoder(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+    def init_rotary(self) -> None:
+        """Computes the rotary frequencies, which no file of weights holds: fp32 [2, D / 2], plain and scaled."""
+        c = self.config
+        plain, scaled = (
+            inverse_frequencies(c.head_dim, c.rope_theta, scaling, c.max_positions) for scaling in ({}, c.rope_scaling)
+        )
+        self.inverse_frequencies = torch.stack([plain[0], scaled[0]])
+        self._rope_factors = plain[1], scaled[1]
 
     @property
     def head_weight_VW(self) -> Tensor:
@@ -315,14 +369,14 @@ class Decoder(nn.Module):
         """The same with the tokens of `text` given as embeddings."""
         self.check_positions(text.shape[1])
         x = x_BNW
-        cos, sin = self.rotation_at(text.position_BN, x.dtype)
+        rotations = self.rotations_at(text.position_BN, x.dtype)
         keys, values = [], []
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return text_attention(q, k, v, text, self.attention_backend)
 
-        for block in self.layers:
-            x, k, v = self._pass(block, x, cos, sin, attend)
+        for block, rotation in zip(self.layers, rotations, strict=True):
+            x, k, v = self._pass(block, x, rotation, attend)
             keys.append(k)
             values.append(v)
         return TextState(text, self.norm(x), keys, values)
@@ -337,7 +391,7 @@ class Decoder(nn.Module):
         self.check_positions(state.text.shape[1] + written + S)
         steps_S = torch.arange(1, S + 1, device=x_BKSMW.device) if cache is None else cache.next_tokens(S)
         position_B1SM = anchors.position_BM[:, None, None, :] + steps_S[:, None]
-        cos, sin = self.rotation_at(position_B1SM, x_BKSMW.dtype)
+        rotations = self.rotations_at(position_B1SM, x_BKSMW.dtype)
 
         x = x_BKSMW
         for layer, block in enumerate(self.layers):
@@ -350,21 +404,24 @@ class Decoder(nn.Module):
                 text = state.keys[layer], state.values[layer]
                 return thought_attention(q, k, v, *text, anchors, self.attention_backend, filled_1)
 
-            x, _, _ = self._pass(block, x, cos, sin, attend)
+            x, _, _ = self._pass(block, x, rotations[layer], attend)
         return self.norm(x)
 
-    def _pass(
-        self, block: nn.Module, x_W: Tensor, cos: Tensor, sin: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _pass(self, block: nn.Module, x_W: Tensor, rotation: Rotation, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         if self.activation_checkpointing and torch.is_grad_enabled():
             # No random state to restore: no block uses random numbers.
-            return checkpoint(block, x_W, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
-        return block(x_W, cos, sin, attend)
+            return checkpoint(block, x_W, rotation, attend, use_reentrant=False, preserve_rng_state=False)
+        return block(x_W, rotation, attend)
 
-    def rotation_at(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [..., 1, D] of int64 positions [...], as pointwise.rotate takes them."""
-        cos, sin = rotation(position, self.inverse_frequencies, self.rope_factor, dtype)
-        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+    def rotations_at(self, position: Tensor, dtype: torch.dtype) -> list[Rotation]:
+        """Of each layer at int64 positions [...]."""
+        layers = self.config.rotary or ("scaled",) * self.config.layers
+        rotations: dict[str, Rotation] = {"none": None}
+        for i, kind in enumerate(("plain", "scaled")):
+            if kind in layers:
+                cos, sin = cos_and_sin(position, self.inverse_frequencies[i], self._rope_factors[i], dtype)
+                rotations[kind] = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return [rotations[kind] for kind in layers]
 
     def check_positions(self, length: int) -> None:
         """Raises ValueError where so many positions are more than the model has, or than its sliding window."""

@@ -73,7 +73,7 @@ def _rms_norm(x_W: Tensor, weight_W: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D], as rope.rotation gives them."""
+    """Rotates x [_, H, D] by its position's cos and sin, broadcasting [_, 1, D], as rope.cos_and_sin gives them."""
     if (kernels := _kernels(x)) and not (cos.requires_grad or sin.requires_grad):
         return kernels.rotate(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -1,4 +1,4 @@
-"""Rotary position embedding and the scaling variants that the Llama, Mistral and Qwen families ship.
+"""Rotary position embedding and the scaling variants that the supported families ship.
 
 The keys of a scaling are those of Hugging Face configs (`rope_type`, `factor`, ...), so that they travel unchanged.
 """
@@ -76,7 +76,7 @@ def _yarn(
     return inverse, attention_factor
 
 
-def rotation(position: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cos_and_sin(position: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., head_dim] in `dtype` for int64 positions [...]; angles in at least fp32.
 
     x · cos + (halves of x exchanged) · sin turns x: the pairs are the halves, so both are there twice, and sin is

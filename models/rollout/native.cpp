@@ -126,6 +126,7 @@ struct Shape {
   int64_t anchors, thoughts;  // A, K
   int64_t text_capacity, own_capacity;  // tokens that the packed keys of a text and of a thought can hold; 16 divides both
   int64_t low_precision;  // activations, weights, keys and values in bf16, not fp32
+  int64_t post_norm, norms_all_heads;  // see DecoderConfig
   float epsilon;
 };
 
@@ -133,7 +134,7 @@ struct Shape {
 // Keys are packed [sequence][G][tokens / 16][D / STEP][16][STEP], values [sequence][G][tokens / STEP][D][STEP], where a
 // sequence is a row of text or a thought.
 struct Layer {
-  const float *norm, *norm_after, *query_norm, *key_norm;
+  const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
   const void *query_key_value, *out, *gate_up, *down;  // panels of gate and up alternate
   const float *query_key_value_bias, *out_bias, *gate_up_bias, *down_bias;
   const void *text_keys, *text_values;
@@ -156,15 +157,15 @@ void normed(const T* x, const float* weight, long size, float epsilon, T* out) {
   for (long i = 0; i < size; i++) set(out[i], get(x[i]) * inverse * weight[i]);
 }
 
-// The halves of x are pairs to turn, in place if need be; see rope.rotation.
+// Turns x in place, whose halves are pairs; see rope.cos_and_sin.
 template <class T>
-void rotated(const T* x, const T* cos, const T* sin, long size, T* out) {
+void rotate(T* x, const T* cos, const T* sin, long size) {
   const long half = size / 2;
   for (long i = 0; i < half; i++) {
     const float a = get(x[i]), b = get(x[half + i]);
     const float a_cos = get(rounded<T>(a * get(cos[i]))), b_cos = get(rounded<T>(b * get(cos[half + i])));
-    set(out[i], a_cos + b * get(sin[i]));
-    set(out[half + i], b_cos + a * get(sin[half + i]));
+    set(x[i], a_cos + b * get(sin[i]));
+    set(x[half + i], b_cos + a * get(sin[half + i]));
   }
 }
 
@@ -205,11 +206,12 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
   }
 }
 
-// x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D]; `length` tokens
-// are in each thought's keys and values before, one more after. spans_of: [A + 1], the first of each anchor's spans.
+// x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D] of each layer, null
+// for one without rotary embedding; `length` tokens are in each thought's keys and values before, one more after.
+// spans_of: [A + 1], the first of each anchor's spans.
 template <class T>
-void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, T* x, const T* cos,
-          const T* sin, long length, int threads) {
+void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, T* x, const T* const* cos,
+          const T* const* sin, long length, int threads) {
   const long W = s.width, F = s.ffn_width, H = s.heads, G = s.kv_heads, D = s.head_dim, J = H / G;
   const long K = s.thoughts, R = s.anchors * K, all_heads = H + 2 * G, span_count = spans_of[s.anchors];
   std::vector<T> norm(R * W), projected(R * all_heads * D), query(R * H * D), attended(R * H * D), gated(R * F);
@@ -222,8 +224,14 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
     Floats sums[TILE], more[TILE];
     const Floats none = {};
 
-    // The rows of x + rows · weight, in place.
-    auto add_product = [&](const T* rows, long inner, const void* weight, const float* bias) {
+    // The rows of x, normed.
+    auto norm_x = [&](const float* weight) {
+#pragma omp for schedule(static)
+      for (long r = 0; r < R; r++) normed(x + r * W, weight, W, s.epsilon, &norm[r * W]);
+    };
+
+    // The rows of x + rows · weight, in place; with post-norm of x + the norm of rows · weight.
+    auto add_product = [&](const T* rows, long inner, const void* weight, const float* bias, const float* norm_weight) {
 #pragma omp for schedule(static)
       for (long n = 0; n < W; n += LANES)
         for (long r = 0; r < R; r += TILE) {
@@ -234,39 +242,57 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
             T* here = x + (r + i) * W + n;
             T product[LANES];
             set16(product, sums[i] + (bias ? load<Floats>(bias + n) : none));
-            set16(here, get16(here) + get16(product));
+            if (s.post_norm)
+              memcpy(&norm[(r + i) * W + n], product, sizeof product);
+            else
+              set16(here, get16(here) + get16(product));
           }
         }
+      if (!s.post_norm) return;
+#pragma omp for schedule(static)
+      for (long r = 0; r < R; r++) {
+        T *row = &norm[r * W], *here = x + r * W;
+        normed(row, norm_weight, W, s.epsilon, row);
+        for (long n = 0; n < W; n += LANES) set16(here + n, get16(here + n) + get16(row + n));
+      }
     };
+    const T* input = s.post_norm ? x : norm.data();  // of attention, then of the MLP
 
     for (long l = 0; l < s.layers; l++) {
       const Layer& layer = layers[l];
-#pragma omp for schedule(static)
-      for (long r = 0; r < R; r++) normed(x + r * W, layer.norm, W, s.epsilon, &norm[r * W]);
+      if (!s.post_norm) norm_x(layer.attention_norm);
 
 #pragma omp for schedule(static)
       for (long n = 0; n < all_heads * D; n += LANES)
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(layer.query_key_value) + n * W;
-          multiply<T>(few, &norm[r * W], W, panel, LANES * STEP<T>, W, sums);
+          multiply<T>(few, input + r * W, W, panel, LANES * STEP<T>, W, sums);
           const Floats bias = layer.query_key_value_bias ? load<Floats>(layer.query_key_value_bias + n) : none;
           for (long i = 0; i < few; i++) set16(&projected[(r + i) * all_heads * D + n], sums[i] + bias);
         }
+
+      if (s.norms_all_heads) {
+#pragma omp for schedule(static)
+        for (long r = 0; r < R; r++) {
+          T *q = &projected[r * all_heads * D], *k = q + H * D;
+          normed(q, layer.query_norm, H * D, s.epsilon, q);
+          normed(k, layer.key_norm, G * D, s.epsilon, k);
+        }
+      }
 
       // Queries are laid out [A][G][K][J][D], so that all that see the same keys of a text are neighbours.
 #pragma omp for schedule(static) collapse(2)
       for (long r = 0; r < R; r++)
         for (long h = 0; h < all_heads; h++) {
-          T *from = &projected[(r * all_heads + h) * D], *turned = &query[0];
+          T* from = &projected[(r * all_heads + h) * D];
           const long g = h < H ? h / J : (h - H) % G;
           const float* weight = h < H ? layer.query_norm : layer.key_norm;
-          if (h < H + G && weight) normed(from, weight, D, s.epsilon, from);
+          if (h < H + G && weight && !s.norms_all_heads) normed(from, weight, D, s.epsilon, from);
+          if (h < H + G && cos[l]) rotate(from, cos[l] + r * D, sin[l] + r * D, D);
           if (h < H) {
-            turned += (((r / K * G + g) * K + r % K) * J + h % J) * D;
-            rotated(from, cos + r * D, sin + r * D, D, turned);
+            std::copy(from, from + D, &query[(((r / K * G + g) * K + r % K) * J + h % J) * D]);
           } else if (h < H + G) {
-            rotated(from, cos + r * D, sin + r * D, D, from);
             T* to = static_cast<T*>(layer.own_keys) + (r * G + g) * s.own_capacity * D + length / LANES * LANES * D;
             for (long d = 0; d < D; d++)
               to[d / STEP<T> * LANES * STEP<T> + length % LANES * STEP<T> + d % STEP<T>] = from[d];
@@ -319,18 +345,16 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           }
         }
 
-      add_product(attended.data(), H * D, layer.out, layer.out_bias);
-
-#pragma omp for schedule(static)
-      for (long r = 0; r < R; r++) normed(x + r * W, layer.norm_after, W, s.epsilon, &norm[r * W]);
+      add_product(attended.data(), H * D, layer.out, layer.out_bias, layer.attention_norm);
+      if (!s.post_norm) norm_x(layer.mlp_norm);
 
 #pragma omp for schedule(static)
       for (long n = 0; n < F; n += LANES)
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(layer.gate_up) + 2 * n * W;
-          multiply<T>(few, &norm[r * W], W, panel, LANES * STEP<T>, W, sums);
-          multiply<T>(few, &norm[r * W], W, panel + LANES * W, LANES * STEP<T>, W, more);
+          multiply<T>(few, input + r * W, W, panel, LANES * STEP<T>, W, sums);
+          multiply<T>(few, input + r * W, W, panel + LANES * W, LANES * STEP<T>, W, more);
           const float* bias = layer.gate_up_bias ? layer.gate_up_bias + 2 * n : nullptr;
           for (long i = 0; i < few; i++) {
             T gate[LANES], up[LANES];
@@ -341,7 +365,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           }
         }
 
-      add_product(gated.data(), F, layer.down, layer.down_bias);
+      add_product(gated.data(), F, layer.down, layer.down_bias, layer.mlp_norm);
     }
   }
 }
@@ -349,11 +373,12 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
 }  // namespace
 
 extern "C" void forethought_step(const Shape* shape, const Layer* layers, const Span* spans, const int64_t* spans_of,
-                                 void* x, const void* cos, const void* sin, int64_t length, int32_t threads) {
+                                 void* x, const void* const* cos, const void* const* sin, int64_t length,
+                                 int32_t threads) {
   auto run = [&](auto kind) {
     using T = decltype(kind);
-    step<T>(*shape, layers, spans, spans_of, static_cast<T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin),
-            length, threads);
+    step<T>(*shape, layers, spans, spans_of, static_cast<T*>(x), reinterpret_cast<const T* const*>(cos),
+            reinterpret_cast<const T* const*>(sin), length, threads);
   };
   shape->low_precision ? run(bf16{}) : run(float{});
 }

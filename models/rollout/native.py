@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import asked_backend
-from models.decoder import Block, TextState
+from models.decoder import Block, PostNormBlock, TextState
 from models.precision import Linear, kept, working_copy
 from models.rollout.eager import Eager
 from models.rollout.request import NextTokens, RolloutRequest
@@ -38,13 +38,13 @@ LANES = 16
 # Keys of a text that one thread attends to at a time.
 SPLIT = 256
 _POINTERS = (
-    "norm", "norm_after", "query_norm", "key_norm", "query_key_value", "out", "gate_up", "down",
+    "attention_norm", "mlp_norm", "query_norm", "key_norm", "query_key_value", "out", "gate_up", "down",
     "query_key_value_bias", "out_bias", "gate_up_bias", "down_bias",
     "text_keys", "text_values", "own_keys", "own_values",
 )  # fmt: skip
 _SIZES = (
     "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "thoughts", "text_capacity",
-    "own_capacity", "low_precision",
+    "own_capacity", "low_precision", "post_norm", "norms_all_heads",
 )  # fmt: skip
 
 
@@ -138,11 +138,12 @@ class NativeStep:
             (_packed_keys(k, text_capacity), _packed_values(v, text_capacity))
             for k, v in zip(state.keys, state.values, strict=True)
         ]
-        weights = [_weights(cast(Block, block), dtype) for block in model.decoder.layers]
+        weights = [_weights(cast(Block | PostNormBlock, block), dtype) for block in model.decoder.layers]
         self._held = list(zip(weights, text, own, strict=True))
         self._shape = _Shape(
             config.layers, config.width, config.ffn_width, config.heads, G, D,
-            B * M, thoughts, text_capacity, own_capacity, dtype == torch.bfloat16, config.rms_norm_eps,
+            B * M, thoughts, text_capacity, own_capacity, dtype == torch.bfloat16, config.post_norm,
+            config.qk_norm_all_heads, config.rms_norm_eps,
         )  # fmt: skip
         self._layers = (_Layer * config.layers)(
             *(_Layer(*map(_address, (*weights, *text, *own))) for weights, text, own in self._held)
@@ -162,11 +163,14 @@ class NativeStep:
         decoder, anchors, (B, K, _, M) = self._model.decoder, self._anchors, token_BK1M.shape
         decoder.check_positions(anchors.text.shape[1] + self._length + 1)
         x_BMKW = self._model.embed_thoughts(token_BK1M)[:, :, 0].transpose(1, 2).contiguous()
-        position_BMK = (anchors.position_BM + self._length + 1)[..., None].expand(B, M, K)
-        cos, sin = (x.contiguous() for x in decoder.rotation_at(position_BMK, self._dtype))
-        tensors = (self._spans, self._spans_of, x_BMKW, cos, sin)
-        addresses = map(_address, tensors)
-        self._step(ctypes.byref(self._shape), self._layers, *addresses, self._length, torch.get_num_threads())
+        position_BMK = (anchors.position_BM + self._length + 1)[..., None].expand(B, M, K).contiguous()
+        rotations = decoder.rotations_at(position_BMK, self._dtype)
+        cos, sin = (
+            (ctypes.c_void_p * len(rotations))(*(None if pair is None else _address(pair[i]) for pair in rotations))
+            for i in range(2)
+        )
+        addresses = map(_address, (self._spans, self._spans_of, x_BMKW))
+        self._step(ctypes.byref(self._shape), self._layers, *addresses, cos, sin, self._length, torch.get_num_threads())
         self._length += 1
         return decoder.norm(x_BMKW).transpose(1, 2)[:, :, None]
 
@@ -192,11 +196,11 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _weights(block: Block, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def _weights(block: Block | PostNormBlock, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """In the order of the kernel's `Layer`."""
     attention, mlp = block.self_attn, block.mlp
     qkv, gate_up = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-    norms = block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm
+    norms = *block.norms, attention.q_norm, attention.k_norm
 
     def packed(*layers: Linear, alternating: bool = False) -> Tensor:
         def pack(*_: Tensor) -> Tensor:

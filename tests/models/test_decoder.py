@@ -15,11 +15,14 @@ from models.thinking import Delimiters
 from models.thoughts import END, PAD, START, Anchors, Text, Thoughts
 from tests.helpers import explicit_hidden, packed_text, relative_error, tiny_config, tiny_model
 
+LINEAR = dict(rope_scaling={"rope_type": "linear", "factor": 4.0})
 VARIANTS = {
     "llama": {},
     "qwen2": dict(qkv_bias=True, tie_embeddings=True),
     "qwen3": dict(qk_norm=True),
     "every bias": dict(qkv_bias=True, out_bias=True, mlp_bias=True),
+    "olmo3": dict(post_norm=True, qk_norm_all_heads=True, rotary=("plain", "scaled"), **LINEAR),
+    "smollm3": dict(rotary=("scaled", "none")),
 }
 
 

@@ -48,8 +48,9 @@ def wasted(model, text, thoughts: list[tuple[int, int, int]]) -> int:
     return total
 
 
-def test_next_token():
-    model, text = tiny_model(), packed_text([[16], [9, 7]], N)
+@pytest.mark.parametrize("changes", [{}, dict(post_norm=True, qk_norm_all_heads=True, rotary=("none", "plain"))])
+def test_next_token(changes):
+    model, text = tiny_model(**changes), packed_text([[16], [9, 7]], N)
     model.decoder.attention_backend = "reference"
     seen, reported = counted(NextToken(), model, text)
     assert reported + wasted(model, text, []) == seen

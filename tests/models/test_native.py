@@ -22,6 +22,11 @@ SIZES = {
         width=48, ffn_width=64, heads=3, kv_heads=3, head_dim=32,
         qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True,
     ),
+    "norms of OLMo, a layer without rotary": dict(
+        width=48, ffn_width=64, heads=4, kv_heads=2, head_dim=16, layers=3,
+        post_norm=True, qk_norm_all_heads=True, qkv_bias=True, out_bias=True,
+        rotary=("plain", "none", "scaled"), rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
     "one key head for 20": dict(width=16, ffn_width=16, heads=20, kv_heads=1, head_dim=16),
 }  # fmt: skip
 
