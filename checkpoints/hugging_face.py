@@ -1,7 +1,8 @@
 """Import from and export to Hugging Face directories.
 
-The language model is stored as any engine can load it: config.json, model.safetensors, tokenizer. The parts used only
-for thinking (delimiters, mixing head) are stored next to it in thinking.safetensors, described by thinking.json.
+The language model is stored as any engine can load it: config.json, model.safetensors or shards with an index,
+tokenizer, a model card. The parts used only for thinking (delimiters, mixing head) are in a subfolder, thinking/,
+because engines take every safetensors file beside config.json for weights of the language model.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ TOKENIZER_FILES = (
 )
 THINKING_PARTS = ("delimiters", "mixing_head")
 FORMAT = 1  # of thinking.json
+SHARD_BYTES = 5 * 10**9  # of a file of weights, at most, where no tensor alone is larger
+NAMED = 8  # tensors that a message names
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +81,10 @@ def load_decoder(
             tensors[name] = tensor.to(torch.float32, copy=True)
     problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
-        raise CheckpointError(f"the weights in {directory} do not match its config.json: {'; '.join(problems)}")
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise CheckpointError(
+            f"the weights in {directory} do not match its config.json: {'; '.join(problems[:NAMED])}{more}"
+        )
     decoder.load_state_dict(tensors, assign=True)
     decoder.init_rotary()  # which is still on the meta device
     return decoder.requires_grad_()
@@ -112,6 +118,7 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = None) -> ThinkingModel:
     """The model in a directory, with its thinking parts if it has any. Raises CheckpointError."""
     decoder = load_decoder(directory, compute_dtype)
+    directory = _thinking_directory(directory)
     if not (directory / "thinking.json").exists():
         return ThinkingModel(decoder)
     described = read_json(directory / "thinking.json")
@@ -134,12 +141,18 @@ def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = Non
     return model
 
 
+def _thinking_directory(directory: Path) -> Path:
+    """Where the thinking parts of a model would be: in exports of before, beside the language model."""
+    below = directory / "thinking"
+    return below if below.is_dir() else directory
+
+
 def thought_length(directory: Path) -> int | None:
     """Tokens of the thoughts that an exported model was trained with; None where it does not say.
 
     Raises CheckpointError.
     """
-    path = directory / "thinking.json"
+    path = _thinking_directory(directory) / "thinking.json"
     length = read_json(path).get("length") if path.exists() else None
     if length is not None and (type(length) is not int or length < 1):
         raise CheckpointError(f"{path} has length {length!r}, not a number of tokens; export the run again")
@@ -152,13 +165,16 @@ def export(
     tokenizer_directory: Path | None,
     dtype: torch.dtype = torch.float32,
     thought_length: int | None = None,
+    card: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face directory atomically.
 
     Raises CheckpointError if it is not empty or cannot be written, or if weights are not finite.
 
-    The language model is stored in `dtype`, the parts used only for thinking in their own dtype. thought_length: of the
-    thoughts that it was trained with, in tokens.
+    The language model is stored in `dtype`, in files of at most `shard_bytes`, of which one at a time is held in memory
+    beside the model; the parts used only for thinking in their own dtype. thought_length: of the thoughts that it was
+    trained with, in tokens. card: its README.md.
     """
     if isinstance(model, Decoder):
         model = ThinkingModel(model)
@@ -169,7 +185,7 @@ def export(
             "checkpoint"
         )
     try:
-        _export(model, directory, tokenizer_directory, dtype, thought_length)
+        _export(model, directory, tokenizer_directory, dtype, thought_length, card, shard_bytes)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written ({error}); choose another directory to export to"
@@ -182,37 +198,58 @@ def _export(
     tokenizer_directory: Path | None,
     dtype: torch.dtype,
     thought_length: int | None,
+    card: str | None,
+    shard_bytes: int,
 ) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; choose another directory to export to")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    decoder = model.decoder
-    weights = {
-        name if name.startswith("lm_head") else f"model.{name}": tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in decoder.state_dict().items()
-    }
     ids = _token_ids(tokenizer_directory)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         made = Path(scratch) / "export"
         made.mkdir()
-        save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
-        (made / "config.json").write_text(json.dumps(config_to_hf(decoder.config, dtype, **ids), indent=2))
+        _write_weights(model.decoder, made, dtype, shard_bytes)
+        (made / "config.json").write_text(json.dumps(config_to_hf(model.decoder.config, dtype, **ids), indent=2))
         (made / "generation_config.json").write_text(json.dumps(ids, indent=2))
         parts = [part for part in THINKING_PARTS if getattr(model, part) is not None]
         if parts:
             thinking = {
                 n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(THINKING_PARTS)
             }
-            save_file(thinking, made / "thinking.safetensors", metadata={"format": "pt"})
-            (made / "thinking.json").write_text(
+            (made / "thinking").mkdir()
+            save_file(thinking, made / "thinking" / "thinking.safetensors", metadata={"format": "pt"})
+            (made / "thinking" / "thinking.json").write_text(
                 json.dumps({"format": FORMAT, "parts": parts, "length": thought_length}, indent=2)
             )
+        if card is not None:
+            (made / "README.md").write_text(card, encoding="utf-8")
         for name in TOKENIZER_FILES:
             if tokenizer_directory is not None and (tokenizer_directory / name).exists():
                 shutil.copyfile(tokenizer_directory / name, made / name)
         if directory.exists():
             directory.rmdir()
         made.rename(directory)
+
+
+def _write_weights(decoder: Decoder, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """One safetensors file, or shards in the order of the layers and the index that names the shard of each tensor."""
+    tensors = {name if name.startswith("lm_head") else f"model.{name}": t for name, t in decoder.state_dict().items()}
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for name, shard in zip(names, shards, strict=True):
+        held = {tensor: tensors[tensor].detach().to("cpu", dtype).contiguous() for tensor in shard}
+        save_file(held, directory / name, metadata={"format": "pt"})
 
 
 def _token_ids(tokenizer_directory: Path | None) -> dict[str, int]:

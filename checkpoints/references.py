@@ -16,9 +16,10 @@ ACCEPTED = (
 LAB = Path(__file__).parent / "lab"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Weights only as safetensors: nothing that has to be unpickled or executed.
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
-# Subfolders hold other formats; consolidated files duplicate the weights.
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "README.md"]
+# Subfolders hold other formats, except for our own exports' thinking parts; consolidated files duplicate the weights.
 HUB_SKIPPED = ["*/*", "consolidated*"]
+HUB_THINKING = ["thinking/thinking.json", "thinking/thinking.safetensors"]
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:
@@ -64,9 +65,9 @@ def _from_hub(reference: str) -> Path:
 
     name, _, revision = reference.partition("@")
     try:
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)
-        )
+        for files, skipped in ((HUB_THINKING, None), (HUB_FILES, HUB_SKIPPED)):
+            path = snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=skipped)
+        return Path(path)
     except HFValidationError:
         raise CheckpointError(f"no model {reference!r}; give {ACCEPTED}") from None
     except RevisionNotFoundError:

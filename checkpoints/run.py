@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,13 @@ def _write(temporary: Path, tensors: dict[str, dict[str, Tensor]], state: dict[s
         _flush(path)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(groups of tensors on the CPU, state). Raises CheckpointError naming the file that is missing or altered."""
+def load_checkpoint(
+    path: Path, groups: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(groups of tensors on the CPU, all or those named, state).
+
+    Raises CheckpointError naming the file that is missing or altered.
+    """
     problem = _problem(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
@@ -80,7 +86,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     tensors = {
         file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()}
         for file in files
-        if file.suffix == ".safetensors"
+        if file.suffix == ".safetensors" and (groups is None or file.stem in groups)
     }
     return tensors, json.loads((path / STATE).read_text())
 

@@ -23,7 +23,7 @@ from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingEr
 from objectives.base import Needs
 from objectives.template import encode_tag
 from pretrain.evaluation import HeldOut
-from pretrain.opening import compute_dtype, load_reference, longest_sequence
+from pretrain.opening import check_vocabulary, compute_dtype, load_reference, longest_sequence
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
 from pretrain.state import Tensors, model_from_state
 
@@ -205,11 +205,7 @@ def _check_sizes(
     recipe: Recipe, objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: ThinkingModel
 ) -> None:
     config = model.decoder.config
-    if tokenizer.size > config.vocab_size:
-        raise RecipeError(
-            f"the tokenizer of {recipe.model} has {tokenizer.size} tokens, its model only {config.vocab_size} "
-            "embeddings; choose another model"
-        )
+    check_vocabulary(recipe.model, tokenizer, config)
     limit = longest_sequence(config)
     key = max(objectives, key=lambda key: objectives[key].longest_thought)
     thought, length = objectives[key].longest_thought, recipe.data.length

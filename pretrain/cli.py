@@ -76,14 +76,21 @@ def data(
 def export(checkpoint: str, out: str) -> None:
     """Write a run's model as a Hugging Face directory.
 
-    CHECKPOINT is a checkpoint, or a run directory for its newest valid one. The parts that only thinking uses lie
-    beside the plain language model in files of their own.
+    CHECKPOINT is a checkpoint, or a run directory for its newest valid one. Any engine loads the directory as a plain
+    language model; the parts that only thinking uses are in its subfolder thinking/.
     """
     from checkpoints.hugging_face import export as write
+    from pretrain.model_card import model_card
     from pretrain.opening import open_model
 
     opened = open_model(checkpoint)
-    write(opened.model, Path(out), opened.tokenizer_directory, thought_length=opened.thought_length)
+    write(
+        opened.model,
+        Path(out),
+        opened.tokenizer_directory,
+        thought_length=opened.thought_length,
+        card=model_card(opened),
+    )
     print(f"wrote {out}")
 
 

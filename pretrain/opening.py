@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +52,8 @@ def load_reference(reference: str, directory: Path, dtype: torch.dtype | None, s
 class OpenedModel:
     """A model for use after training, with its tokenizer and, from a run, its recipe.
 
-    thought_length: sampled tokens of the thoughts that it was trained with, where that is known.
+    thought_length: sampled tokens of the thoughts that it was trained with, where that is known. state: of the
+    checkpoint, from a run.
     """
 
     model: ThinkingModel
@@ -58,6 +61,7 @@ class OpenedModel:
     tokenizer_directory: Path
     recipe: Recipe | None
     thought_length: int | None
+    state: Mapping[str, Any] | None
 
 
 def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
@@ -68,14 +72,25 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
         directory = RunDirectory(checkpoint.parent.parent)
         if not directory.recipe.exists():
             raise CheckpointError(f"{checkpoint} lies in no run directory (no {directory.recipe}); move it back")
-        model = model_from_state(*load_checkpoint(checkpoint), dtype)
+        tensors, state = load_checkpoint(checkpoint, ("model",))
+        model = model_from_state(tensors, state, dtype)
         tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
         shown = recipe.objective.showing(None, 0.0, 1)
         length = shown.thought_length[1] if shown is not None and shown.thought_length is not None else None
     else:
         tokenizer_directory, recipe = resolve(reference), None
         model = load_reference(reference, tokenizer_directory, dtype)
-        length = thought_length(tokenizer_directory)
+        length, state = thought_length(tokenizer_directory), None
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
+    check_vocabulary(reference, tokenizer, model.decoder.config)
     model.ban(tokenizer.size, tokenizer.control_ids)
-    return OpenedModel(model, tokenizer, tokenizer_directory, recipe, length)
+    return OpenedModel(model, tokenizer, tokenizer_directory, recipe, length, state)
+
+
+def check_vocabulary(reference: str, tokenizer: Tokenizer, config: DecoderConfig) -> None:
+    """Raises CheckpointError for a tokenizer with more tokens than the model; a model may have more, never sampled."""
+    if tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {reference} has {tokenizer.size} tokens, its model only {config.vocab_size} embeddings; "
+            "give a directory in which they belong together"
+        )

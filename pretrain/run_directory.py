@@ -34,7 +34,10 @@ RENAMED = {
     "causal": "counterfactual",
     "causal_minus_own": "counterfactual_minus_own",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# The model's card comes along for its licence.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md"),
+)
 
 
 class RunDirectoryError(RuntimeError):

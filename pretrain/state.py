@@ -77,11 +77,16 @@ def non_finite(tensors: Tensors) -> str | None:
 
 
 def model_from_state(tensors: Tensors, state: Mapping[str, Any], compute_dtype: torch.dtype | None) -> ThinkingModel:
-    """The model of a checkpoint, from the checkpoint alone. Raises CheckpointError where its tensors do not fit."""
-    decoder = Decoder(DecoderConfig(**state["decoder"]), compute_dtype)
+    """The model of a checkpoint, from the checkpoint alone, which it takes its tensors from without a copy.
+
+    Raises CheckpointError where they do not fit.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(**state["decoder"]), compute_dtype)
+    decoder.init_rotary()
     model = ThinkingModel(decoder, delimiters=state["delimiters"], mixing_head=state["mixing_head"])
     _check_fit("model", tensors, model.state_dict(), state)
-    model.load_state_dict(tensors["model"])
+    model.load_state_dict(tensors["model"], assign=True)
     return model
 
 

@@ -47,7 +47,63 @@ def test_thinking_parts_survive(parts, tmp_path):
     again = load_thinking_model(tmp_path / "out")
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
-    assert (tmp_path / "out" / "thinking.json").exists() == any(parts)
+    thinking = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("**/thinking*")}
+    assert thinking == (
+        {"thinking", "thinking/thinking.json", "thinking/thinking.safetensors"} if any(parts) else set()
+    )
+    # Engines take every such file beside config.json for the language model's.
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    # Exports of before had them beside it.
+    for path in (tmp_path / "out").glob("thinking/*"):
+        path.rename(tmp_path / "out" / path.name)
+    if any(parts):
+        (tmp_path / "out" / "thinking").rmdir()
+    again = load_thinking_model(tmp_path / "out")
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_again_has_the_same_bytes(family, dtype, tmp_path):
+    """In one file and in shards, none of which is larger than asked for; transformers reads both alike."""
+    fixed = FAMILIES[family].fixed
+    model, limit = tiny_model(torch.float32, family=family, **fixed), 8_000
+    export(model, tmp_path / "one", None, dtype)
+    export(load_thinking_model(tmp_path / "one"), tmp_path / "shards", None, dtype, shard_bytes=limit)
+    export(load_thinking_model(tmp_path / "shards"), tmp_path / "again", None, dtype)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    shards = {path.name: load_file(path) for path in (tmp_path / "shards").glob("*.safetensors")}
+    assert set(shards) == {f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+    index = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
+    sizes = [sum(t.nbytes for t in tensors.values()) for tensors in shards.values()]
+    assert len(shards) > 2 and max(sizes) <= limit and index["metadata"]["total_size"] == sum(sizes)
+    first, second = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "shards")
+    )
+    assert first.keys() == second.keys() and all(torch.equal(second[name], t) for name, t in first.items())
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    export(tiny_model(torch.float32), tmp_path / "out", None, shard_bytes=8_000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    last = max(listed["weight_map"].values())
+    weight_map = {name: file for name, file in listed["weight_map"].items() if file != last}
+    index.write_text(json.dumps(listed | {"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"do not match its config\.json: missing lm_head\.weight$") as caught:
+        load_decoder(tmp_path / "out")
+    one_line(caught)
+    index.write_text(json.dumps(listed))
+    (tmp_path / "out" / last).unlink()
+    with pytest.raises(CheckpointError, match=f"has no file {last}, which its index lists; fetch the model again"):
+        load_decoder(tmp_path / "out")
+
+
+def test_only_the_first_of_many_tensors_are_named(directory):
+    save_file({"model.norm.weight": torch.ones(24)}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing layers\.0\.mlp\.gate_proj\.weight and \d+ more$"):
+        load_decoder(directory)
 
 
 OLMO = dict(post_norm=True, qk_norm_all_heads=True)
@@ -141,10 +197,10 @@ def test_a_bare_decoder_is_exported_with_its_tokenizer(tiny_directory, tmp_path)
 
 def test_thinking_parts_of_another_format_are_refused(directory):
     description = {"format": 2, "parts": ["delimiters", "mixing_head"]}
-    (directory / "thinking.json").write_text(json.dumps(description))
+    (directory / "thinking" / "thinking.json").write_text(json.dumps(description))
     with pytest.raises(CheckpointError, match=r"thinking\.json has format 2, not 1; export the run again"):
         load_thinking_model(directory)
-    (directory / "thinking.json").write_text(json.dumps({"format": 1, "parts": ["delimiters"]}))
+    (directory / "thinking" / "thinking.json").write_text(json.dumps({"format": 1, "parts": ["delimiters"]}))
     with pytest.raises(CheckpointError, match=r"does not match thinking\.json"):
         load_thinking_model(directory)
 
@@ -402,7 +458,7 @@ def test_a_model_from_a_hub(directory, tmp_path):
             done = load_from_hub(endpoint, reference, tmp_path / "home")
             assert done.stdout.split()[:1] == ["weights"], done.stdout + done.stderr[-3000:]
             assert float(done.stdout.split()[1]) == expected
-        assert {"config.json", "model.safetensors"} <= set(served)
+        assert {"config.json", "model.safetensors", "thinking/thinking.safetensors"} <= set(served)
         assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx/config.json"} & set(served)
         missing = load_from_hub(endpoint, "org/absent", tmp_path / "home").stdout.strip()
         revision = load_from_hub(endpoint, "org/tiny@absent", tmp_path / "home").stdout.strip()

@@ -505,7 +505,11 @@ def test_export_loads_in_transformers_and_thinks_here(tiny_run, run_directory, t
         assert "p without" in shown[0]
         tables.add(shown[0])
     assert len(tables) == 2
-    (tmp_path / "out" / "thinking.json").write_text(
+    # A run goes on from it, with its thinking parts.
+    assert (
+        fit(tiny_run, *QUIET, "--steps", "1", "--model", str(tmp_path / "out"), "--run-dir", str(tmp_path / "on")) == 0
+    )
+    (tmp_path / "out" / "thinking" / "thinking.json").write_text(
         '{"format": 1, "parts": ["delimiters", "mixing_head"], "length": 0}'
     )
     assert main(["sample", str(tmp_path / "out"), "--text", "The reader thinks"]) == 1
