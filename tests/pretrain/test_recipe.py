@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+from importlib import resources
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from checkpoints.references import HUB_ID
 from objectives.next_token import NextTokenConfig
 from objectives.quiet_star import QuietStarConfig
 from objectives.rlp import RlpConfig
@@ -40,6 +45,20 @@ def test_the_papers_run():
     assert (recipe.rows_per_step, recipe.data.length, recipe.steps) == (8, 256, 100)
     optimizer = recipe.optimizer
     assert (optimizer.lr, optimizer.warmup_steps, optimizer.weight_decay, optimizer.clip) == (1e-6, 20, 1e-3, 1.0)
+
+
+def test_the_sweep_over_pretraining_names_checkpoints_of_one_repository():
+    """The revisions to sweep are in the recipe's comment, and a row and its thought fit OLMo 2's 4,096 positions."""
+    recipe = load_recipe("olmo2-1b-rlp")
+    repository, _, revision = recipe.model.partition("@")
+    assert HUB_ID.fullmatch(recipe.model) and recipe.control == NextTokenConfig()
+    text = (resources.files("pretrain") / "recipes" / "olmo2-1b-rlp.yaml").read_text()
+    swept = text.partition("for at in ")[2].partition(";")[0].split()
+    assert f"--model {repository}@$at" in text and revision in swept
+    for name in swept:
+        step, tokens = map(int, re.fullmatch(r"stage1-step(\d+)-tokens(\d+)B", name).groups())
+        assert tokens == math.ceil(step * 512 * 4096 / 1e9)  # a step is 512 rows of 4,096 tokens
+    assert recipe.data.length + recipe.objective.length < 4096 and not recipe.objective.cautions()
 
 
 def test_the_control_differs_in_its_objective_alone():

