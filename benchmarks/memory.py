@@ -4,9 +4,9 @@
 
 Writes that much text (English, each document with words of its own) to a temporary directory: a third as parquet, a
 third as gzipped jsonl, a third as tar files behind a web server. Streams the mixture with two workers, as a run does,
-and samples the memory of the main process and of each worker: resident pages, shared ones divided among those that
-share them (PSS, from Linux's /proc). Prints how much it grows after the first fifth, and writes the samples as JSON,
-with a plot beside them.
+and samples the memory of the main process and of each worker: resident pages (Linux's PSS) but those of files, of which
+a process's share depends on what other programs run. Prints how much it grows after the first fifth, and writes the
+samples as JSON, with a plot beside them.
 
 --tokenizer: a model, such as smollm2-135m, whose tokenizer takes most of the time. By default every line is a token.
 """
@@ -109,9 +109,10 @@ def line_tokenizer() -> Tokenizer:
 
 
 def pss(pid: int) -> int:
-    """Bytes of a process's resident memory, shared pages divided by how many processes share them."""
+    """Bytes of a process's resident memory without pages of files, of which its share depends on other programs; pages
+    that processes share are divided among them."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def read(folder: Path, url: str, size: int, tokenizer: Tokenizer, sample: int = SAMPLE) -> list[dict[str, Any]]:
@@ -168,11 +169,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
         title=f"Parquet, jsonl.gz and tars over http; {WORKERS} workers; tokenizer: {found['tokenizer']}\n"
         f"after the first fifth: {slope:+.2f} MiB per GB of text",
         xlabel="text read, GB",
-        ylabel="memory (PSS), MiB",
+        ylabel="memory (anonymous and shared, PSS), MiB",
     )
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=130)
 
 
