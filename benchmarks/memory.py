@@ -14,6 +14,7 @@ samples as JSON, with a plot beside them.
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import itertools
 import json
@@ -129,6 +130,8 @@ def read(folder: Path, url: str, size: int, tokenizer: Tokenizer, sample: int = 
     started = time.perf_counter()
     for batch in module.batches(0, 1):
         module.on_after_batch_transfer(batch, 0)
+        if not found:
+            gc.collect()  # one will write to every object sooner or later, which unshares the pages that workers have
         counts = module.counts()
         done = sum(count for name, count in counts.items() if name.endswith("/bytes"))
         if done >= len(found) * sample or done >= size:

@@ -8,8 +8,8 @@ workers and with two. litdata reads what it has tokenised before, which takes th
 Libraries that are not installed are left out: `pip install litdata torchdata` (torchdata holds the state of the workers
 that read `datasets`; webdataset has no state, and reads again what it has to skip).
 
-    tokens/s   from the first batch to the last
-    start      seconds from the imports to the first batch, in a new process; nothing is cached
+    tokens/s   of an epoch, from the imports to the last batch, in a new process; nothing is cached
+    start      seconds until the first batch
     resume     the same from the state behind the middle batch
     exactly    whether a new process with that state reads, batch by batch, what the one that saved it read next
     lost       documents that the interrupted epoch lacks; repeated: that it has twice
@@ -244,7 +244,6 @@ def tokenizer_alone(folder: Path, directory: str, workers: int, state: Any) -> R
     texts = [json.loads(line)["text"] for path in sorted((folder / "jsonl").iterdir()) for line in path.open()]
 
     def batches() -> Iterator[Tensor]:
-        yield torch.empty(0)  # what comes before the first batch is not timed
         for first in range(0, len(texts), AT_ONCE):
             encoded = tokenizer_at(directory)._tokenizer.encode_batch_fast(
                 texts[first : first + AT_ONCE], add_special_tokens=False
@@ -300,10 +299,11 @@ class Job:
 
 
 def read(job: Job) -> dict[str, Any]:
-    """Seconds to the first batch (start) and from there to the last one, tokens read in these, and, for `marks`, sha256
-    and documents' marks of each batch."""
+    """Seconds to the first batch (start) and to the last one, tokens read, and, for `marks`, each batch's sha256 and
+    the documents' marks in it."""
     for module in modules(job.reader):
         importlib.import_module(module)
+    tokenizer_at(job.tokenizer)
     found: dict[str, Any] = {"tokens": 0, "digests": [], "marks": []}
     started = time.perf_counter()
     state = None if job.state is None else pickle.loads(Path(job.state).read_bytes())
@@ -311,14 +311,13 @@ def read(job: Job) -> dict[str, Any]:
     for n, batch in enumerate(itertools.islice(batches, job.limit), 1):
         if n == 1:
             found["start"] = time.perf_counter() - started
-        else:
-            found["tokens"] += batch.numel()
+        found["tokens"] += batch.numel()
         if job.marks:
             found["digests"].append(hashlib.sha256(batch.to(torch.int64).numpy().tobytes()).hexdigest())
             found["marks"].append(marks(batch, tokenizer_at(job.tokenizer)))
         if n == job.save_at and job.save is not None:
             Path(job.save).write_bytes(pickle.dumps(state_now()))
-    return found | {"seconds": time.perf_counter() - started - found.get("start", 0.0)}
+    return found | {"seconds": time.perf_counter() - started}
 
 
 def in_new_process(job: Job) -> dict[str, Any]:
