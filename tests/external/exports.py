@@ -21,8 +21,9 @@ from checkpoints.references import LAB
 from models import Decoder, DecoderConfig, Text, ThinkingModel
 from pretrain.cli import main
 
-# Heads of 32, the smallest that vLLM has on CPUs; a few embeddings more than the tokenizer has tokens.
-SIZES = dict(vocab_size=64, width=64, ffn_width=96, layers=4, heads=4, kv_heads=2, head_dim=32, max_positions=512)
+# Heads of 32, the smallest that vLLM has on CPUs, and width / heads, which it takes Qwen2's to be; a few embeddings
+# more than the tokenizer has tokens.
+SIZES = dict(vocab_size=64, width=128, ffn_width=192, layers=4, heads=4, kv_heads=2, head_dim=32, max_positions=512)
 ROTARY = {"olmo3": ("plain", "plain", "plain", "scaled"), "smollm3": ("scaled", "scaled", "scaled", "none")}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 RECIPES = {"quiet_star": "lab-quiet-star", "rlp": "quickstart", "rpt": "lab-rpt"}
