@@ -306,6 +306,7 @@ def read(job: Job) -> dict[str, Any]:
     tokenizer_at(job.tokenizer)
     found: dict[str, Any] = {"tokens": 0, "digests": [], "marks": []}
     started = time.perf_counter()
+    # Pickled, since libraries' states hold what JSON does not; only this script writes and reads them.
     state = None if job.state is None else pickle.loads(Path(job.state).read_bytes())
     batches, state_now = READERS[job.reader](Path(job.folder), job.tokenizer, job.workers, state)
     for n, batch in enumerate(itertools.islice(batches, job.limit), 1):

@@ -126,6 +126,24 @@ def test_the_same_rows_from_every_place(tmp_path, monkeypatch, name, compression
             assert not any(row.notes for row in found)
 
 
+@pytest.mark.parametrize(("name", "compression"), KINDS)
+def test_each_row_is_of_one_stripe(tmp_path, name, compression):
+    """Broken ones too, and from the place behind any other; rows of other stripes are not parsed."""
+    damaged = bytearray(CONTENT[name])
+    for at in range(3000, len(damaged) - 3000, 9000):
+        damaged[at : at + 600] = b"#" * 600
+    (tmp_path / "x").write_bytes(COMPRESSIONS[compression](bytes(damaged)))
+    where = shard(tmp_path / "x", name, compression)
+    for block in blocks(where, 5, lambda error: None):
+        whole = list(read(where, block, SKIP))
+        stripes = [replace(block, stripe=stripe, stripes=3) for stripe in range(3)]
+        parts = [list(read(where, stripe, SKIP)) for stripe in stripes]
+        assert [part for n in range(len(whole)) for part in parts[n % 3][n // 3 : n // 3 + 1]] == whole
+        for stripe, part in zip(stripes, parts, strict=True):
+            for n in range(0, len(part), 10):
+                assert list(read(where, stripe, SKIP, part[n][1])) == part[n + 1 :]
+
+
 def test_parquet_and_jsonl_have_many_blocks_found_without_reading_rows(tmp_path):
     (tmp_path / "x.parquet").write_bytes(CONTENT["parquet"])
     sizes = [30] * 6 + [20]
