@@ -226,6 +226,11 @@ def _export(
         for name in TOKENIZER_FILES:
             if tokenizer_directory is not None and (tokenizer_directory / name).exists():
                 shutil.copyfile(tokenizer_directory / name, made / name)
+        if (made / "tokenizer_config.json").exists():
+            # Without it, a tokenizer of no family's class gives token_type_ids, which no decoder takes.
+            inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+            settings = inputs | read_json(made / "tokenizer_config.json")
+            (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
         if directory.exists():
             directory.rmdir()
         made.rename(directory)

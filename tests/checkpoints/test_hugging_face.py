@@ -183,6 +183,13 @@ def test_absent_keys_mean_what_transformers_takes_for_them():
         assert config.tie_embeddings == theirs.tie_word_embeddings
 
 
+def test_a_tokenizer_gives_what_the_model_takes(tiny_directory):
+    given = transformers.AutoTokenizer.from_pretrained(tiny_directory)("to be", return_tensors="pt")
+    transformers.AutoModelForCausalLM.from_pretrained(tiny_directory).generate(**given, max_new_tokens=1)
+    settings = json.loads((tiny_directory / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # by itself, transformers 4 adds another
+
+
 def test_a_bare_decoder_is_exported_with_its_tokenizer(tiny_directory, tmp_path):
     export(load_decoder(tiny_directory), tmp_path / "out", tiny_directory, torch.bfloat16)
     tokenizer, original = (

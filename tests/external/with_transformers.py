@@ -39,6 +39,7 @@ def check(directory: Path) -> str:
     assert theta(model.config) == (10000.0 if runs else 5000.0), theta(model.config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     assert tokenizer.decode(tokenizer("3+5=8")["input_ids"]) == "3+5=8"
+    model.generate(**tokenizer("3+5=", return_tensors="pt"), max_new_tokens=2)  # it takes whatever the tokenizer gives
     return f"logits differ by {error:.1e}"
 
 
