@@ -54,11 +54,14 @@ FAMILIES = {
         biases=("attention_bias", "mlp_bias"),
     ),
 }
+THINKING = "forethought"  # model_type of a thinking export, whose language model is described by base_config
 FULL, SLIDING = "full_attention", "sliding_attention"  # values of layer_types
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """The config of the decoder that a config.json of transformers 4 or 5 describes. Raises CheckpointError."""
+    if hf.get("model_type") == THINKING:
+        hf = hf.get("base_config") or {}
     name = hf.get("model_type")
     if name not in FAMILIES:
         raise CheckpointError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")

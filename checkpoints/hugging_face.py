@@ -3,6 +3,9 @@
 The language model is stored as any engine can load it: config.json, model.safetensors or shards with an index,
 tokenizer, a model card. The parts used only for thinking (delimiters, mixing head) are in a subfolder, thinking/,
 because engines take every safetensors file beside config.json for weights of the language model.
+
+A thinking export is one that transformers alone can think with: all weights in one set of files, and beside them the
+modelling files of checkpoints/modeling/, which its config.json names. Reading it executes none of them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.families import config_from_hf, config_to_hf
+from checkpoints.families import THINKING, config_from_hf, config_to_hf
 from checkpoints.references import resolve
 from models.decoder import Decoder
-from models.thinking import ThinkingModel
+from models.thinking import ThinkingModel, TrainedThinking
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -31,6 +34,11 @@ TOKENIZER_FILES = (
 )
 THINKING_PARTS = ("delimiters", "mixing_head")
 FORMAT = 1  # of thinking.json
+MODELING = Path(__file__).parent / "modeling"
+AUTO_MAP = {
+    "AutoConfig": "configuration_forethought.ForethoughtConfig",
+    "AutoModelForCausalLM": "modeling_forethought.ForethoughtForCausalLM",
+}
 SHARD_BYTES = 5 * 10**9  # of a file of weights, at most, where no tensor alone is larger
 NAMED = 8  # tensors that a message names
 
@@ -68,7 +76,9 @@ def load_decoder(
     tensors: dict[str, Tensor] = {}
     problems, found = [], set()
     for name, tensor in _tensors(directory):
-        name = name.removeprefix("model.")
+        if name.startswith(THINKING_PARTS):
+            continue
+        name = name.removeprefix("base.").removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
             continue
         found.add(name)
@@ -118,45 +128,71 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = None) -> ThinkingModel:
     """The model in a directory, with its thinking parts if it has any. Raises CheckpointError."""
     decoder = load_decoder(directory, compute_dtype)
-    directory = _thinking_directory(directory)
-    if not (directory / "thinking.json").exists():
-        return ThinkingModel(decoder)
-    described = read_json(directory / "thinking.json")
-    if described.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{directory}/thinking.json has format {described.get('format')!r}, not {FORMAT}; export the run again"
-        )
+    described = _description(directory)
     parts = described.get("parts", [])
     model = ThinkingModel(decoder, **{part: part in parts for part in THINKING_PARTS})
-    try:
-        with safe_open(directory / "thinking.safetensors", "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"{directory}/thinking.safetensors cannot be read ({error}); export again") from None
+    model.banned_V[described.get("banned_ids", [])] = True
+    if not parts:
+        return model
+    tensors = {name: t.to(torch.float32, copy=True) for name, t in _thinking_tensors(directory)}
     wanted = {n: p.shape for n, p in model.named_parameters() if n.startswith(THINKING_PARTS)}
     found = {n: t.shape for n, t in tensors.items()}
     if wanted != found:
-        raise CheckpointError(f"{directory}/thinking.safetensors does not match thinking.json; export again")
+        raise CheckpointError(
+            f"the parts for thinking in {directory} do not match its description of them; export again"
+        )
     model.load_state_dict(tensors, strict=False)
     return model
 
 
+def trained_thinking(directory: Path) -> TrainedThinking | None:
+    """How an exported model was trained to think; None where it was not, or does not say. Raises CheckpointError."""
+    described = _description(directory)
+    # Exports of before say no more than the length.
+    think: Any = described.get("think") or ("every-token" if "mixing_head" in described.get("parts", []) else "off")
+    if think == "off":
+        return None
+    length = described.get("length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise CheckpointError(
+            f"{directory} has a thought length of {length!r}, not a number of tokens; export the run again"
+        )
+    return TrainedThinking(think, length, tuple(described.get("open_ids", ())), tuple(described.get("close_ids", ())))
+
+
+def _description(directory: Path) -> Mapping[str, Any]:
+    """What an export says about thinking, in the words of thinking.json; empty if nothing. Raises CheckpointError."""
+    hf = read_json(directory / "config.json")
+    if hf.get("model_type") == THINKING:
+        parts = THINKING_PARTS if hf.get("think") == "every-token" else ()
+        return hf | {"parts": parts, "length": hf.get("thought_length")}
+    path = _thinking_directory(directory) / "thinking.json"
+    if not path.exists():
+        return {}
+    described = read_json(path)
+    if described.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {described.get('format')!r}, not {FORMAT}; export the run again")
+    return described
+
+
+def _thinking_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the parts used only for thinking."""
+    if read_json(directory / "config.json").get("model_type") == THINKING:
+        yield from ((name, t) for name, t in _tensors(directory) if name.startswith(THINKING_PARTS))
+        return
+    path = _thinking_directory(directory) / "thinking.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); export again") from None
+
+
 def _thinking_directory(directory: Path) -> Path:
-    """Where the thinking parts of a model would be: in exports of before, beside the language model."""
+    """Where the thinking parts of a plain export would be: in exports of before, beside the language model."""
     below = directory / "thinking"
     return below if below.is_dir() else directory
-
-
-def thought_length(directory: Path) -> int | None:
-    """Tokens of the thoughts that an exported model was trained with; None where it does not say.
-
-    Raises CheckpointError.
-    """
-    path = _thinking_directory(directory) / "thinking.json"
-    length = read_json(path).get("length") if path.exists() else None
-    if length is not None and (type(length) is not int or length < 1):
-        raise CheckpointError(f"{path} has length {length!r}, not a number of tokens; export the run again")
-    return length
 
 
 def export(
@@ -164,17 +200,19 @@ def export(
     directory: Path,
     tokenizer_directory: Path | None,
     dtype: torch.dtype = torch.float32,
-    thought_length: int | None = None,
+    trained: TrainedThinking | None = None,
     card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    thinking: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory atomically.
+    """Writes a Hugging Face directory atomically: a plain language model, or with `thinking` a thinking export.
 
-    Raises CheckpointError if it is not empty or cannot be written, or if weights are not finite.
+    Raises CheckpointError if it is not empty or cannot be written, if weights are not finite, or, with `thinking`, for a
+    model that was not trained to think.
 
     The language model is stored in `dtype`, in files of at most `shard_bytes`, of which one at a time is held in memory
-    beside the model; the parts used only for thinking in their own dtype. thought_length: of the thoughts that it was
-    trained with, in tokens. card: its README.md.
+    beside the model; the parts used only for thinking in their own dtype. trained: how the model was trained to think.
+    card: its README.md.
     """
     if isinstance(model, Decoder):
         model = ThinkingModel(model)
@@ -184,8 +222,12 @@ def export(
             f"weights are not finite ({broken[0]} and {len(broken) - 1} more), so nothing is written; export an older "
             "checkpoint"
         )
+    if thinking and (trained is None or (trained.think == "every-token" and model.mixing_head is None)):
+        raise CheckpointError(
+            "the model was not trained to think, so there is nothing to think with; leave --thinking out"
+        )
     try:
-        _export(model, directory, tokenizer_directory, dtype, thought_length, card, shard_bytes)
+        _export(model, directory, tokenizer_directory, dtype, trained, card, shard_bytes, thinking)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written ({error}); choose another directory to export to"
@@ -197,9 +239,10 @@ def _export(
     directory: Path,
     tokenizer_directory: Path | None,
     dtype: torch.dtype,
-    thought_length: int | None,
+    trained: TrainedThinking | None,
     card: str | None,
     shard_bytes: int,
+    thinking: bool,
 ) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; choose another directory to export to")
@@ -208,19 +251,23 @@ def _export(
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         made = Path(scratch) / "export"
         made.mkdir()
-        _write_weights(model.decoder, made, dtype, shard_bytes)
-        (made / "config.json").write_text(json.dumps(config_to_hf(model.decoder.config, dtype, **ids), indent=2))
-        (made / "generation_config.json").write_text(json.dumps(ids, indent=2))
-        parts = [part for part in THINKING_PARTS if getattr(model, part) is not None]
-        if parts:
-            thinking = {
-                n: t.detach().cpu().contiguous() for n, t in model.state_dict().items() if n.startswith(THINKING_PARTS)
-            }
+        config = config_to_hf(model.decoder.config, dtype, **ids)
+        tensors, parts = language_model_tensors(model.decoder), thinking_tensors(model)
+        if thinking:
+            assert trained is not None
+            config = thinking_config(model, trained, config)
+            tensors = {f"base.{name}": tensor for name, tensor in tensors.items()} | parts
+            for path in MODELING.glob("*_forethought.py"):
+                shutil.copyfile(path, made / path.name)
+        elif parts or trained is not None:
             (made / "thinking").mkdir()
-            save_file(thinking, made / "thinking" / "thinking.safetensors", metadata={"format": "pt"})
-            (made / "thinking" / "thinking.json").write_text(
-                json.dumps({"format": FORMAT, "parts": parts, "length": thought_length}, indent=2)
-            )
+            (made / "thinking" / "thinking.json").write_text(json.dumps(_thinking_json(model, trained), indent=2))
+            if parts:
+                held = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
+                save_file(held, made / "thinking" / "thinking.safetensors", metadata={"format": "pt"})
+        _write_weights(tensors, made, dtype, shard_bytes)
+        (made / "config.json").write_text(json.dumps(config, indent=2))
+        (made / "generation_config.json").write_text(json.dumps(ids, indent=2))
         if card is not None:
             (made / "README.md").write_text(card, encoding="utf-8")
         for name in TOKENIZER_FILES:
@@ -236,10 +283,56 @@ def _export(
         made.rename(directory)
 
 
-def _write_weights(decoder: Decoder, directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def language_model_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's weights by the names that transformers has for them."""
+    return {name if name.startswith("lm_head") else f"model.{name}": t for name, t in decoder.state_dict().items()}
+
+
+def thinking_tensors(model: ThinkingModel) -> dict[str, Tensor]:
+    """The weights used only for thinking."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(THINKING_PARTS)}
+
+
+def _thinking_json(model: ThinkingModel, trained: TrainedThinking | None) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "format": FORMAT,
+        "parts": [part for part in THINKING_PARTS if getattr(model, part) is not None],
+    }
+    if trained is not None:
+        described |= {
+            "think": trained.think,
+            "length": trained.length,
+            "open_ids": trained.open_ids,
+            "close_ids": trained.close_ids,
+            "banned_ids": model.banned_V.nonzero().flatten().tolist(),
+        }
+    return described
+
+
+def thinking_config(model: ThinkingModel, trained: TrainedThinking | None, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a thinking export, where that of the `plain` one is this."""
+    shared = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    described = _thinking_json(model, trained)
+    return {
+        "architectures": ["ForethoughtForCausalLM"],
+        "model_type": THINKING,
+        "auto_map": AUTO_MAP,
+        # transformers 4 would build it in its own dtype, whatever the one it is asked for.
+        "base_config": {key: value for key, value in plain.items() if key not in ("torch_dtype", "dtype")},
+        "think": described.get("think", "off"),
+        "thought_length": described.get("length"),
+        **{key: described.get(key, []) for key in ("open_ids", "close_ids", "banned_ids")},
+        **{key: plain[key] for key in shared},
+    }
+
+
+def _write_weights(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """One safetensors file, or shards in the order of the layers and the index that names the shard of each tensor."""
-    tensors = {name if name.startswith("lm_head") else f"model.{name}": t for name, t in decoder.state_dict().items()}
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+
+    def dtype_of(name: str) -> torch.dtype:
+        return tensors[name].dtype if name.startswith(THINKING_PARTS) else dtype
+
+    sizes = {name: tensor.numel() * dtype_of(name).itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
@@ -253,7 +346,7 @@ def _write_weights(decoder: Decoder, directory: Path, dtype: torch.dtype, shard_
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     for name, shard in zip(names, shards, strict=True):
-        held = {tensor: tensors[tensor].detach().to("cpu", dtype).contiguous() for tensor in shard}
+        held = {tensor: tensors[tensor].detach().to("cpu", dtype_of(tensor)).contiguous() for tensor in shard}
         save_file(held, directory / name, metadata={"format": "pt"})
 
 

@@ -6,6 +6,8 @@ Shapes: B rows, N text positions, M anchors, K thoughts, S tokens of a thought, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,21 @@ class MixingHead(nn.Module):
         first = (self.from_text(text_W) + self.from_thought(thought_W)).relu()
         second = self.hidden(first).relu()
         return self.out(second.to(self.out.weight.dtype))[..., 0]
+
+
+@dataclass(frozen=True)
+class TrainedThinking:
+    """How a model was trained to think, for its use elsewhere.
+
+    think: a thought behind every token, or one before an answer. length: sampled tokens of a thought (before an answer
+    at most so many), None where that is not known. open_ids, close_ids: tokens that open and close a thought, where
+    they are in the vocabulary.
+    """
+
+    think: Literal["every-token", "before-answer"]
+    length: int | None
+    open_ids: tuple[int, ...] = ()
+    close_ids: tuple[int, ...] = ()
 
 
 class ThinkingModel(nn.Module):

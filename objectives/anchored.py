@@ -18,7 +18,7 @@ from models.decoder import TextState
 from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
 from models.rollout import EAGER, Engine, Prediction, Rollout, RolloutRequest
-from models.thinking import ThinkingModel
+from models.thinking import ThinkingModel, TrainedThinking
 from models.thoughts import Anchors, Text, Thoughts
 from objectives.anchors import AnchorChoice, same_number_of_chunks
 from objectives.base import (
@@ -141,6 +141,10 @@ class Anchored(Objective):
     @property
     def updates(self) -> int:
         return self.config.updates
+
+    @property
+    def thinking(self) -> TrainedThinking:
+        return TrainedThinking("before-answer", self.config.length, self.template.open, self.template.close)
 
     @property
     def anchors_at_once(self) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from models.decoder import TextState
 from models.philox import Rng
 from models.rollout import EAGER, Engine
-from models.thinking import ThinkingModel
+from models.thinking import ThinkingModel, TrainedThinking
 from models.thoughts import Anchors, Text, Thoughts
 from objectives.counterfactuals import Bodies
 from objectives.metrics import METRICS, Means, Metric
@@ -270,6 +270,11 @@ class Objective(ABC):
     def longest_thought(self) -> int:
         """Positions that a thought can take behind its anchor."""
         return 0
+
+    @property
+    def thinking(self) -> TrainedThinking | None:
+        """How a model that was trained by it thinks when it is used; None for one that does not."""
+        return None
 
     @property
     def updates(self) -> int:

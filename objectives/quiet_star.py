@@ -22,7 +22,7 @@ from models.decoder import TextState
 from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
 from models.rollout import EAGER, Engine, RolloutRequest
-from models.thinking import ThinkingModel
+from models.thinking import ThinkingModel, TrainedThinking
 from models.thoughts import END, START, Anchors, Text, Thoughts
 from objectives.anchored import last_hidden
 from objectives.base import (
@@ -140,6 +140,10 @@ class QuietStar(Objective):
     @property
     def longest_thought(self) -> int:
         return self.config.L + 1 + self.config.A
+
+    @property
+    def thinking(self) -> TrainedThinking:
+        return TrainedThinking("every-token", self.config.L)
 
     @property
     def anchors_at_once(self) -> int | None:

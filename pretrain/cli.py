@@ -73,11 +73,12 @@ def data(
         showing.print_data(loaded, steps, from_step, workers, rows)
 
 
-def export(checkpoint: str, out: str) -> None:
+def export(checkpoint: str, out: str, thinking: bool) -> None:
     """Write a run's model as a Hugging Face directory.
 
     CHECKPOINT is a checkpoint, or a run directory for its newest valid one. Any engine loads the directory as a plain
-    language model; the parts that only thinking uses are in its subfolder thinking/.
+    language model; the parts that only thinking uses are in its subfolder thinking/. With --thinking it brings the code
+    by which transformers (trust_remote_code=True) thinks in generate().
     """
     from checkpoints.hugging_face import export as write
     from pretrain.model_card import model_card
@@ -88,8 +89,9 @@ def export(checkpoint: str, out: str) -> None:
         opened.model,
         Path(out),
         opened.tokenizer_directory,
-        thought_length=opened.thought_length,
+        trained=opened.thinking,
         card=model_card(opened),
+        thinking=thinking,
     )
     print(f"wrote {out}")
 
@@ -150,6 +152,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     exporting.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty")
+    exporting.add_argument("--thinking", action="store_true", help="with the code by which transformers thinks")
 
     sampling = command(sample)
     sampling.add_argument("model", metavar="MODEL", help="run directory, checkpoint, or exported thinking model")

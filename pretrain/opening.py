@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from checkpoints.errors import CheckpointError
-from checkpoints.hugging_face import load_decoder, load_thinking_model, thought_length
+from checkpoints.hugging_face import load_decoder, load_thinking_model, trained_thinking
 from checkpoints.references import resolve
 from checkpoints.run import find_checkpoint, load_checkpoint
 from data_pipelines import Tokenizer
 from models.decoder import DecoderConfig
-from models.thinking import ThinkingModel
+from models.thinking import ThinkingModel, TrainedThinking
+from objectives import find_objective
 from pretrain.recipe import Recipe
 from pretrain.run_directory import RunDirectory
 from pretrain.state import model_from_state
@@ -52,16 +53,20 @@ def load_reference(reference: str, directory: Path, dtype: torch.dtype | None, s
 class OpenedModel:
     """A model for use after training, with its tokenizer and, from a run, its recipe.
 
-    thought_length: sampled tokens of the thoughts that it was trained with, where that is known. state: of the
-    checkpoint, from a run.
+    thinking: how it was trained to think, where it was and that is known. state: of the checkpoint, from a run.
     """
 
     model: ThinkingModel
     tokenizer: Tokenizer
     tokenizer_directory: Path
     recipe: Recipe | None
-    thought_length: int | None
+    thinking: TrainedThinking | None
     state: Mapping[str, Any] | None
+
+    @property
+    def thought_length(self) -> int | None:
+        """Sampled tokens of the thoughts that it was trained with."""
+        return None if self.thinking is None else self.thinking.length
 
 
 def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
@@ -75,16 +80,18 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
         tensors, state = load_checkpoint(checkpoint, ("model",))
         model = model_from_state(tensors, state, dtype)
         tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
-        shown = recipe.objective.showing(None, 0.0, 1)
-        length = shown.thought_length[1] if shown is not None and shown.thought_length is not None else None
     else:
         tokenizer_directory, recipe = resolve(reference), None
         model = load_reference(reference, tokenizer_directory, dtype)
-        length, state = thought_length(tokenizer_directory), None
+        state = None
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     check_vocabulary(reference, tokenizer, model.decoder.config)
     model.ban(tokenizer.size, tokenizer.control_ids)
-    return OpenedModel(model, tokenizer, tokenizer_directory, recipe, length, state)
+    if recipe is None:
+        thinking = trained_thinking(tokenizer_directory)
+    else:
+        thinking = find_objective(recipe.objective.name).build(recipe.objective, tokenizer).thinking
+    return OpenedModel(model, tokenizer, tokenizer_directory, recipe, thinking, state)
 
 
 def check_vocabulary(reference: str, tokenizer: Tokenizer, config: DecoderConfig) -> None:
