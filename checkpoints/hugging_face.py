@@ -207,8 +207,8 @@ def export(
 ) -> None:
     """Writes a Hugging Face directory atomically: a plain language model, or with `thinking` a thinking export.
 
-    Raises CheckpointError if it is not empty or cannot be written, if weights are not finite, or, with `thinking`, for a
-    model that was not trained to think.
+    Raises CheckpointError if it is not empty or cannot be written, if weights are not finite, or if `thinking` is asked
+    of a model that was not trained to think.
 
     The language model is stored in `dtype`, in files of at most `shard_bytes`, of which one at a time is held in memory
     beside the model; the parts used only for thinking in their own dtype. trained: how the model was trained to think.

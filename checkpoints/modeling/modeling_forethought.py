@@ -403,47 +403,57 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         """
         mode = self._mode(think)
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        settings: dict[str, Any] = dict(thought_temperature=thought_temperature, generator=generator)
         if return_thoughts:
             kwargs["return_dict_in_generate"] = True
-
-        def asked(name: str, default: Any = None) -> Any:
-            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
-            return default if value is None else value
-
-        beams = asked("num_beams", 1) > 1
-        if mode == EVERY_TOKEN:
-            if return_thoughts and beams:
-                raise ValueError("beams exchange their texts, so their thoughts cannot be returned; use num_beams=1")
-            log: list[Tensor] = []
-            output = super().generate(
-                inputs,
-                generation_config,
-                think=mode,
-                thought_length=self._thought_length(thought_length),
-                thought_log=log,
-                **settings,
-                **kwargs,
-            )
-            if return_thoughts:
-                new = output.sequences.shape[1] - (0 if inputs is None else inputs.shape[1])
-                output["thoughts"] = torch.stack(log[:new], dim=1)
-            return output
         if mode == OFF:
             return super().generate(inputs, generation_config, think=mode, **kwargs)
+        if mode == BEFORE_ANSWER:
+            if inputs is None:
+                raise ValueError("there is nothing to think about; give input_ids")
+            return self._answer(inputs, generation_config, thought_length, thought_temperature, generator, **kwargs)
+        if return_thoughts and self._asked("num_beams", 1, generation_config, kwargs) > 1:
+            raise ValueError("beams exchange their texts, so their thoughts cannot be returned; use num_beams=1")
+        log: list[Tensor] = []
+        output = super().generate(
+            inputs,
+            generation_config,
+            think=mode,
+            thought_length=self._thought_length(thought_length),
+            thought_temperature=thought_temperature,
+            generator=generator,
+            thought_log=log,
+            **kwargs,
+        )
+        if return_thoughts:
+            # On a GPU transformers may look ahead of the end.
+            output["thoughts"] = torch.stack(log, dim=1)[:, : output.sequences.shape[1] - inputs.shape[1]]
+        return output
 
-        mask = kwargs.pop("attention_mask", None)
+    def _answer(
+        self,
+        inputs: Tensor,
+        generation_config: Any,
+        thought_length: int | None,
+        temperature: float,
+        generator: torch.Generator | None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Prompts and answers, from the cache of the thoughts between them, which are cut out."""
+        beams = self._asked("num_beams", 1, generation_config, kwargs) > 1
         if not beams:  # of several answers to a prompt, each has its own thought
-            several = asked("num_return_sequences", 1)
-            inputs, mask = (None if x is None else x.repeat_interleave(several, dim=0) for x in (inputs, mask))
+            several = self._asked("num_return_sequences", 1, generation_config, kwargs)
+            inputs = inputs.repeat_interleave(several, dim=0)
+            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(several, dim=0)
             kwargs["num_return_sequences"] = 1
-        ids_BT, mask_BT, cache, thoughts_BL = self.think_first(inputs, mask, thought_length, **settings)
-        added = ids_BT.shape[1] - inputs.shape[1]
+        ids_BT, mask_BT, cache, thoughts_BL = self.think_first(
+            inputs, attention_mask, thought_length, temperature, generator
+        )
         for name in ("max_length", "min_length"):
             given = kwargs.get(name, getattr(generation_config, name, None))
             if given:
-                kwargs[name] = given + added
-        if not beams and asked("use_cache", True):
+                kwargs[name] = given + ids_BT.shape[1] - inputs.shape[1]
+        if not beams and self._asked("use_cache", True, generation_config, kwargs):
             kwargs["past_key_values"] = cache
         output = super().generate(ids_BT, generation_config, attention_mask=mask_BT, think=OFF, **kwargs)
         answer = output if isinstance(output, Tensor) else output.sequences
@@ -451,10 +461,13 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         sequences = torch.cat([prompt, answer[:, ids_BT.shape[1] :]], dim=1)
         if isinstance(output, Tensor):
             return sequences
-        output["sequences"] = sequences
-        if return_thoughts:
-            output["thoughts"] = thoughts_BL[:, None]
+        output["sequences"], output["thoughts"] = sequences, thoughts_BL[:, None]
         return output
+
+    def _asked(self, name: str, default: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """A setting of generate, from wherever it was given."""
+        value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+        return default if value is None else value
 
     def prepare_inputs_for_generation(
         self,
