@@ -74,7 +74,7 @@ class Settings:
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
     memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=2))
     curve_model: DecoderConfig = CURVE_26M
-    data: Mapping[str, int] = field(default_factory=lambda: dict(documents=2400, length=1024, rows=8))
+    data: Mapping[str, int] = field(default_factory=lambda: dict(documents=4800, length=1024, rows=8))
     data_steps: Mapping[str, int] = field(default_factory=lambda: dict(documents=160, length=256, rows=2, steps=12))
     curves: Sequence[Curve] = ()
 

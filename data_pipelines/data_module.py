@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import signal
 from collections import Counter
@@ -24,6 +23,7 @@ from data_pipelines.stream import READ, StreamText
 Batch = dict[str, Any]
 # Tokens that a worker may be ahead: lanes are encoded in bursts, and while one worker has one, the others must go on.
 PREFETCHED = 2**17
+MESSAGE = 2**15  # tokens that a worker sends at once, because a message costs the training process as much as ten rows
 
 
 def _start_worker(worker: int) -> None:
@@ -74,13 +74,19 @@ class _Lanes(IterableDataset[list[NumberedRow] | str]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         first = self.start + self.rank + worker * self.world
-        rows = self.text.stream(first, self.world * workers, self.states, self.stop)
+        found: list[NumberedRow] = []
         try:
-            while found := list(itertools.islice(rows, self.at_once)):
-                yield found
+            for row in self.text.stream(first, self.world * workers, self.states, self.stop):
+                found.append(row)
+                if len(found) == self.at_once:
+                    yield found
+                    found = []
         except DataError as error:
+            yield found
             # As a value: a loader would wrap an exception in its trace.
             yield str(error)
+        else:
+            yield found
 
 
 class Position:
@@ -91,16 +97,23 @@ class Position:
 
 
 class _Batches:
-    """A rank's batches, from the rows of a loader."""
+    """A rank's batches, from the rows of a loader: `rows` a step, every `world`-th row from `first` to `stop`."""
 
-    def __init__(self, text: StreamText, loader: Iterable[list[NumberedRow] | str], messages: int):
-        """messages: that make a batch."""
-        self.text, self.loader, self.messages = text, loader, messages
+    def __init__(
+        self, text: StreamText, loader: Iterable[list[NumberedRow] | str], first: int, stop: int, rows: int, world: int
+    ):
+        self.text, self.loader, self.rows = text, loader, rows
+        self.first, self.stop, self.world = first, stop, world
 
     def __iter__(self) -> Iterator[Batch]:
+        waiting: dict[int, NumberedRow] = {}
+        wanted = range(self.first, self.stop, self.world)
         found = self._checked()
-        while parts := list(itertools.islice(found, self.messages)):
-            rows = sorted(itertools.chain.from_iterable(parts), key=lambda row: row[0])
+        for at in range(0, len(wanted), self.rows):
+            step = wanted[at : at + self.rows]
+            while not all(number in waiting for number in step):
+                waiting |= {row[0]: row for row in next(found)}
+            rows = [waiting.pop(number) for number in step]
             batch: Batch = self.text.packed([(number, row) for number, _, row in rows])
             yield batch | {"position": Position({lane: row.state for _, lane, row in rows})}
 
@@ -184,23 +197,22 @@ class TextDataModule(LightningDataModule):
                 + ", or begin a run with other lanes"
             )
         start, stop = (step * self.rows_per_step for step in (self.start_step, self.steps))
-        # A message costs as much as a row, so that a worker sends all of a step in one, if each has as many of them.
         rows = self.rows_per_step // world
-        at_once, rest = divmod(rows, max(self.num_workers, 1))
-        at_once = 1 if rest else at_once
+        at_once = max(1, MESSAGE // text.length) if self.num_workers else 1
         lanes_of = _Lanes(text, self._states, start, stop, rank, world, at_once)
-        if not self.num_workers:
-            return _Batches(text, lanes_of, 1)
-        loader = DataLoader(
-            lanes_of,
-            batch_size=None,
-            num_workers=self.num_workers,
-            prefetch_factor=max(2, PREFETCHED // (text.length * at_once)),
-            collate_fn=_as_it_is,  # the default turns every array into a tensor, which takes longer than to pack a row
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
-        )
-        return _Batches(text, loader, rows // at_once)
+        loader: Iterable[list[NumberedRow] | str] = lanes_of
+        if self.num_workers:
+            loader = DataLoader(
+                lanes_of,
+                batch_size=None,
+                num_workers=self.num_workers,
+                prefetch_factor=max(2, PREFETCHED // (text.length * at_once)),
+                # The default turns every array into a tensor, which takes longer than to pack a row.
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),
+            )
+        return _Batches(text, loader, start + rank, stop, rows, world)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Takes the position out of a batch that a step is about to be made of."""

@@ -68,22 +68,22 @@ class PackedText(ABC):
 
 def packed_rows(first: int, rows: Sequence[Iterable[Sequence[int] | np.ndarray]], length: int) -> dict[str, Tensor]:
     """Packs rows, numbered from `first`: each is the token ids of its documents, at most `length` in all."""
-    shape = (len(rows), length)
-    tokens_BN, position_BN = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    document_BN = np.full(shape, -1)
-    counted_N = np.arange(length)
-    for row, documents in enumerate(rows):
-        at = 0
+    parts: list[Sequence[int] | np.ndarray] = []
+    index_of, size_of = [], []  # each part's
+    for documents in rows:
+        room = length
         for index, ids in enumerate(documents):
-            size = len(ids)
-            part = np.s_[row, at : at + size]
-            tokens_BN[part] = ids
-            document_BN[part] = index
-            position_BN[part] = counted_N[:size]
-            at += size
-    return {
-        "tokens_BN": torch.from_numpy(tokens_BN),
-        "document_BN": torch.from_numpy(document_BN),
-        "position_BN": torch.from_numpy(position_BN),
-        "sample_id_B": torch.arange(first, first + len(rows)),
-    }
+            parts.append(ids)
+            index_of.append(index)
+            size_of.append(len(ids))
+            room -= len(ids)
+        parts.append(np.zeros(room, np.int64))
+        index_of.append(-1)
+        size_of.append(room)
+    tokens_T = np.concatenate([np.zeros(0, np.int64), *parts])
+    document_T = np.repeat(np.array(index_of, np.int64), size_of)
+    end_of = np.cumsum(np.array(size_of, np.int64))
+    position_T = np.where(document_T < 0, 0, np.arange(len(tokens_T)) - np.repeat(end_of - size_of, size_of))
+    of = {"tokens_BN": tokens_T, "document_BN": document_T, "position_BN": position_T}
+    packed = {name: torch.from_numpy(array_T.reshape(len(rows), length)) for name, array_T in of.items()}
+    return packed | {"sample_id_B": torch.arange(first, first + len(rows))}

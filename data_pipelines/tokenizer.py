@@ -50,8 +50,8 @@ class Tokenizer:
 
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self._control_texts = [text for id in control if (text := tokenizer.id_to_token(id))]
-        self._control_beginnings = {text[0] for text in self._control_texts}
+        control_texts = [text for id in sorted(control) if (text := tokenizer.id_to_token(id))]
+        self._control_text = re.compile("|".join(map(re.escape, control_texts)) or "(?!)")
         # Unknown characters are rightly encoded as the unknown token, even if it is listed as special.
         self._forbidden = control - ({_unknown_id(serialized)} - {self.bos_id, self.eos_id})
         self._is_forbidden = np.zeros(self.size, bool)
@@ -91,7 +91,14 @@ class Tokenizer:
         """As `encode`, but uint32 arrays."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         # By way of array: numpy takes three times as long for a list.
-        rows = [np.frombuffer(array("I", encoding.ids), "<u4") for encoding in encodings]
+        ids_T, ends = array("I"), [0]
+        for encoding in encodings:
+            ids_T.fromlist(encoding.ids)
+            ends.append(len(ids_T))
+        all_T = np.asarray(ids_T, "<u4")
+        rows = [all_T[start:end] for start, end in pairwise(ends)]
+        if not self._is_forbidden[all_T].any():
+            return rows
         return [
             np.array(self._encode_apart(text), "<u4") if self._is_forbidden[ids].any() else ids
             for text, ids in zip(texts, rows, strict=True)
@@ -129,8 +136,8 @@ class Tokenizer:
 
     def has_control_text(self, text: str) -> bool:
         """Whether the text contains the text of a control token."""
-        may = any(beginning in text for beginning in self._control_beginnings)
-        return may and any(token in text for token in self._control_texts)
+        # One search takes a tenth of the time of one for each token.
+        return self._control_text.search(text) is not None
 
     def _encode_apart(self, text: str) -> list[int]:
         """Encodes a text in parts, cut inside the control tokens that it contains.

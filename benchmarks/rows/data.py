@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import tarfile
@@ -23,6 +24,8 @@ from benchmarks.settings import Settings
 from benchmarks.workloads import make_model, next_token, training_step
 from models.thoughts import Text
 
+TURN = 32  # steps: of half a second or so, in which the speed of a shared machine hardly changes
+
 
 def data_rows(settings: Settings) -> Rows:
     yield "stream", partial(stream_speed, settings)
@@ -30,9 +33,9 @@ def data_rows(settings: Settings) -> Rows:
 
 
 def stream_speed(settings: Settings) -> Row:
-    """Tokens/s of nine tenths of an epoch of jsonl: the tokenizer alone on the same texts (encode_batch_fast, one
-    process without threads), reading alone, a stream that reads, tokenises and packs in one process, the same without
-    tokenising, and streams of one and of two worker processes."""
+    """Tokens/s of nine tenths of an epoch of jsonl: a stream that reads, tokenises and packs in one process, taking
+    turns with the tokenizer alone on the texts that it has just encoded (encode_batch_fast, without threads); the same
+    without tokenising; reading alone; streams of one and of two worker processes, and as many that only tokenise."""
     # Here, because a machine that only measures models may lack what data needs.
     from data_pipelines.encoding import Encoder
     from data_pipelines.readers import START, Reading
@@ -46,10 +49,21 @@ def stream_speed(settings: Settings) -> Row:
         tokens = sum(map(len, known.values()))
         steps = tokens * 9 // (10 * c["rows"] * c["length"])  # no lane begins another epoch
 
-        def encode() -> dict[str, float]:
-            for first in range(0, len(texts), 256):
-                tokenizer._tokenizer.encode_batch_fast(texts[first : first + 256], add_special_tokens=False)
-            return {"tokens": tokens}
+        def stream() -> dict[str, float]:
+            batches = iter(_batches(text, steps, c, 0))
+            streaming = alone = 0.0
+            with _timed_tokenizer(tokenizer) as timed:
+                while True:
+                    begun = time.perf_counter()
+                    ended = not sum(1 for _ in itertools.islice(batches, TURN))
+                    streaming += (paused := time.perf_counter()) - begun
+                    if ended:
+                        break
+                    for batch in timed.taken:
+                        timed.backend.encode_batch_fast(batch, add_special_tokens=False)
+                    alone += time.perf_counter() - paused
+                    timed.taken.clear()
+            return {"streaming": streaming, "encoding": timed.seconds, "tokenizer alone": alone}
 
         def read() -> dict[str, float]:
             (source,) = text.lanes.sources
@@ -58,41 +72,55 @@ def stream_speed(settings: Settings) -> Row:
                     pass
             return {"tokens": tokens}
 
-        def stream(workers: int) -> dict[str, float]:
-            with _timed_tokenizer(tokenizer) as timed:
-                for _ in _batches(text, steps, c, workers):
-                    pass
-            return {"tokens": steps * c["rows"] * c["length"], "encoding": timed.seconds}
+        def stream_by(workers: int) -> dict[str, float]:
+            for _ in _batches(text, steps, c, workers):
+                pass
+            return {"tokens": steps * c["rows"] * c["length"]}
 
         def without_tokenising() -> dict[str, float]:
             looked_up: Callable[..., Any] = lambda self, texts, characters: map(known.get, texts)  # noqa: E731
             documents, Encoder.documents = Encoder.documents, looked_up  # type: ignore[method-assign]
             try:
-                return stream(0)
+                return stream_by(0)
             finally:
                 Encoder.documents = documents  # type: ignore[method-assign]
 
+        def tokenise_by(processes: int) -> dict[str, float]:
+            fork = multiprocessing.get_context("fork")
+            shares = [texts[p::processes] for p in range(processes)]
+            started = [fork.Process(target=_encode, args=(tokenizer, share)) for share in shares]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join()
+            return {"tokens": tokens}
+
         variants: dict[str, Variant] = {
-            "tokenizer alone": encode,
-            "reading alone": read,
-            "stream": partial(stream, 0),
+            "stream": stream,
             "stream, tokens known": without_tokenising,
-            "1 worker": partial(stream, 1),
-            "2 workers": partial(stream, 2),
+            "reading alone": read,
+            "1 worker": partial(stream_by, 1),
+            "2 workers": partial(stream_by, 2),
+            "1 process, tokenizer alone": partial(tokenise_by, 1),
+            "2 processes, tokenizer alone": partial(tokenise_by, 2),
         }
         race_row(row, settings, variants)
-    rates = {name: row.rate(name, "tokens") for name in variants}
-    row.compare("stream / tokenizer alone, tokens/s", rates["stream"], rates["tokenizer alone"])
-    # Of one call, so that it holds however unsteady the machine is.
-    row.compare(
-        "encode_batch_fast, share of the stream's time", row.seconds("stream", "encoding"), row.seconds("stream")
-    )
-    row.compare("reading, share of the stream's time", rates["stream"], rates["reading alone"])
-    row.compare(
-        "reading, packing and bookkeeping, share of the stream's time", rates["stream"], rates["stream, tokens known"]
-    )
+    streaming = row.seconds("stream", "streaming")
+    rates = {name: row.rate(name, "tokens") for name in variants if name != "stream"}
+    rate = [steps * c["rows"] * c["length"] / seconds for seconds in streaming]
+    row.compare("stream / tokenizer alone, tokens/s", row.seconds("stream", "tokenizer alone"), streaming)
+    row.compare("encode_batch_fast, share of the stream's time", row.seconds("stream", "encoding"), streaming)
+    row.compare("reading, share of the stream's time", rate, rates["reading alone"])
+    row.compare("reading, packing and bookkeeping, share of the stream's time", rate, rates["stream, tokens known"])
     row.compare("2 workers / 1 worker, tokens/s", rates["2 workers"], rates["1 worker"])
+    one, two = (rates[f"{processes}, tokenizer alone"] for processes in ("1 process", "2 processes"))
+    row.compare("2 processes / 1 process, tokenizer alone, tokens/s", two, one)
     return row
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> None:
+    for first in range(0, len(texts), 256):
+        tokenizer._tokenizer.encode_batch_fast(texts[first : first + 256], add_special_tokens=False)
 
 
 def waiting_steps(settings: Settings) -> Row:
@@ -124,15 +152,17 @@ def waiting_steps(settings: Settings) -> Row:
 
 
 class _Timed:
-    """A backend of a tokenizer, with the seconds spent in encode_batch_fast."""
+    """A backend of a tokenizer, with the seconds spent in encode_batch_fast and the batches that it was given."""
 
     def __init__(self, backend: Any):
         self.backend, self.seconds = backend, 0.0
+        self.taken: list[list[str]] = []
 
-    def encode_batch_fast(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_batch_fast(self, texts: list[str], **kwargs: Any) -> Any:
+        self.taken.append(texts)
         begun = time.perf_counter()
         try:
-            return self.backend.encode_batch_fast(*args, **kwargs)
+            return self.backend.encode_batch_fast(texts, **kwargs)
         finally:
             self.seconds += time.perf_counter() - begun
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipelines import DataConfig, DataError, SourceConfig, open_data
 from data_pipelines.data_module import TextDataModule
@@ -232,6 +233,22 @@ def test_a_mistake_in_a_worker_is_one_line(root, tokenizer, tmp_path):
     text = open_stream({"reference": str(tmp_path / "x")}, tokenizer, tmp_path, held_out=0.0)
     with pytest.raises(DataError, match=r"0.jsonl, line \d+ has no string in field 'text'; [^\n]*$"):
         digests(text, 5, workers=2)
+
+
+@pytest.mark.parametrize(("workers", "rows"), [(2, ROWS), (2, 5), (4, 3)])
+def test_every_step_before_a_mistake_is_given(stream, workers, rows):
+    """However many steps' rows a worker sends at once, and whether workers divide them or not."""
+
+    def until_the_end(workers):
+        found = []
+        batches = TextDataModule(stream("jsonl", epochs=1), 500, rows, num_workers=workers).batches(0, 1)
+        with pytest.raises(DataError, match="the data ends: lane"):
+            found.extend(batch["tokens_BN"] for batch in batches)
+        return found
+
+    expected, found = until_the_end(0), until_the_end(workers)
+    assert len(expected) == len(found) > 20
+    assert all(map(torch.equal, expected, found))
 
 
 def test_new_data_from_its_beginning(stream):

@@ -24,6 +24,7 @@ def test_nothing_is_added_padded_or_cut(tokenizer):
     rows = tokenizer.encode(texts)
     assert [tokenizer.decode(row) for row in rows] == texts
     assert rows[1] == []
+    assert tokenizer.encode([""]) == [[]] and tokenizer.encode([]) == []
     assert not set().union(*rows) & set(tokenizer.control_ids)
 
 
