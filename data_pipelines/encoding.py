@@ -38,7 +38,7 @@ class Encoder:
         return len(text) > self._longest
 
     def documents(self, texts: Iterable[str], characters: int) -> Iterator[np.ndarray | None]:
-        """uint32 ids of each text, None where the normaliser leaves nothing; about so many `characters` are encoded at
+        """uint32 ids of each text, None where the normaliser leaves nothing; up to so many `characters` are encoded at
         a time, to use the tokenizer's threads.
 
         The tokenizer takes some hundred bytes for a token, so that a long text must not be encoded in one go.
@@ -80,13 +80,14 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _batches(parts: Iterable[Part], limit: int) -> Iterator[list[Part]]:
+def _batches(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
+    """Of `most` characters in the end, but fewer at first, so that whoever waits for the first text has it soon."""
     batch: list[Part] = []
-    characters = 0
+    characters, limit = 0, most // 16
     for text, start, stop in parts:
         if batch and characters + stop - start > limit:
             yield batch
-            batch, characters = [], 0
+            batch, characters, limit = [], 0, min(2 * limit, most)
         batch.append((text, start, stop))
         characters += stop - start
     if batch:

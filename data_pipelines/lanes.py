@@ -35,7 +35,7 @@ from data_pipelines.readers import Reading, read
 from data_pipelines.shards import Block, Place, Row
 
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**24
-ENCODED_AT_ONCE = 2**15  # characters; a lane that begins waits for so many
+ENCODED_AT_ONCE = 2**17  # characters; with fewer, the tokenizer is left and entered so often that it is slower
 POOL_ROWS = 64  # rows that best-fit packing fills at a time
 State = dict[str, Any]
 
