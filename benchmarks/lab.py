@@ -33,7 +33,7 @@ from models.thoughts import Text
 from objectives import CounterfactualTest, QuietStar, RlpConfig
 from objectives.template import encode_tag
 from pretrain.assembly import make_objective
-from pretrain.evaluation import HeldOut, score_held_out, summarise
+from pretrain.evaluation.held_out import HeldOut, score_held_out, summarise
 from pretrain.opening import open_model
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import load_recipe

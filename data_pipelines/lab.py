@@ -133,6 +133,12 @@ _TASKS: dict[str, tuple[Callable[[Draw, int], tuple[str, list[str]]], str]] = {
 }
 TASKS = tuple(_TASKS)
 
+
+def answers(task: str) -> str:
+    """The symbols that a task's answer can be."""
+    return _TASKS[task][1]
+
+
 _OPERATORS = "+-*&|^>" + _SUBSTITUTION_NAMES
 _CAPITALS = "ABCDEFG" + _SUBSTITUTION_NAMES.upper()
 # Surface forms of a prompt; no prompt means different things in different tasks or forms.

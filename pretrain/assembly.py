@@ -22,7 +22,7 @@ from models.thoughts import Text
 from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingError, find_objective
 from objectives.base import Needs
 from objectives.template import encode_tag
-from pretrain.evaluation import HeldOut
+from pretrain.evaluation.held_out import HeldOut
 from pretrain.opening import check_vocabulary, compute_dtype, load_reference, longest_sequence
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
 from pretrain.state import Tensors, model_from_state

@@ -24,7 +24,7 @@ from models.philox import Rng
 from models.rollout import Engine
 from objectives import CounterfactualTest, Objective
 from pretrain.diagnostics import WINDOW, Diagnostics, RunWarning, length_trend
-from pretrain.evaluation import ENOUGH_DOCUMENTS, HeldOut, score_held_out, summarise
+from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS, HeldOut, score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory

@@ -1,5 +1,6 @@
-"""The command line: `forethought fit | export | sample`, the same as `python -m pretrain`, and what is installed beside
-it: an entry point of the group COMMANDS is a pair of the function to run and what adds its arguments to a parser.
+"""The command line: `forethought fit | data | evaluate | export | sample`, the same as `python -m pretrain`, and what
+is installed beside it: an entry point of the group COMMANDS is a pair of the function to run and what adds its
+arguments to a parser.
 
 Ours is imported where it is needed: --help is quick, and signals are handled before anything large is imported.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import math
 import os
 import sys
 import textwrap
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from pretrain.stopping import Stopped, StopSignals, TrainingStopped
 
@@ -107,6 +110,22 @@ def sample(model: str, text: str, length: int | None, temperature: float, seed: 
     print_thoughts(open_model(model), text, length, temperature, seed)
 
 
+def evaluate(model: str, tasks: str, out: str | None, data_dir: str | None, **rest: Any) -> None:
+    """Score a model on lm-evaluation-harness's tasks, with thoughts or without.
+
+    TASKS are names, files, or ours: gsm8k_probability and commonsense_qa_probability (the expected probability of
+    Quiet-STaR), amc23, minerva272, lab_sum, lab_arithmetic, lab_substitution, lab_boolean, lab_pointer. Data come from
+    the hub, or from OWNER/NAME/ below --data-dir. Intervals are over problems: Wilson's for shares of problems, else a
+    bootstrap's. With --samples K every task is run K times: mean@K, maj@K and, unbiased, pass@k.
+    """
+    from pretrain.evaluation.evaluate import Settings
+    from pretrain.evaluation.evaluate import evaluate as score
+
+    given = {name: rest.pop(name) for name in ("suite", "text", "samples", "temperature")}
+    paths = {"out": Path(out) if out else None, "data_dir": Path(data_dir) if data_dir else None}
+    score(model, [task for task in tasks.split(",") if task], Settings(**rest), **given, **paths)
+
+
 def _help_on_recipes(arguments: Sequence[str]) -> str:
     """What `fit --help` says of recipes; with a recipe among the arguments, of the objectives that it names, too."""
     from pretrain.recipe_files import help_on_keys, objective_names, shipped
@@ -161,10 +180,45 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     sampling.add_argument("--seed", type=int, default=0)
 
+    evaluating = command(evaluate)
+    evaluating.add_argument(
+        "model", metavar="MODEL", help="run directory, checkpoint, export, hub id, smollm2-135m, lab"
+    )
+    evaluating.add_argument("--tasks", metavar="A,B", default="", help="names of tasks, or task files")
+    evaluating.add_argument("--suite", choices=["rlp"], help="the tasks of a paper, with its samples of each")
+    evaluating.add_argument("--text", metavar="FILE", help="bits per byte of its documents: text, jsonl or parquet")
+    evaluating.add_argument("--think", choices=["off", "every-token", "before-answer"], default="off")
+    evaluating.add_argument(
+        "--length", dest="thought_length", type=_positive, help="tokens of a thought; default: as trained"
+    )
+    evaluating.add_argument("--samples", type=_positive, default=1, metavar="K", help="runs of each task (default 1)")
+    evaluating.add_argument(
+        "--temperature", type=_temperature, help="of thoughts and answers; default 0, greedy, in a suite 0.7"
+    )
+    evaluating.add_argument("--seed", type=int, default=0, help="of the first run, one more for each further one")
+    evaluating.add_argument("--limit", type=_positive, metavar="N", help="the first N problems of each task")
+    evaluating.add_argument("--data-dir", metavar="DIR", help="where the tasks' data lie, as OWNER/NAME/")
+    evaluating.add_argument("--out", metavar="DIR", help="for lm-eval's results and samples; default: in the run")
+    evaluating.add_argument("--engine", choices=["hf", "vllm"], default="hf", help="vllm: with --think off")
+    evaluating.add_argument("--batch-size", type=_positive, default=8)
+
     for entry in entry_points(group=COMMANDS):
         function, add_arguments = entry.load()
         add_arguments(command(function))
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _temperature(text: str) -> float:
+    # fp32 logits overflow where they are divided by much less.
+    if (number := float(text)) != 0 and not 1e-6 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 (greedy) nor at least 1e-6")
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,6 +239,8 @@ def _end(stopped: BaseException, code: int) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["evaluate"] and not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported: no bars in a log
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # Preparing a batch takes microseconds; and users cannot change how Lightning calls torch's pytrees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -204,6 +260,7 @@ def _main(argv: Sequence[str]) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     from checkpoints.errors import CheckpointError
     from data_pipelines import DataError
+    from pretrain.evaluation.errors import EvaluationError
     from pretrain.recipe import RecipeError
     from pretrain.run_directory import RunDirectoryError
 
@@ -211,7 +268,7 @@ def _main(argv: Sequence[str]) -> int:
         function(**options)
     except TrainingStopped as stopped:
         return _end(stopped, GAVE_UP)
-    except (RecipeError, DataError, CheckpointError, RunDirectoryError) as error:
+    except (RecipeError, DataError, CheckpointError, RunDirectoryError, EvaluationError) as error:
         print(f"forethought: {error}", file=sys.stderr)
         return 1
     return 0

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from data_pipelines.lab import END_OF_DOCUMENT
 from objectives import Metric, find_objective
-from pretrain.evaluation import ENOUGH_DOCUMENTS
+from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_yaml
 from pretrain.run_directory import RunDirectory
@@ -115,6 +115,7 @@ class RunRecords:
         self.directory, self.recipe, self.name = directory, recipe, recipe.objective.name
         self.metrics = directory.read(directory.metrics)
         self.evaluations = directory.read(directory.evaluations)
+        self.downstream = directory.read(directory.downstream)
         self.samples = directory.read(directory.samples)
         self.warnings = directory.read(directory.warnings)
         self.control: RunRecords | None = None
@@ -210,6 +211,18 @@ class RunRecords:
     def deciles_are_firm(self) -> bool:
         return self.after.get("tokens_scored", math.inf) >= DECILE_TOKENS * len(self.after["nll_text_deciles"])
 
+    def tasks(self) -> Sheet | None:
+        """What `forethought evaluate` found, the last line of each score."""
+        rows = {}
+        for record in self.downstream:
+            for score in record["scores"]:
+                key = (str(record["step"]), *(score[name] for name in ("task", "metric")), record["think"])
+                key += (f"{score['temperature']:g}",)
+                interval = _interval(score) if math.isfinite(score["low"]) else ""
+                rows[key] = [*key, f"{score['value']:.3f} {interval}", str(score["documents"])]
+        columns = ["step", "task", "metric", "thoughts", "temperature", "score", "problems"]
+        return Sheet("Downstream tasks (95% intervals)", columns, [*rows.values()]) if rows else None
+
     def thoughts(self, title: str, samples: list[Record], longest: int) -> Sheet:
         rows = [
             [
@@ -245,9 +258,9 @@ class RunRecords:
             f"{last['seconds']:.0f} s of training"
         )
 
-    def costs(self, seconds: float) -> list[str]:
+    def costs(self, seconds: float | None) -> list[str]:
         control = [f"control, {self.control.cost()}"] if self.control is not None else []
-        return [self.cost(), *control, f"this command took {seconds:.0f} s"]
+        return [self.cost(), *control, *([] if seconds is None else [f"this command took {seconds:.0f} s"])]
 
     def warning_lines(self) -> list[str]:
         def judged_by(warning: Record) -> str:
@@ -339,6 +352,8 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
         console.print(run.deciles().to_rich())
         if (sentence := run.deciles_sentence()) is not None:
             say(f"{sentence}\n")
+    if (tasks := run.tasks()) is not None:
+        console.print(tasks.to_rich())
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
         title = "Thoughts of the last steps, picked at random"
@@ -431,10 +446,10 @@ def _png(figure: Figure) -> bytes:
 # In files
 
 
-def write_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Path:
+def write_report(directory: RunDirectory, recipe: Recipe, seconds: float | None = None) -> Path:
     """Writes report.html, and report.png where matplotlib is installed; returns the former.
 
-    seconds: what the whole command took.
+    seconds: what the whole training command took.
     """
     run = RunRecords(directory, recipe)
     picture = curves = None
@@ -450,7 +465,7 @@ def write_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Pat
     return path
 
 
-def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes | None) -> str:
+def _page(run: RunRecords, seconds: float | None, picture: bytes | None, curves: bytes | None) -> str:
     title = f"{run.directory.path.resolve().name}: {run.name} on {run.recipe.data.reference}"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -470,6 +485,8 @@ def _page(run: RunRecords, seconds: float, picture: bytes | None, curves: bytes 
     if run.evaluations:
         parts.append(run.deciles().to_html())
         parts += map(_paragraph, filter(None, [run.deciles_sentence()]))
+    if (tasks := run.tasks()) is not None:
+        parts.append(tasks.to_html())
     parts += ["<h2>Warnings</h2>", _list(run.warning_lines()) if run.warnings else _paragraph("None.")]
     if run.samples:
         half = HTML_THOUGHTS // 2

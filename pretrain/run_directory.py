@@ -1,7 +1,7 @@
 """The files of a run.
 
-recipe.yaml, tokenizer/, metrics.jsonl, evaluations.jsonl, samples.jsonl, warnings.jsonl, checkpoints/, report.html and
-report.png, lock, and control/, a run of its own.
+recipe.yaml, tokenizer/, metrics.jsonl, evaluations.jsonl, downstream.jsonl, samples.jsonl, warnings.jsonl,
+checkpoints/, downstream/, report.html and report.png, lock, and control/, a run of its own.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def writing(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{path} cannot be written ({error.strerror}); {way}") from None
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether it is a run directory, or a checkpoint in one."""
+    return (Path(path) / "recipe.yaml").exists() or (Path(path) / "state.json").exists()
+
+
 class RunDirectory:
     """Paths of a run, and its append-only records."""
 
@@ -65,9 +70,11 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.downstream = self.path / "downstream.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.warnings = self.path / "warnings.jsonl"
         self.control = self.path / "control"
+        self.records = (self.metrics, self.evaluations, self.downstream, self.samples, self.warnings)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -154,9 +161,9 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Removes a run and its control, to begin anew."""
-        for path in (self.recipe, self.metrics, self.evaluations, self.samples, self.warnings):
+        for path in (self.recipe, *self.records):
             path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.tokenizer, self.control):
+        for path in (self.checkpoints, self.tokenizer, self.control, self.path / "downstream"):
             shutil.rmtree(path, ignore_errors=True)
 
     def create(self, recipe: Recipe, tokenizer_directory: Path) -> None:
@@ -181,7 +188,7 @@ class RunDirectory:
 
     def rewind(self, step: int) -> None:
         """Drops records of steps after `step`: the continuation will write them again."""
-        for path in (self.metrics, self.evaluations, self.samples, self.warnings):
+        for path in self.records:
             if path.exists():
                 kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
                 _write_durably(path, "".join(line + "\n" for line in kept))

@@ -1,6 +1,6 @@
 """Held-out scores: the same whatever rows are scored at once, and means over what is known.
 
-Shapes as in pretrain/evaluation.py.
+Shapes as in pretrain/evaluation/held_out.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from models.philox import Rng
 from models.thoughts import Text
 from objectives import CounterfactualTest, QuietStar, QuietStarConfig, Rlp, RlpConfig, Template
-from pretrain.evaluation import HeldOut, HeldOutScores, interval, score_held_out, summarise
+from pretrain.evaluation.held_out import HeldOut, HeldOutScores, interval, score_held_out, summarise
 from tests.helpers import document_numbers, packed_text, tiny_model
 
 RNG = Rng(4, 2)

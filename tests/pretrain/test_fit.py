@@ -30,7 +30,7 @@ from objectives import NextToken, Step
 from pretrain import assembly
 from pretrain.assembly import make_objective
 from pretrain.cli import main
-from pretrain.evaluation import score_held_out
+from pretrain.evaluation.held_out import score_held_out
 from pretrain.module import learning_rate
 from pretrain.opening import open_model
 from pretrain.recipe import OptimizerConfig

@@ -114,13 +114,19 @@ def interval(values_E: Tensor, document_E: Tensor) -> dict[str, float]:
     resamples are the same at every call.
     """
     numbers_D, index_E = document_E.unique(return_inverse=True)
-    D = len(numbers_D)
-    sum_D = torch.zeros(D, dtype=torch.float64).index_add_(0, index_E, values_E)
-    count_D = torch.zeros(D, dtype=torch.float64).index_add_(0, index_E, torch.ones_like(values_E))
+    sum_D = torch.zeros(len(numbers_D), dtype=torch.float64).index_add_(0, index_E, values_E)
+    count_D = torch.zeros_like(sum_D).index_add_(0, index_E, torch.ones_like(values_E))
+    low, high = bootstrap(sum_D, count_D)
+    return {"nll": values_E.mean().item(), "low": low, "high": high, "documents": len(numbers_D)}
+
+
+def bootstrap(sum_D: Tensor, count_D: Tensor) -> tuple[float, float]:
+    """The 95% interval of Σ sum / Σ count, fp64 both, over D documents resampled whole: percentiles (Efron 1979)."""
+    D = len(sum_D)
     resampled_RD = torch.randint(D, (RESAMPLES, D), generator=torch.Generator().manual_seed(0))
-    mean_R = sum_D[resampled_RD].sum(dim=1) / count_D[resampled_RD].sum(dim=1)
-    low, high = mean_R.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
-    return {"nll": values_E.mean().item(), "low": low, "high": high, "documents": D}
+    ratio_R = sum_D[resampled_RD].sum(dim=1) / count_D[resampled_RD].sum(dim=1)
+    low, high = ratio_R.quantile(torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
+    return low, high
 
 
 def summarise(scores: HeldOutScores, difficulty_E: Tensor) -> dict[str, Any]:
