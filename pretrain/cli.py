@@ -121,9 +121,9 @@ def evaluate(model: str, tasks: str, out: str | None, data_dir: str | None, **re
     from pretrain.evaluation.evaluate import Settings
     from pretrain.evaluation.evaluate import evaluate as score
 
-    given = {name: rest.pop(name) for name in ("suite", "text", "samples", "temperature")}
-    paths = {"out": Path(out) if out else None, "data_dir": Path(data_dir) if data_dir else None}
-    score(model, [task for task in tasks.split(",") if task], Settings(**rest), **given, **paths)
+    given: dict[str, Any] = {name: rest.pop(name) for name in ("suite", "text", "samples", "temperature")}
+    given |= {"out": Path(out) if out else None, "data_dir": Path(data_dir) if data_dir else None}
+    score(model, [task for task in tasks.split(",") if task], Settings(**rest), **given)
 
 
 def _help_on_recipes(arguments: Sequence[str]) -> str:

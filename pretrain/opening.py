@@ -18,7 +18,7 @@ from models.decoder import DecoderConfig
 from models.thinking import ThinkingModel, TrainedThinking
 from objectives import find_objective
 from pretrain.recipe import Recipe
-from pretrain.run_directory import RunDirectory
+from pretrain.run_directory import RunDirectory, is_run
 from pretrain.state import model_from_state
 
 
@@ -72,7 +72,7 @@ class OpenedModel:
 def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
     """A run directory, a checkpoint of one, or any model reference. Raises CheckpointError or DataError."""
     path = Path(reference)
-    if (path / "recipe.yaml").exists() or (path / "state.json").exists():
+    if is_run(path):
         checkpoint = find_checkpoint(path)
         directory = RunDirectory(checkpoint.parent.parent)
         if not directory.recipe.exists():

@@ -50,6 +50,8 @@ class ForethoughtLM(HFLM):
     cannot think so; other arguments are HFLM's.
     """
 
+    _max_length: int | None  # HFLM's
+
     def __init__(
         self,
         pretrained: str,
@@ -77,7 +79,8 @@ class ForethoughtLM(HFLM):
     @contextmanager
     def windows(self, length: int) -> Iterator[None]:
         """Texts are read in pieces of at most so many tokens, each without what stands before it."""
-        kept, self._max_length = self._max_length, min(self.max_length, length)
+        kept = self._max_length
+        self._max_length = min(self.max_length, length)
         try:
             yield
         finally:
