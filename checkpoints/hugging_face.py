@@ -247,7 +247,7 @@ def _export(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not empty; choose another directory to export to")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    ids = _token_ids(tokenizer_directory)
+    ids = token_ids(tokenizer_directory)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         made = Path(scratch) / "export"
         made.mkdir()
@@ -350,7 +350,7 @@ def _write_weights(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.
         save_file(held, directory / name, metadata={"format": "pt"})
 
 
-def _token_ids(tokenizer_directory: Path | None) -> dict[str, int]:
+def token_ids(tokenizer_directory: Path | None) -> dict[str, int]:
     """The bos, eos and pad ids of the tokens named in tokenizer_config.json."""
     if tokenizer_directory is None or not (tokenizer_directory / "tokenizer_config.json").exists():
         return {}

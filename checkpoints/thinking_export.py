@@ -15,6 +15,7 @@ from checkpoints.hugging_face import (
     load_thinking_model,
     thinking_config,
     thinking_tensors,
+    token_ids,
     trained_thinking,
 )
 from checkpoints.modeling.configuration_forethought import ForethoughtConfig
@@ -27,17 +28,18 @@ def load_forethought(directory: Path, dtype: torch.dtype = torch.float32) -> For
 
     Raises CheckpointError.
     """
-    return as_forethought(load_thinking_model(directory), trained_thinking(directory), dtype)
+    return as_forethought(load_thinking_model(directory), trained_thinking(directory), dtype, **token_ids(directory))
 
 
 def as_forethought(
-    model: ThinkingModel, trained: TrainedThinking | None, dtype: torch.dtype = torch.float32
+    model: ThinkingModel, trained: TrainedThinking | None, dtype: torch.dtype = torch.float32, **ids: int | None
 ) -> ForethoughtForCausalLM:
     """A model, from wherever it was opened, as transformers' one; in fp32 it shares the model's weights.
 
-    What the model bans (`ThinkingModel.ban`) is banned from thoughts there, too.
+    What the model bans (`ThinkingModel.ban`) is banned from thoughts there, too. ids: eos_token_id, at which generation
+    ends, bos_token_id and pad_token_id.
     """
-    described = thinking_config(model, trained, config_to_hf(model.decoder.config))
+    described = thinking_config(model, trained, config_to_hf(model.decoder.config, **ids))
     config = ForethoughtConfig(**{key: described[key] for key in described if key not in ("model_type", "auto_map")})
     tensors = {f"base.{name}": tensor for name, tensor in language_model_tensors(model.decoder).items()}
     if config.think == "every-token":

@@ -93,7 +93,7 @@ def export(checkpoint: str, out: str, thinking: bool) -> None:
         Path(out),
         opened.tokenizer_directory,
         trained=opened.thinking,
-        card=model_card(opened),
+        card=model_card(opened, thinking),
         thinking=thinking,
     )
     print(f"wrote {out}")

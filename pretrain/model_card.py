@@ -23,6 +23,24 @@ BASES: dict[str, tuple[str | None, str]] = {
     "lab": (None, "apache-2.0"),
 }
 DATA = {"python-docs": "PSF-2.0, as Python", "lab": "generated problems, free of rights"}
+PLAIN = """\
+A plain language model, which any engine loads. `thinking/`, if it is there, holds what is used only for thinking;
+`forethought sample` reads it."""
+THINKING = """\
+A language model that thinks {when}. transformers loads it with the code beside it:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+found = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=64, return_thoughts=True)
+print(tokenizer.decode(found.sequences[0]), tokenizer.batch_decode(found.thoughts[0].clamp(min=0)))
+```
+
+`generate` takes all its usual arguments for the text, and for thoughts `think` ("off" for none), `thought_length` and
+`thought_temperature` (0, the default, is greedy)."""
+WHEN = {"every-token": "behind every token it writes", "before-answer": "before it answers"}
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -37,8 +55,8 @@ def front_matter(card: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def model_card(opened: OpenedModel) -> str | None:
-    """Of a run's checkpoint; of any other model the card that it came with, if any."""
+def model_card(opened: OpenedModel, thinking: bool = False) -> str | None:
+    """Of a run's checkpoint, plain or as a thinking export; of any other model the card that it came with, if any."""
     recipe, state, own = opened.recipe, opened.state, opened.tokenizer_directory / "README.md"
     if recipe is None or state is None:
         return own.read_text(encoding="utf-8", errors="replace") if own.exists() else None
@@ -73,8 +91,7 @@ def model_card(opened: OpenedModel) -> str | None:
             yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---",
             f"# {recipe.model.rpartition('/')[2]} after {step:,} steps of {objective}",
             "",
-            "A plain language model, which any engine loads. `thinking/`, if it is there, holds what is used only for",
-            "thinking; `forethought sample` reads it.",
+            THINKING.format(when=WHEN[opened.thinking.think]) if thinking and opened.thinking is not None else PLAIN,
             "",
             *_table(("training", ""), facts),
             "",

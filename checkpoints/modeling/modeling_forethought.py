@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_forethought import BEFORE_ANSWER, EVERY_TOKEN, MODES, OFF, ForethoughtConfig
 
@@ -30,6 +30,8 @@ from .configuration_forethought import BEFORE_ANSWER, EVERY_TOKEN, MODES, OFF, F
 # its own: more of them are fewer passes and more waste.
 ANCHORS_AT_ONCE = 64
 NO_TOKEN = -1  # behind the end of a thought that is shorter than others
+# What a cache is called, as argument and in outputs: from transformers 5.24 on `cache`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 MASKED_ATTENTION = ("eager", "sdpa")  # attention that takes a mask of its own for every query
 
 
@@ -171,6 +173,7 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -185,7 +188,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         """Reads N tokens behind those in the cache; thinks, if at every token, behind those whose logits are kept.
 
         input_ids int64 [B, N]; attention_mask [B, T], 0 on padding, wherever it is; position_ids [B, N], by default
-        counted by the mask. logits_to_keep: the last so many of the N tokens, 0 for all; or their numbers, int64 [M].
+        counted by the mask. past_key_values, or cache: of the text before. logits_to_keep: the last so many of the N
+        tokens, 0 for all; or their numbers, int64 [M].
         think: by default as trained. thought_length: L; thought_temperature 0 is greedy, else thoughts are sampled with
         `generator`. thoughts: int64 [B, M, L], to score instead of writing any. use_cache False keeps no keys and
         values from one pass to the next and reads the text again for each token of a thought: slow, to check others by.
@@ -194,7 +198,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         """
         mode = self._mode(think)
         use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        read = 0 if cache is None else cache.get_seq_length()
         B, N = input_ids.shape
         visible_BT = self._visible(attention_mask, B, read + N)
         if position_ids is None:
@@ -205,19 +210,19 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{CACHE: cache},
             )
             return Reading(output.last_hidden_state, position_ids, visible_BT, cache)
 
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if mode != EVERY_TOKEN:
-            text = reading(past_key_values if past_key_values is not None or not use_cache else DynamicCache())
+            text = reading(cache if cache is not None or not use_cache else DynamicCache())
             hidden_BMW, written = text.hidden_BNW[:, keep], None
         else:
-            if not use_cache and past_key_values is not None:
-                raise ValueError("past_key_values were given with use_cache=False; leave one of them out")
-            text = reading(DynamicCache() if past_key_values is None else past_key_values)
+            if not use_cache and cache is not None:
+                raise ValueError("a cache was given with use_cache=False; leave one of them out")
+            text = reading(DynamicCache() if cache is None else cache)
             again = None if use_cache else lambda: reading(DynamicCache())
             at_M = torch.arange(N, device=input_ids.device)[keep]
             length = self._thought_length(thought_length) if thoughts is None else thoughts.shape[2]
@@ -234,9 +239,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = ForethoughtOutput(
-            loss=loss, logits=logits, past_key_values=text.cache if use_cache else None, thoughts=written
-        )
+        kept = {CACHE: text.cache if use_cache else None}
+        output = ForethoughtOutput(loss=loss, logits=logits, thoughts=written, **kept)
         return output.to_tuple() if return_dict is False else output
 
     # Thinking at every token
@@ -307,8 +311,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
             inputs_embeds=x_BSMW.flatten(1, 2),
             attention_mask=mask_B1QK,
             position_ids=position_BSM.flatten(1, 2),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         return output.last_hidden_state.unflatten(1, (S, M))
 
@@ -363,8 +367,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
                 input_ids=ids_BT[:, cache.get_seq_length() :],
                 attention_mask=visible_BT.long(),
                 position_ids=(visible_BT.cumsum(1) - 1).clamp(min=0)[:, cache.get_seq_length() :],
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             )
             token_B1 = sample(output.last_hidden_state[:, -1:])
             ids_BT = torch.cat([ids_BT, token_B1], dim=1)
@@ -454,7 +458,7 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
             if given:
                 kwargs[name] = given + ids_BT.shape[1] - inputs.shape[1]
         if not beams and self._asked("use_cache", True, generation_config, kwargs):
-            kwargs["past_key_values"] = cache
+            kwargs[CACHE] = cache
         output = super().generate(ids_BT, generation_config, attention_mask=mask_BT, think=OFF, **kwargs)
         answer = output if isinstance(output, Tensor) else output.sequences
         prompt = inputs.repeat_interleave(len(answer) // len(inputs), dim=0)
@@ -473,6 +477,7 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
@@ -484,11 +489,11 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> dict[str, Any]:
         """What the cache does not hold yet; positions are counted by the mask."""
-        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
         return dict(
-            input_ids=input_ids[:, read:],
+            input_ids=input_ids[:, 0 if cache is None else cache.get_seq_length() :],
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep or 1,
             think=think,

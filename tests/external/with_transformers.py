@@ -1,4 +1,5 @@
-"""Loads exports in whatever transformers is installed: the logits are those of this project, the rope theta is kept.
+"""Loads exports in whatever transformers is installed: the logits are those of this project, the rope theta is kept,
+and thinking exports think as this project does.
 
     python with_transformers.py OUT
 
@@ -8,6 +9,7 @@ OUT: of exports.py. Needs nothing of this project. A family that this transforme
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -43,12 +45,65 @@ def check(directory: Path) -> str:
     return f"logits differ by {error:.1e}"
 
 
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+def refusal(directory: Path) -> str:
+    """What transformers says where it must not run the export's code."""
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@torch.no_grad()
+def check_thinking(directory: Path, attention: str) -> str:
+    """With both kinds of attention; left-padded prompts together go on as each of them alone."""
+    reference = load_file(directory.with_name(f"{directory.name}.reference.safetensors"))
+    assert "trust_remote_code=True" in refusal(directory)
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        trust_remote_code=True,
+        torch_dtype=torch.float32,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    assert not any(loading.values()), loading
+    tokens, truth = reference["tokens"], reference["sequences"]
+    errors = [relative_error(model(tokens, think="off").logits, reference["logits"])]
+    if "mixed" in reference:
+        output = model(tokens)
+        assert torch.equal(output.thoughts, reference["thoughts"])
+        errors.append(relative_error(output.logits, reference["mixed"]))
+    assert max(errors) <= LOGITS, errors
+    settings = dict(max_new_tokens=truth.shape[1] - tokens.shape[1], do_sample=False, eos_token_id=None, pad_token_id=0)
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True)
+    assert torch.equal(model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings), truth)
+    assert set(read[1:]) == {1}, "the cache was not used"
+    padded, mask = torch.nn.functional.pad(tokens, (5, 0)), torch.nn.functional.pad(torch.ones_like(tokens), (5, 0))
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 5:], truth)
+    with tempfile.TemporaryDirectory() as again:
+        model.save_pretrained(again, max_shard_size="100GB")
+        saved = load_file(Path(again) / "model.safetensors")
+    held = {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+    assert saved.keys() == held.keys() and all(torch.equal(saved[name], t) for name, t in held.items())
+    return f"{model.config.think} with {attention}: logits differ by {max(errors):.1e}"
+
+
 if __name__ == "__main__":
     known = 0
-    for directory in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    for directory in sorted(path for path in Path(sys.argv[1]).glob("*/*") if path.is_dir()):
         if directory.name in NEW and directory.name not in transformers.CONFIG_MAPPING:
             print(f"transformers {transformers.__version__}, {directory.name}: not known to it")
             continue
-        print(f"transformers {transformers.__version__}, {directory.name}: {check(directory)}")
+        if directory.parent.name == "plain":
+            found = [check(directory)]
+        else:
+            found = [check_thinking(directory, attention) for attention in ("eager", "sdpa")]
+        for line in found:
+            print(f"transformers {transformers.__version__}, {directory.name}: {line}")
         known += 1
-    assert known >= 7, f"only {known} exports were loaded"
+    assert known >= 14, f"only {known} exports were loaded"

@@ -37,10 +37,10 @@ def check(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    out, names = Path(sys.argv[1]), sys.argv[2:]
+    out, names = Path(sys.argv[1]) / "plain", sys.argv[2:]
     if len(names) == 1:
         check(out / names[0])
     else:
         every = names or sorted(path.name for path in out.iterdir() if path.is_dir())
-        failed = [name for name in every if subprocess.run([sys.executable, __file__, str(out), name]).returncode]
+        failed = [name for name in every if subprocess.run([sys.executable, __file__, sys.argv[1], name]).returncode]
         sys.exit(f"vLLM disagrees about {', '.join(failed)}" if failed else 0)
