@@ -39,7 +39,7 @@ def as_forethought(
     What the model bans (`ThinkingModel.ban`) is banned from thoughts there, too. ids: eos_token_id, at which generation
     ends, bos_token_id and pad_token_id.
     """
-    described = thinking_config(model, trained, config_to_hf(model.decoder.config, **ids))
+    described = thinking_config(model, trained, config_to_hf(model.decoder.config, torch.float32, **ids))
     config = ForethoughtConfig(**{key: described[key] for key in described if key not in ("model_type", "auto_map")})
     tensors = {f"base.{name}": tensor for name, tensor in language_model_tensors(model.decoder).items()}
     if config.think == "every-token":
