@@ -240,7 +240,8 @@ def _end(stopped: BaseException, code: int) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     if argv[:1] == ["evaluate"] and not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported: no bars in a log
+        # Which tqdm reads when it is imported: in a log, lm-eval's bars are a line a minute.
+        os.environ |= {"TQDM_MININTERVAL": "60", "TQDM_MAXINTERVAL": "60"}
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # Preparing a batch takes microseconds; and users cannot change how Lightning calls torch's pytrees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -399,10 +399,13 @@ def _scores(plan: Plan, found: Loaded, runs: Sequence[Run]) -> list[Score]:
 
 def print_scores(scores: Sequence[Score], title: str) -> None:
     table = Table(title=title, title_justify="left")
-    for column in ("task", "metric", "temperature", "value", "95% interval", "problems"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for column in ("task", "metric", "temperature", "value and 95% interval", "problems"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", overflow="fold")
     for score in scores:
-        interval = "" if score.low is None else f"[{score.low:.4f}, {score.high:.4f}]"
-        values = (f"{score.temperature:g}", f"{score.value:.4f}", interval, str(score.documents))
-        table.add_row(score.task, score.metric, *values)
-    Console(highlight=False, markup=False).print(table)
+        interval = "" if score.low is None else f" [{score.low:.4f}, {score.high:.4f}]"
+        found = f"{score.value:.4f}{interval}"
+        table.add_row(score.task, score.metric, f"{score.temperature:g}", found, str(score.documents))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
