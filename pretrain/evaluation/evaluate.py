@@ -133,27 +133,20 @@ def evaluate(
         plans += planned(default if temperature is None else temperature)
     _check(plans, settings, text, samples, temperature)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about how it is called
-    loaded = [(plan, _load(plan.tasks, data_dir)) for plan in plans]
-    if text is not None:
-        loaded.append((Plan((TEXT,), 1, 0.0), {"tasks": {TEXT: _text_task(text)}, "groups": {}}))
-    opened = open_model(model) if is_run(model) else None
-    out = out or _place_in_run(opened, settings)
-    if out is not None:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
     scores: list[Score] = []
-    with _directory(model, opened) as directory:
-        lm = _language_model(directory, settings)
-        for plan, found in loaded:
-            if settings.engine == "hf":
-                lm.thinking["thought_temperature"] = plan.temperature
-            runs = []
-            for k in range(plan.samples):
-                part = found if k == 0 else _sampled(found, settings)
-                if part["tasks"]:
-                    print(f"{', '.join(part['tasks'])}: run {k + 1} of {plan.samples}", file=sys.stderr)
-                    runs.append(_run(lm, plan, part, settings, k, model, out))
-            scores += _scores(plan, found, runs)
+    with _own_cache(data_dir):
+        loaded = [(plan, _load(plan.tasks, data_dir)) for plan in plans]
+        if text is not None:
+            loaded.append((Plan((TEXT,), 1, 0.0), {"tasks": {TEXT: _text_task(text)}, "groups": {}}))
+        opened = open_model(model) if is_run(model) else None
+        out = out or _place_in_run(opened, settings)
+        if out is not None:
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+        with _directory(model, opened) as directory:
+            lm = _language_model(directory, settings)
+            for plan, found in loaded:
+                scores += _evaluate_plan(lm, plan, found, settings, model, out)
     summary = {**asdict(settings), "scores": [asdict(score) for score in scores]}
     if out is not None:
         (out / "summary.json").write_text(json.dumps({"model": model, **summary}, indent=2), encoding="utf-8")
@@ -194,6 +187,20 @@ def _manager(with_lm_eval: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASKS), include_defaults=with_lm_eval)
+
+
+@contextlib.contextmanager
+def _own_cache(data_dir: Path | None) -> Iterator[None]:
+    """datasets keeps what it made of a local directory by the directory's name alone, whatever has become of it."""
+    import datasets
+
+    kept = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory() if data_dir is not None else contextlib.nullcontext(kept) as cache:
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = kept
 
 
 def _load(tasks: Sequence[str], data_dir: Path | None) -> Loaded:
@@ -305,6 +312,18 @@ def _sampled(found: Loaded, settings: Settings) -> Loaded:
         return found
     tasks = {name: task for name, task in found["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
     return {"tasks": tasks, "groups": {}}
+
+
+def _evaluate_plan(lm: Any, plan: Plan, found: Loaded, settings: Settings, model: str, out: Path | None) -> list[Score]:
+    if settings.engine == "hf":
+        lm.thinking["thought_temperature"] = plan.temperature
+    runs = []
+    for k in range(plan.samples):
+        part = found if k == 0 else _sampled(found, settings)
+        if part["tasks"]:
+            print(f"{', '.join(part['tasks'])}: run {k + 1} of {plan.samples}", file=sys.stderr)
+            runs.append(_run(lm, plan, part, settings, k, model, out))
+    return _scores(plan, found, runs)
 
 
 def _run(lm: Any, plan: Plan, found: Loaded, settings: Settings, k: int, model: str, out: Path | None) -> Run:

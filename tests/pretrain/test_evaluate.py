@@ -234,6 +234,9 @@ def test_data_in_hub_layout_and_the_papers_metric(directory):
         truth *= logits[allowed].softmax(-1)["0123456789\n".index(piece)].item()
     assert scores[0]["metric"] == "expected_probability"
     assert scores[0]["value"] == pytest.approx(truth, rel=1e-4)
+    (gsm8k / "test.jsonl").write_text(2 * (json.dumps(problem) + "\n"))
+    scores, _, _ = evaluated(directory, "every-token", "--tasks", "gsm8k_probability")
+    assert scores[0]["documents"] == 2  # what datasets made of it before is not taken for what it is now
 
 
 # Numbers
