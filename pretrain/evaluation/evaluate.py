@@ -380,8 +380,9 @@ def _scores(plan: Plan, found: Loaded, runs: Sequence[Run]) -> list[Score]:
     """Of a task, or of all problems of a group together."""
     from lm_eval.api.metrics import mean
 
-    whole = {name: [t.task_name for t in group.get_all_tasks()] for name, group in found["groups"].items()}
-    whole = {name: members for name, members in whole.items() if name in plan.tasks}
+    groups = found["groups"]
+    inner = {below.name for group in groups.values() for below in group.get_all_groups() if below.name != group.name}
+    whole = {name: [t.task_name for t in group.get_all_tasks()] for name, group in groups.items() if name not in inner}
     grouped = {member for members in whole.values() for member in members}
     scores: list[Score] = []
     for name, members in (whole | {leaf: [leaf] for leaf in found["tasks"] if leaf not in grouped}).items():

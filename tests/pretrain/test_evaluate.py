@@ -23,7 +23,7 @@ from models.thinking import TrainedThinking
 from models.thoughts import Text
 from objectives import QuietStar, QuietStarConfig
 from pretrain.cli import main
-from pretrain.evaluation.evaluate import TASKS
+from pretrain.evaluation.evaluate import TASKS, Plan, Settings, _evaluate_plan, _manager, rlp_suite
 from pretrain.evaluation.lm import ForethoughtLM
 from pretrain.evaluation.metrics import final_answer, majority_is_correct, pass_at_k, sampled_metrics, wilson
 from pretrain.evaluation.tasks.scoring import spelled
@@ -239,6 +239,20 @@ def test_data_in_hub_layout_and_the_papers_metric(directory):
     assert scores[0]["documents"] == 2  # what datasets made of it before is not taken for what it is now
 
 
+def test_a_groups_problems_count_together(directory, monkeypatch):
+    """20 problems that rightly find no answer, and 5 where that is wrong: 0.8, not the mean of the tasks."""
+    (directory / "few.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS[:5]))
+    right = _yaml(GENERATION.replace("^(.)", "(none)").replace("doc_to_target: answer", "doc_to_target: '[invalid]'"))
+    wrong = right | {"task": "few", "doc_to_target": "x", "dataset_kwargs": {"data_files": {"test": "few.jsonl"}}}
+    group = {"group": "outer", "task": [{"group": "inner", "task": [right, wrong]}]}
+    (directory / "groups").mkdir()
+    (directory / "groups" / "outer.yaml").write_text(json.dumps(group))
+    monkeypatch.chdir(directory)
+    loaded = TaskManager(include_path=str(directory / "groups"), include_defaults=False).load(["outer"])
+    (score,) = _evaluate_plan(ForethoughtLM(str(LAB)), Plan(("outer",), 1, 0.0), loaded, Settings(), "lab", None)
+    assert (score.task, score.value, score.documents) == ("outer", 0.8, 25)
+
+
 # Numbers
 
 
@@ -324,6 +338,12 @@ def _mistakes(directory):
     yield ["lab", "--tasks", "lab_sum", "--engine", "vllm"], "vllm is not installed"
     yield ["random:lab", "--tasks", "lab_sum"], "has no weights"
     yield [str(directory / "empty"), "--tasks", "lab_sum"], "has no config.json"
+
+
+def test_a_suites_tasks_are_known():
+    plans = rlp_suite(0.7)
+    assert {(plan.samples, plan.temperature) for plan in plans} == {(8, 0.7), (1, 0.0), (4, 0.7)}
+    assert {task for plan in plans for task in plan.tasks} <= {*_manager(True).all_tasks}
 
 
 def test_a_mistake_gets_one_line(directory, capsys):
