@@ -202,3 +202,17 @@ def most_probable(hidden: Tensor, weight_VW: Tensor) -> Tensor:
     for c in _chunks(hidden_RW, weight_VW):
         tokens_R[c] = wide_linear(hidden_RW[c], weight_VW).argmax(-1)
     return tokens_R.view(hidden.shape[:-1])
+
+
+@torch.no_grad()
+def top_tokens(hidden: Tensor, weight_VW: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` most probable tokens of each row, the likeliest first, and their log-probs; hidden [..., W] → int64
+    [..., count] and fp32 (fp64 for fp64) [..., count]. Fewer where the vocabulary is smaller."""
+    hidden_RW = hidden.flatten(0, -2)
+    count_vocabulary(len(hidden_RW), weight_VW)
+    parts = [
+        wide_linear(hidden_RW[c], weight_VW).log_softmax(-1).topk(min(count, len(weight_VW)))
+        for c in _chunks(hidden_RW, weight_VW)
+    ]
+    logprobs_RT, tokens_RT = (torch.cat(x) for x in zip(*parts, strict=True))
+    return tokens_RT.unflatten(0, hidden.shape[:-1]), logprobs_RT.unflatten(0, hidden.shape[:-1])

@@ -193,6 +193,11 @@ class Anchors:
         return torch.where(self.index_BM >= 0, position_BM, -1)
 
     @cached_property
+    def next_BM(self) -> Tensor:
+        """int64, the token behind each anchor; 0 where there is none."""
+        return self.text.targets(1)[0].gather(1, self.index_BM.clamp(min=0))
+
+    @cached_property
     def predicting_BM(self) -> Tensor:
         """bool, whether the anchor exists and its document goes on behind it."""
         return self.text.targets(1)[1].gather(1, self.index_BM.clamp(min=0)) & (self.index_BM >= 0)

@@ -269,7 +269,6 @@ class Anchored(Objective):
         anchors = self.choice.choose_without_model(text, rng)
         body_BLM = self.bodies(engine.sample(self.request(model, state, anchors, 1, rng)))[:, 0]
         bodies = Bodies(body_BLM, anchors, anchors.index_BM >= 0)
-        target_BM = _next_tokens(anchors)
         # Padding anchors point past the row's end and are cut off again.
         place_BM = torch.where(bodies.real_BM, anchors.index_BM, text.shape[1])
 
@@ -277,31 +276,21 @@ class Anchored(Objective):
             return x_BM.new_zeros(text.shape[0], text.shape[1] + 1).scatter(1, place_BM, x_BM)[:, :-1]
 
         def scored(hidden_BMW: Tensor) -> tuple[Tensor, Tensor]:
-            correct_BM = most_probable(hidden_BMW, model.head_weight_VW) == target_BM
-            return spread(-token_logprobs(hidden_BMW, model.head_weight_VW, target_BM)), spread(correct_BM)
+            correct_BM = most_probable(hidden_BMW, model.head_weight_VW) == anchors.next_BM
+            return spread(-token_logprobs(hidden_BMW, model.head_weight_VW, anchors.next_BM)), spread(correct_BM)
 
         plain_BMW = gather_positions(state.hidden_BNW, anchors.index_BM.clamp(min=0))
-        text_scores, own_scores = scored(plain_BMW), scored(self._after(model, state, bodies))
+        text_scores, own_scores = scored(plain_BMW), scored(self.hidden_after(model, state, bodies))
         thoughts = self.template.write(body_BLM[:, None], anchors)
         return TokenScores(*text_scores, spread(bodies.real_BM), *own_scores, thoughts, bodies)
 
     @torch.no_grad()
-    def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
-        hidden_BMW = self._after(model, state, bodies)
-        return -token_logprobs(hidden_BMW, model.head_weight_VW, _next_tokens(bodies.anchors))
-
-    def _after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
-        """Hidden states [B, M, W] behind thoughts that say `bodies`."""
+    def hidden_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
         last = []
         for cut in bodies.anchors.cuts(self.anchors_at_once):
             thoughts = self.template.write(bodies.tokens_BLM[:, None, :, cut], bodies.anchors.part(cut)).trimmed()
             last.append(last_hidden(model.think(thoughts, state), thoughts)[:, 0])
         return torch.cat(last, dim=1)
-
-
-def _next_tokens(anchors: Anchors) -> Tensor:
-    """int64 [B, M], the token behind each anchor."""
-    return anchors.text.targets(1)[0].gather(1, anchors.index_BM.clamp(min=0))
 
 
 def tag_ids(config: AnchoredConfig, vocabulary: Vocabulary) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.decoder import TextState
+from models.logprobs import token_logprobs
 from models.philox import Rng
 from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel, TrainedThinking
@@ -349,10 +350,16 @@ class Objective(ABC):
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:
         """Scores of held-out text, without gradient, with thoughts in chunks of `anchors_at_once`, as in training."""
 
+    def hidden_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        """The hidden states [B, M, W] that predict each anchor's next token after a thought that says `bodies`, without
+        gradient and in the same chunks; for objectives whose `evaluate` gives bodies."""
+        raise TypeError(f"{type(self).__name__} evaluates thoughts but has no hidden_after")
+
+    @torch.no_grad()
     def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
-        """The NLL [B, M] of each anchor's next token after a thought that says `bodies`, without gradient and in the
-        same chunks; for objectives whose `evaluate` gives bodies."""
-        raise TypeError(f"{type(self).__name__} evaluates thoughts but has no nll_after")
+        """The NLL [B, M] of each anchor's next token after a thought that says `bodies`, 0 where none is scored."""
+        hidden_BMW = self.hidden_after(model, state, bodies)
+        return -token_logprobs(hidden_BMW, model.head_weight_VW, bodies.anchors.next_BM) * bodies.real_BM
 
     @classmethod
     def all_metrics(cls) -> dict[str, Metric]:

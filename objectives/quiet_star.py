@@ -267,17 +267,13 @@ class QuietStar(Objective):
             nll_BN = -token_logprobs(hidden_BNW, model.head_weight_VW, target_BN) * valid_BN
             return nll_BN, (most_probable(hidden_BNW, model.head_weight_VW) == target_BN) & valid_BN
 
-        text_scores, own_scores = scored(state.hidden_BNW), scored(self._after(model, state, bodies))
+        text_scores, own_scores = scored(state.hidden_BNW), scored(self.hidden_after(model, state, bodies))
         closed = thoughts.followed_by(torch.full_like(thoughts.tokens_BKSM[:, :, :1], END))
         return TokenScores(*text_scores, valid_BN, *own_scores, closed, bodies)
 
     @torch.no_grad()
-    def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
-        target_BN, valid_BN = state.text.targets(1)
-        return -token_logprobs(self._after(model, state, bodies), model.head_weight_VW, target_BN) * valid_BN
-
-    def _after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
-        """Mixed hidden states [B, N, W] after thoughts that say `bodies`."""
+    def hidden_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        """Mixed with those of the text, so that the head gives the mixed prediction."""
         mixed = []
         for cut in bodies.anchors.cuts(self.anchors_at_once):
             anchors, body_BKLM = bodies.anchors.part(cut), bodies.tokens_BLM[:, None, :, cut]

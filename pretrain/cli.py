@@ -99,15 +99,27 @@ def export(checkpoint: str, out: str, thinking: bool) -> None:
     print(f"wrote {out}")
 
 
-def sample(model: str, text: str, length: int | None, temperature: float, seed: int) -> None:
+def sample(
+    model: str, text: str | None, file: str | None, html: str | None, length: int | None, temperature: float, seed: int
+) -> None:
     """Show the thought a model has at each position of a text.
 
-    Beside each thought: the probability of the true next token, without and with the thought.
+    Beside each thought: the probability of the true next token, without and with the thought, and what the model holds
+    likeliest. --html FILE writes it as a page that stands alone.
     """
     from pretrain.opening import open_model
-    from pretrain.samples import print_thoughts
+    from pretrain.reading_page import refuse_to_overwrite, write_page
+    from pretrain.samples import print_reading, read_with_thoughts, text_of_file
 
-    print_thoughts(open_model(model), text, length, temperature, seed)
+    if html is not None:
+        refuse_to_overwrite(Path(html))
+    words = text_of_file(file) if file is not None else text or ""
+    reading = read_with_thoughts(open_model(model), model, words, length, temperature, seed)
+    if html is None:
+        print_reading(reading)
+    else:
+        write_page(reading, Path(html))
+        print(f"wrote {html}")
 
 
 def evaluate(model: str, tasks: str, out: str | None, data_dir: str | None, **rest: Any) -> None:
@@ -175,7 +187,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     sampling = command(sample)
     sampling.add_argument("model", metavar="MODEL", help="run directory, checkpoint, or exported thinking model")
-    sampling.add_argument("--text", required=True, help="text to read")
+    read = sampling.add_mutually_exclusive_group(required=True)
+    read.add_argument("--text", help="text to read")
+    read.add_argument("--file", metavar="FILE", help="file to read it from; - is standard input")
+    sampling.add_argument("--html", metavar="FILE", help="page to write; must not exist")
     sampling.add_argument("--length", type=int, help="sampled tokens of a thought; default: as trained, else 8")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     sampling.add_argument("--seed", type=int, default=0)

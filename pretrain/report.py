@@ -10,8 +10,9 @@ import base64
 import io
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from rich.table import Table
 from data_pipelines.lab import END_OF_DOCUMENT
 from objectives import Metric, find_objective
 from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
+from pretrain.page import html_page
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_yaml
 from pretrain.run_directory import RunDirectory
@@ -68,15 +70,19 @@ NOT_PLOTTED = ("step", "tokens", "flops", "seconds")
 RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#9a9a9a"
 
 STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1.5rem 0 }
-caption { text-align: left; font-weight: 600 }
+h1, p, li { overflow-wrap: anywhere }
+.wide { overflow-x: auto; margin: 1.5rem 0 }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #8886; text-align: right; vertical-align: top }
 th:first-child, td:first-child, .words th, .words td { text-align: left }
-.words td { overflow-wrap: anywhere }
-img { max-width: 100%; background: #fff; border-radius: 6px }
+.words td { overflow-wrap: anywhere; min-width: 6rem }
+.pictures { display: flex; flex-wrap: wrap; gap: .5rem }
+.pictures img { flex: 1 1 var(--least); min-width: 0; max-width: 100%; border-radius: 6px }
 pre { overflow: auto; padding: 1rem; background: #8882; border-radius: 6px }
+@media print {
+  body { margin: 0; max-width: none; font-size: 9pt }
+  .wide { overflow: visible }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
+}
 """
 
 
@@ -105,7 +111,7 @@ class Sheet:
         rows = "\n".join(line(row, "td") for row in self.rows)
         kind = ' class="words"' if self.words else ""
         head = f"<caption>{escape(self.title)}</caption>\n<thead>{line(self.columns, 'th')}</thead>"
-        return f"<table{kind}>\n{head}\n<tbody>\n{rows}\n</tbody>\n</table>"
+        return f'<div class="wide"><table{kind}>\n{head}\n<tbody>\n{rows}\n</tbody>\n</table></div>'
 
 
 class RunRecords:
@@ -227,7 +233,7 @@ class RunRecords:
         rows = [
             [
                 str(sample["step"]),
-                *(_cut(printable(sample[name]).plain, longest) for name in ("text", "thought", "continues")),
+                *(_cut(printable(sample[name]), longest) for name in ("text", "thought", "continues")),
                 f"{sample['reward']:+.3f}",
             ]
             for sample in samples
@@ -375,10 +381,16 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
 def overview(run: RunRecords) -> Figure:
     """Held-out NLL over compute, and what the thought is worth. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    for axes, plot in zip(figure.subplots(1, 2), (_plot_nll, _plot_thought), strict=True):
+        plot(axes, run)
+    return figure
+
+
+def _plot_nll(axes: Axes, run: RunRecords) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     runs = [(run, run.name, RUN_COLOUR)]
     if run.control is not None:
         runs.append((run.control, f"control ({run.control.name})", CONTROL_COLOUR))
@@ -386,21 +398,24 @@ def overview(run: RunRecords) -> Figure:
         for name, how, style in (("nll_thought", "after its own thought", "-"), ("nll_text", "without thoughts", "--")):
             x, y = records.curve(records.evaluations, "flops", name)
             if x:
-                left.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{label}, {how}")
-    left.xaxis.set_major_locator(MaxNLocator(5))
-    left.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
-    left.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
+                axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{label}, {how}")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
+    axes.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
     if run.evaluations:
-        left.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_thought(axes: Axes, run: RunRecords) -> None:
+    """What the thought is worth; without a thought, how the loss went."""
     if run.after.get("counterfactual"):
-        _plot_counterfactuals(right, run.after["counterfactual"])
+        _plot_counterfactuals(axes, run.after["counterfactual"])
     else:
         name = "reward" if any(_known(record, "reward") for record in run.metrics) else "loss"
-        right.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR)
-        right.set(title=f"{name.capitalize()} in training", xlabel="step", ylabel=name)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+        axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR)
+        axes.set(title=f"{name.capitalize()} in training", xlabel="step", ylabel=name)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _plot_counterfactuals(axes: Axes, found: dict[str, dict[str, float]]) -> None:
@@ -417,24 +432,31 @@ def _plot_counterfactuals(axes: Axes, found: dict[str, dict[str, float]]) -> Non
     axes.set(title="Does the thought matter?", xlabel="held-out NLL after it, nats per token, with 95% intervals")
 
 
-def training_curves(run: RunRecords) -> Figure:
-    """Every metric over the steps, each on axes of its own. Raises ImportError without matplotlib."""
+def panels(run: RunRecords) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The overview's halves, and the curve of every metric over the steps: PNG by title. Apart, so that a narrow page
+    puts them below each other. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    names = run.plotted
-    columns = 4
-    rows = max(1, math.ceil(len(names) / columns))
-    figure = Figure(figsize=(11, 1.9 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, name in zip(grid, names, strict=False):
+    def drawn(width: float, height: float, plots: Iterable[Callable[[Axes], None]]) -> dict[str, bytes]:
+        found = {}
+        for plot in plots:
+            figure = Figure(figsize=(width, height), layout="constrained")
+            axes = figure.subplots()
+            plot(axes)
+            found[axes.get_title()] = _png(figure)
+        return found
+
+    def curve(axes: Axes, name: str) -> None:
         axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR, linewidth=1)
         axes.set_title(name, fontsize="small")
         axes.tick_params(labelsize="x-small")
         axes.yaxis.get_offset_text().set_size("x-small")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[len(names) :]:
-        axes.set_visible(False)
-    return figure
+
+    return (
+        drawn(5.5, 4.2, (partial(plot, run=run) for plot in (_plot_nll, _plot_thought))),
+        drawn(2.75, 1.9, (partial(curve, name=name) for name in run.plotted)),
+    )
 
 
 def _png(figure: Figure) -> bytes:
@@ -452,25 +474,27 @@ def write_report(directory: RunDirectory, recipe: Recipe, seconds: float | None 
     seconds: what the whole training command took.
     """
     run = RunRecords(directory, recipe)
-    picture = curves = None
+    overviews: dict[str, bytes] | None = None
+    curves: dict[str, bytes] | None = None
     try:
-        picture, curves = _png(overview(run)), _png(training_curves(run))
+        overviews, curves = panels(run)
+        (directory.path / "report.png").write_bytes(_png(overview(run)))
     except ImportError as error:
         if not (error.name or "").startswith("matplotlib"):
             raise
-    if picture is not None:
-        (directory.path / "report.png").write_bytes(picture)
     path = directory.path / "report.html"
-    path.write_text(_page(run, seconds, picture, curves), encoding="utf-8")
+    path.write_text(_page(run, seconds, overviews, curves), encoding="utf-8")
     return path
 
 
-def _page(run: RunRecords, seconds: float | None, picture: bytes | None, curves: bytes | None) -> str:
+def _page(
+    run: RunRecords, seconds: float | None, overviews: dict[str, bytes] | None, curves: dict[str, bytes] | None
+) -> str:
     title = f"{run.directory.path.resolve().name}: {run.name} on {run.recipe.data.reference}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         _paragraph(_what_it_is(run)),
-        _image(picture, "Held-out NLL and counterfactual test"),
+        _pictures(overviews, "22rem"),
     ]
     parts.append(run.held_out().to_html() if run.evaluations else _paragraph("No text was held out (data.held_out 0)."))
     counterfactuals, sentence = run.counterfactuals(), run.counterfactual_sentence()
@@ -491,21 +515,13 @@ def _page(run: RunRecords, seconds: float | None, picture: bytes | None, curves:
     if run.samples:
         half = HTML_THOUGHTS // 2
         samples = run.samples if len(run.samples) <= HTML_THOUGHTS else run.samples[:half] + run.samples[-half:]
-        title = "Picked at random in the first and in the last steps"
-        parts += ["<h2>Thoughts</h2>", run.thoughts(title, samples, HTML_CHARACTERS).to_html()]
-    parts += ["<h2>Training</h2>", _image(curves, "Metrics of training over the steps")]
+        picked = "Picked at random in the first and in the last steps"
+        parts += ["<h2>Thoughts</h2>", run.thoughts(picked, samples, HTML_CHARACTERS).to_html()]
+    parts += ["<h2>Training</h2>", _pictures(curves, "13rem")]
     parts += [run.meanings().to_html(), _list(run.costs(seconds))]
     parts += ["<h2>How to go on</h2>", _block("\n".join(run.commands()))]
     parts += ["<h2>Recipe</h2>", _block(recipe_to_yaml(run.recipe))]
-    head = (
-        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Thoughts are text that nobody has reviewed: should a tag in one ever escape, it can do nothing.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>"
-    )
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    return html_page(title, STYLE, "\n".join(parts))
 
 
 def _what_it_is(run: RunRecords) -> str:
@@ -540,7 +556,12 @@ def _block(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def _image(png: bytes | None, description: str) -> str:
-    if png is None:
-        return _paragraph(f"No picture ({description}): matplotlib is not installed. pip install matplotlib")
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _pictures(pngs: dict[str, bytes] | None, least: str) -> str:
+    """Pictures by their titles, as many beside each other as are each at least so wide."""
+    if pngs is None:
+        return _paragraph("No pictures: matplotlib is not installed. pip install matplotlib")
+    images = "".join(
+        f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for title, png in pngs.items()
+    )
+    return f'<div class="pictures" style="--least:{least}">{images}</div>'

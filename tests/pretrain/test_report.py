@@ -213,7 +213,11 @@ def test_the_page(tmp_path, capsys):
         assert said in text
     # Six thoughts of the beginning, six of the end.
     assert [row[0] for row in table if row[-1] == "+0.250"] == [*"123456", *map(str, range(15, 21))]
-    assert page.count("data:image/png;base64,") == 2
+    # Each plot a picture of its own, so that a phone shows them below each other.
+    pictures = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page)
+    logged = ["loss", "lr", "grad_norm", "skipped", "tokens_per_second", "reward", "thought_length"]
+    assert pictures == ["Held-out NLL", "Does the thought matter?", *logged]
+    assert "<title>run: rlp on lab:chain=4</title>" in page
     assert "report.html" in printed(run, capsys)
 
 
