@@ -104,8 +104,8 @@ def sample(
 ) -> None:
     """Show the thought a model has at each position of a text.
 
-    Beside each thought: the probability of the true next token, without and with the thought, and what the model holds
-    likeliest. --html FILE writes it as a page that stands alone.
+    Beside each thought: the probability of the true next token without and with the thought, its gain in nats, and the
+    likeliest next tokens. --html FILE writes all this as one page, for slides, phones and paper.
     """
     from pretrain.opening import open_model
     from pretrain.reading_page import refuse_to_overwrite, write_page

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoints.errors import CheckpointError
 from pretrain.page import html_page
-from pretrain.samples import GAIN, LESS_LIKELY_RGB, LIKELIER_RGB, Candidate, Reading, printable
+from pretrain.samples import GAIN, LESS_LIKELY_RGB, LIKELIER_RGB, PART, Candidate, Reading, printable
 
 # A tint of at most half a colour over the page's own background, which black and white text both stay readable on.
 STYLE = """
@@ -31,11 +31,13 @@ header p, footer p { margin: .25rem 0 }
 .key { padding-inline: .3em }
 a:focus-visible, .text a:target { outline: 2px solid; outline-offset: 1px }
 .card { white-space: normal; overflow-wrap: anywhere; break-inside: avoid }
-.card h2 { font-size: 1rem; font-weight: 400; margin: 0 }
+.card header { display: flex; justify-content: space-between; gap: 1rem; align-items: start }
+.card h2 { font-size: 1rem; font-weight: 400; margin: .4rem 0 }
 .card p { margin: .5rem 0 }
 .card q, .card mark, th { white-space: pre-wrap; font-style: normal }
 .card q { font-weight: 600 }
-mark { background: none; color: inherit; font-weight: 600; text-decoration: underline }
+mark { background: #8884; color: inherit; font-weight: 600; padding: .1em; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact }
 .lists { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; font-size: .85rem }
 .lists table { width: 100%; table-layout: fixed }
 .lists th, .lists td { text-align: left; font-weight: 400; padding: .1rem 0; vertical-align: top }
@@ -44,6 +46,7 @@ mark { background: none; color: inherit; font-weight: 600; text-decoration: unde
 .bar { display: block; height: .3rem; background: #7d8590; border-radius: 2px; print-color-adjust: exact;
   -webkit-print-color-adjust: exact }
 .true .bar { background: rgb(LIKELIER) }
+nav { flex: none }
 nav a { display: inline-block; min-width: 2.75rem; padding: .4rem 0; text-align: center; color: inherit }
 @media screen {
   .card { display: none; position: fixed; inset: auto 0 0; max-height: 60vh; overflow: auto; box-sizing: border-box;
@@ -59,9 +62,13 @@ nav a { display: inline-block; min-width: 2.75rem; padding: .4rem 0; text-align:
   body:not(:has(.card:target)) .first { display: block }
 }
 @media print {
-  body { margin: 0; max-width: none; font-size: 10pt }
-  .cards { columns: 2; column-gap: 2rem }
-  .card { border-top: 1px solid #8888; padding: .5rem 0 }
+  body { margin: 0; max-width: none; font-size: 8pt; line-height: 1.3 }
+  .text { font-size: 12pt }
+  .cards { columns: 3; column-gap: 1.5rem }
+  .card { border-top: 1px solid #8888; padding: .2rem 0 }
+  .card h2, .card p, .lists { font-size: inherit; margin: .2rem 0 }
+  .lists { gap: .5rem }
+  .lists td { width: 2.6rem }
   nav, .hint { display: none }
 }
 """.replace("LIKELIER", " ".join(map(str, LIKELIER_RGB))).replace("LESS_LIKELY", " ".join(map(str, LESS_LIKELY_RGB)))
@@ -102,7 +109,7 @@ def reading_page(reading: Reading) -> str:
     ]
     # The token whose card is open.
     opened = ", ".join(f":root:has(#card-{n}:target) #token-{n}" for n in numbers)
-    style = STYLE + (f"{opened} {{ outline: 2px solid; outline-offset: 1px }}\n" if numbers else "")
+    style = STYLE + (f"@media screen {{ {opened} {{ outline: 2px solid; outline-offset: 1px }} }}\n" if numbers else "")
     key = "".join(
         f'<span class="key gain {kind}">{label}</span> '
         for kind, label in (("likelier", "likelier with the thought"), ("less", "less likely"))
@@ -122,7 +129,7 @@ def reading_page(reading: Reading) -> str:
 
 def _token(reading: Reading, n: int) -> str:
     """A token of the text, in the colour of what the thought before it gained."""
-    token = reading.positions[n].token if n < len(reading.positions) else "…"
+    token = reading.positions[n].text or PART if n < len(reading.positions) else " …"
     # A line break is seen, and breaks the line.
     words = escape("\n".join(map(printable, token.split("\n")))).replace("\n", "↵\n")
     before = reading.positions[n - 1] if n > 0 else None
@@ -138,7 +145,7 @@ def _token(reading: Reading, n: int) -> str:
 def _card(reading: Reading, n: int, previous: int | None, following: int | None, first: bool) -> str:
     """What the model thought before the n-th token, and how that moved its prediction of it. first: shown at first."""
     position = reading.positions[n - 1]
-    context = printable("".join(p.token for p in reading.positions[max(0, n - CONTEXT) : n]))
+    context = printable("".join(p.text for p in reading.positions[max(0, n - CONTEXT) : n]))
     token = "…" if position.next_token is None else escape(printable(position.next_token))
     gain = "what comes next is not in the text"
     if position.gain is not None:
@@ -157,8 +164,8 @@ def _card(reading: Reading, n: int, previous: int | None, following: int | None,
     )
     return (
         f'<article class="card{" first" if first else ""}" id="card-{n}">\n'
-        f'<nav aria-label="thoughts">{moves}<a href="#token-{n}" aria-label="close">×</a></nav>\n'
-        f'<h2 dir="auto">{escape(context)}<mark>{token}</mark></h2>\n'
+        f'<header><h2 dir="auto">{escape(context)}<mark>{token}</mark></h2>\n'
+        f'<nav aria-label="thoughts">{moves}<a href="#token-{n}" aria-label="close">×</a></nav></header>\n'
         f"<p>thought <q>{_words(position.thought or '')}</q></p>\n<p>{gain}</p>\n"
         f'<div class="lists">{lists}</div>\n</article>'
     )
@@ -167,11 +174,16 @@ def _card(reading: Reading, n: int, previous: int | None, following: int | None,
 def _list(title: str, candidates: tuple[Candidate, ...]) -> str:
     """The likeliest next tokens with bars, the true one among them or below them."""
     lines = [
-        f'<tr class="{"true" if c.true else "other"}"><th scope="row">{"✓ " if c.true else ""}{_words(c.token)}'
+        f'<tr class="{"true" if c.true else "other"}"><th scope="row">{"✓ " if c.true else ""}{_spaced(c.token)}'
         f'<span class="bar" style="width:{c.probability:.1%}"></span></th><td>{c.probability:.1%}</td></tr>'
         for c in candidates
     ]
     return f"<table><caption>{title}</caption>{''.join(lines)}</table>"
+
+
+def _spaced(token: str) -> str:
+    """A token that stands alone, where a space at its beginning is not seen."""
+    return _words(token.replace(" ", "␣"))
 
 
 def _words(words: str) -> str:

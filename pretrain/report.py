@@ -74,9 +74,9 @@ h1, p, li { overflow-wrap: anywhere }
 .wide { overflow-x: auto; margin: 1.5rem 0 }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #8886; text-align: right; vertical-align: top }
 th:first-child, td:first-child, .words th, .words td { text-align: left }
-.words td { overflow-wrap: anywhere; min-width: 6rem }
-.pictures { display: flex; flex-wrap: wrap; gap: .5rem }
-.pictures img { flex: 1 1 var(--least); min-width: 0; max-width: 100%; border-radius: 6px }
+.words td + td { overflow-wrap: anywhere; min-width: 6rem }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); gap: .5rem }
+.pictures img { width: 100%; border-radius: 6px }
 pre { overflow: auto; padding: 1rem; background: #8882; border-radius: 6px }
 @media print {
   body { margin: 0; max-width: none; font-size: 9pt }
@@ -429,7 +429,7 @@ def _plot_counterfactuals(axes: Axes, found: dict[str, dict[str, float]]) -> Non
     for i, value in enumerate(nll):
         axes.text(value + above[i], i, f"  {value:.2f}", va="center")
     axes.margins(x=0.15)
-    axes.set(title="Does the thought matter?", xlabel="held-out NLL after it, nats per token, with 95% intervals")
+    axes.set(title="Does the thought matter?", xlabel="held-out NLL after it, nats per token, 95% intervals")
 
 
 def panels(run: RunRecords) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -450,7 +450,7 @@ def panels(run: RunRecords) -> tuple[dict[str, bytes], dict[str, bytes]]:
         axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR, linewidth=1)
         axes.set_title(name, fontsize="small")
         axes.tick_params(labelsize="x-small")
-        axes.yaxis.get_offset_text().set_size("x-small")
+        axes.yaxis.get_offset_text().set_fontsize("x-small")
         axes.spines[["top", "right"]].set_visible(False)
 
     return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +30,7 @@ CONTINUATION_TOKENS = 6
 DEFAULT_LENGTH = 8  # of the thoughts of a model that does not say how it was trained
 LIKELIEST, TERMINAL_LIKELIEST = 5, 2  # next tokens that are shown of a distribution
 GAIN = "log-probability of the true next token with the thought minus that without it, in nats"
+PART = "·"  # a token that is but the beginning of a character, where the text is shown
 PIPE_COLUMNS = 160  # of a table that no terminal limits
 # Blue and orange, which the colour-blind tell apart (Okabe and Ito).
 LIKELIER_RGB, LESS_LIKELY_RGB = (0, 114, 178), (213, 94, 0)
@@ -77,12 +79,14 @@ class Candidate:
 class Position:
     """A token of a text, the thought behind it, and how that moved the prediction of the next token.
 
-    next_token: the true one, None where the text ends. nll_without, nll_with: its NLL in nats. likeliest_without,
+    text: what it adds to the text, nothing where it begins a character that a later token completes. next_token: the
+    true one, None where the text ends. nll_without, nll_with: its NLL in nats. likeliest_without,
     likeliest_with: the likeliest next tokens in order, and the true one if it is none of them. All but the token are
     missing where the model does not think.
     """
 
     token: str
+    text: str
     thought: str | None = None
     next_token: str | None = None
     nll_without: float | None = None
@@ -162,19 +166,28 @@ def read_with_thoughts(
     places_M = anchors.index_BM[0]
     hidden = (state.hidden_BNW[0, places_M.clamp(min=0)], objective.hidden_after(model, state, scores.bodies)[0])
     top = [[x_MT.tolist() for x_MT in top_tokens(x_MW, model.head_weight_VW, LIKELIEST)] for x_MW in hidden]
-    positions = [Position(_token(tokenizer, id)) for id in ids]
+    positions = list(map(Position, (_token(tokenizer, id) for id in ids), _texts(tokenizer, ids)))
     for m, n in enumerate(places_M.tolist()):
         if n < 0:
             continue
         said = [t for t in scores.thoughts.tokens_BKSM[0, 0, :, m].tolist() if t >= 0]
         true = ids[n + 1] if scores.valid_BN[0, n] else None
-        nll = [x_BN[0, n].item() if true is not None else None for x_BN in (scores.text_nll_BN, scores.thought_nll_BN)]
+        without, with_ = (
+            x_BN[0, n].item() if true is not None else None for x_BN in (scores.text_nll_BN, scores.thought_nll_BN)
+        )
         likeliest = [
-            _candidates(tokenizer, tokens_MT[m], logprobs_MT[m], true, x)
-            for (tokens_MT, logprobs_MT), x in zip(top, nll, strict=True)
+            _candidates(tokenizer, tokens_MT[m], logprobs_MT[m], true, nll)
+            for (tokens_MT, logprobs_MT), nll in zip(top, (without, with_), strict=True)
         ]
-        next_token = None if true is None else positions[n + 1].token
-        positions[n] = Position(positions[n].token, tokenizer.decode(said), next_token, *nll, *likeliest)
+        positions[n] = replace(
+            positions[n],
+            thought=tokenizer.decode(said),
+            next_token=None if true is None else positions[n + 1].token,
+            nll_without=without,
+            nll_with=with_,
+            likeliest_without=likeliest[0],
+            likeliest_with=likeliest[1],
+        )
     drawn = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, seed {seed}"
     longest = objective.config.thought_length
     tokens = f" of {longest[1]} tokens at most" if longest is not None else ""
@@ -196,6 +209,13 @@ def _token(tokenizer: Tokenizer, id: int) -> str:
     """A token as text, also where it is part of a character, a control token, or none at all."""
     spelled = tokenizer.token_bytes[id] if id < tokenizer.size else None
     return spelled.decode(errors="backslashreplace") if spelled is not None else tokenizer.decode([id]) or f"[{id}]"
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text: a character of several tokens is its last one's."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    spelled = [tokenizer.token_bytes[id] for id in ids]
+    return [_token(tokenizer, id) if s is None else decoder.decode(s) for id, s in zip(ids, spelled, strict=True)]
 
 
 def _candidates(
@@ -283,7 +303,7 @@ def _coloured(reading: Reading) -> RichText:
     gains = [None, *(p.gain for p in reading.positions)]
     line = RichText()
     for position, gain in zip(reading.positions, gains, strict=False):
-        line.append(printable(position.token), _style(gain, reading.full_colour))
+        line.append(printable(position.text or PART), _style(gain, reading.full_colour))
     return line
 
 

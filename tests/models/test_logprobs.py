@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import logprobs
-from models.logprobs import sample_tokens, token_entropies, token_logprobs
+from models.logprobs import sample_tokens, token_entropies, token_logprobs, top_tokens
 from tests.helpers import relative_error
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -150,6 +150,16 @@ def test_greedy_is_the_most_probable():
     hidden, weight, _ = case()
     tokens, _ = sample_tokens(hidden, weight, torch.full((23,), 0.999), 0.0)
     assert torch.equal(tokens, (hidden @ weight.T).argmax(-1))
+
+
+def test_the_top_tokens_are_those_of_all_chunks(monkeypatch):
+    hidden, weight, _ = case()
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 5 * 17)
+    truth = (hidden @ weight.T).log_softmax(-1).sort(-1, descending=True)
+    tokens, got = top_tokens(hidden.view(1, 23, 8), weight, 3)
+    assert torch.equal(tokens[0], truth.indices[:, :3])
+    assert relative_error(got[0], truth.values[:, :3]) <= 1e-14
+    assert top_tokens(hidden, weight, 99)[0].shape == (23, 17)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 4100])

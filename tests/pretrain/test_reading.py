@@ -12,20 +12,24 @@ from dataclasses import replace
 from html import unescape
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders
+from tokenizers.pre_tokenizers import ByteLevel
 
 from checkpoints.errors import CheckpointError
 from checkpoints.hugging_face import export, load_thinking_model
 from checkpoints.references import LAB
 from data_pipelines import DataConfig, Tokenizer
 from models import END, START, Anchors, Text, ThinkingModel, Thoughts
+from models.thinking import TrainedThinking
 from objectives import RlpConfig, RptConfig
 from pretrain.cli import main
 from pretrain.opening import OpenedModel
 from pretrain.reading_page import reading_page, write_page
 from pretrain.recipe import Recipe
 from pretrain.samples import Candidate, Position, Reading, print_reading, printable, read_with_thoughts
-from tests.helpers import explicit_hidden
+from tests.helpers import explicit_hidden, tiny_model
 
 WORDS = "3+5+9=7"
 HOSTILE = "<script>alert('token')</script> & [bold]x[/bold]\x1b[31m\u202e\ud800"
@@ -52,16 +56,16 @@ def opened(objective: str) -> OpenedModel:
     tokenizer, model, config = Tokenizer.from_directory(LAB), thinking_lab().double(), CONFIGS[objective]
     model.ban(tokenizer.size, tokenizer.control_ids)
     recipe = config and Recipe(steps=3, objective=config, data=DataConfig(reference="lab:chain=4"))
-    return OpenedModel(model, tokenizer, LAB, recipe, 4, recipe and {"step": 3})
+    return OpenedModel(model, tokenizer, LAB, recipe, TrainedThinking("every-token", 4), recipe and {"step": 3})
 
 
 def reading(*positions: Position) -> Reading:
-    return Reading("a model", "trained", "It thinks.", [Position(HOSTILE), *positions])
+    return Reading("a model", "trained", "It thinks.", [Position(HOSTILE, HOSTILE), *positions])
 
 
 def position(token: str = "b", gain: float = 0.5, **changes) -> Position:
     likeliest = [(Candidate("x", 0.5, False), Candidate("y", math.exp(-nll), True)) for nll in (1.5, 1.5 - gain)]
-    return replace(Position(token, "hm", "y", 1.5, 1.5 - gain, *likeliest), **changes)
+    return replace(Position(token, token, "hm", "y", 1.5, 1.5 - gain, *likeliest), **changes)
 
 
 @pytest.mark.parametrize("objective", CONFIGS)
@@ -147,7 +151,7 @@ def test_the_page_is_safe_stands_alone_and_is_the_same_again():
 
 def test_each_thought_has_a_card_that_its_token_leads_to():
     last = position("d", next_token=None, nll_without=None, nll_with=None)
-    page = unescape(reading_page(reading(Position("a"), position("b"), position("y", -0.25), last)))
+    page = unescape(reading_page(reading(Position("a", "a"), position("b"), position("y", -0.25), last)))
     links = dict(re.findall(r'<a id="token-(\d+)" href="#card-(\d+)"', page))
     assert links == {"3": "3", "4": "4", "5": "5"}
     cards = dict(re.findall(r'<article class="card[^"]*" id="card-(\d+)">(.*?)</article>', page, re.DOTALL))
@@ -162,6 +166,24 @@ def test_each_thought_has_a_card_that_its_token_leads_to():
     assert "2 tokens, mean NLL 1.500 nats without a thought, 1.375 with one: gain +0.125; 1 became likelier." in page
 
 
+def test_a_character_of_several_tokens_is_shown_by_the_last(tmp_path):
+    """With a tokenizer of bytes, whose other tokens are shown as such where they stand alone."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    model = tiny_model(vocab_size=backend.get_vocab_size())
+    found = OpenedModel(
+        model, Tokenizer.from_directory(tmp_path), tmp_path, None, TrainedThinking("every-token", 2), None
+    )
+    read = read_with_thoughts(found, "bytes", "aé漢!", None, 0.0, seed=0)
+    assert [p.text for p in read.positions] == ["a", "", "é", "", "", "漢", "!"]
+    assert [p.token for p in read.positions][:3] == ["a", "\\xc3", "\\xa9"]
+    page = reading_page(read)
+    assert re.findall(r'<a id="token-.*?>(.*?)</a>', page) == ["·", "é", "·", "·", "漢", "!", " …"]
+    assert "aé漢<mark>!</mark>" in page
+
+
 def test_printable_keeps_what_scripts_need():
     kept = "it's a \\box{é} 漢　字 می‌خواهم 👩‍💻 नि"
     assert printable(kept) == kept
@@ -169,7 +191,7 @@ def test_printable_keeps_what_scripts_need():
 
 
 def test_the_page_of_a_model_from_the_command_line(tmp_path, capsys, monkeypatch):
-    export(thinking_lab(), tmp_path / "lab", LAB, thought_length=3)
+    export(thinking_lab(), tmp_path / "lab", LAB, trained=TrainedThinking("every-token", 3))
     (tmp_path / "words.txt").write_text(WORDS)
     pages = []
     for name, source in (
@@ -189,7 +211,7 @@ def test_the_page_of_a_model_from_the_command_line(tmp_path, capsys, monkeypatch
 
 def test_mistakes_are_named_in_one_line(tmp_path, capsys):
     lab, page = tmp_path / "lab", tmp_path / "page.html"
-    export(thinking_lab(), lab, LAB, thought_length=3, shard_bytes=100_000)
+    export(thinking_lab(), lab, LAB, trained=TrainedThinking("every-token", 3), shard_bytes=100_000)
     page.write_text("mine")
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
     (tmp_path / "empty").mkdir()
