@@ -168,7 +168,8 @@ def test_each_thought_has_a_card_that_its_token_leads_to():
 
 def test_a_character_of_several_tokens_is_shown_by_the_last(tmp_path):
     """With a tokenizer of bytes, whose other tokens are shown as such where they stand alone."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    alphabet = {character: id for id, character in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, []))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(tmp_path / "tokenizer.json"))
