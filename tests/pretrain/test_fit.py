@@ -514,7 +514,7 @@ def test_export_loads_in_transformers_and_thinks_here(tiny_run, run_directory, t
         '{"format": 1, "parts": ["delimiters", "mixing_head"], "length": 0}'
     )
     assert main(["sample", str(tmp_path / "out"), "--text", "The reader thinks"]) == 1
-    assert "thinking.json has length 0, not a number of tokens; export the run again" in capsys.readouterr().err
+    assert "out has a thought length of 0, not a number of tokens; export the run again" in capsys.readouterr().err
     assert main(["export", str(run_directory), str(tmp_path / "out")]) == 1
     assert "is not empty" in capsys.readouterr().err
 
