@@ -16,6 +16,7 @@ from checkpoints.hugging_face import export, load_decoder, load_thinking_model, 
 from checkpoints.modeling.configuration_forethought import ForethoughtConfig
 from checkpoints.references import LAB
 from checkpoints.thinking_export import as_forethought, load_forethought
+from data_pipelines import Tokenizer
 from models.philox import Rng
 from models.rollout import EAGER
 from models.thinking import ThinkingModel, TrainedThinking
@@ -108,6 +109,17 @@ def test_every_family_thinks_as_in_training(family, attention, tmp_path):
         theirs.mixing_head.out.weight.zero_()
         for logits in (plain(tokens()).logits, theirs(tokens(), think="off").logits, theirs(tokens()).logits):
             assert relative_error(logits, logits_of(model, tokens())) <= LOGITS
+
+
+@pytest.mark.smollm2
+def test_smollm2_that_ignores_its_thoughts_is_smollm2(smollm2_directory):
+    model = ThinkingModel(load_decoder(smollm2_directory), delimiters=True, mixing_head=True)
+    theirs = as_forethought(model, TrainedThinking("every-token", 2))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(smollm2_directory, dtype=torch.float32)
+    ids = torch.tensor([Tokenizer.from_directory(smollm2_directory).encode(["def f(x):\n    return 3.14159 * x\n"])[0]])
+    with torch.no_grad():
+        for logits in (plain(ids).logits, theirs(ids).logits):
+            assert relative_error(logits, logits_of(model, ids)) <= LOGITS
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -332,6 +344,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, capsys):
         (lambda: theirs(tokens(), think="aloud"), "think is 'aloud'; choose one of every-token, before-answer, off"),
         (lambda: before(tokens(), think="every-token"), "the model has no mixing head"),
         (lambda: before.generate(tokens(), think="before-answer"), "the model has no tag that closes a thought"),
+        (lambda: theirs.generate(tokens(), cache_implementation="static"), "thoughts need a cache of the whole text"),
         (lambda: theirs.generate(tokens(), num_beams=2, return_thoughts=True), "their thoughts cannot be returned"),
         (lambda: theirs(tokens(), attention_mask=torch.ones(2, 3)), r"attention_mask is \(2, 3\), not \[rows, all"),
         (lambda: ForethoughtConfig(think="aloud"), "think is 'aloud'"),
