@@ -289,14 +289,16 @@ def _directory(model: str, opened: OpenedModel | None) -> Iterator[Path]:
 
 def _language_model(directory: Path, settings: Settings) -> Any:
     """lm-eval's model. Raises CheckpointError or EvaluationError."""
-    from lm_eval.api.registry import get_model
-
-    from pretrain.evaluation.lm import ForethoughtLM
-
     try:
         if settings.engine == "vllm":
-            return get_model("vllm")(pretrained=str(directory), batch_size="auto", seed=settings.seed)
+            from lm_eval.models.vllm_causallms import VLLM
+
+            return VLLM(str(directory), batch_size="auto", seed=settings.seed)
+        from pretrain.evaluation.lm import ForethoughtLM
+
         return ForethoughtLM(str(directory), settings.think, settings.thought_length, batch_size=settings.batch_size)
+    except ImportError as error:  # also of vLLM for CPUs, whose package has another name than lm-eval asks for
+        raise EvaluationError(f"lm-eval cannot use {settings.engine} here ({_first_line(error)})") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be loaded ({_first_line(error)}); fetch or export it again"

@@ -359,6 +359,12 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch, capsys):
     assert "pip install 'forethought[eval]'" in capsys.readouterr().err
 
 
+def test_a_vllm_that_lm_eval_cannot_use_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert main(["evaluate", "lab", "--tasks", "lab_sum", "--engine", "vllm"]) == 1
+    assert "forethought: lm-eval cannot use vllm here" in capsys.readouterr().err
+
+
 def _yaml(text):
     import yaml
 
