@@ -15,7 +15,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,10 +189,10 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
 
         input_ids int64 [B, N]; attention_mask [B, T], 0 on padding, wherever it is; position_ids [B, N], by default
         counted by the mask. past_key_values, or cache: of the text before. logits_to_keep: the last so many of the N
-        tokens, 0 for all; or their numbers, int64 [M].
-        think: by default as trained. thought_length: L; thought_temperature 0 is greedy, else thoughts are sampled with
-        `generator`. thoughts: int64 [B, M, L], to score instead of writing any. use_cache False keeps no keys and
-        values from one pass to the next and reads the text again for each token of a thought: slow, to check others by.
+        tokens, 0 for all; or their numbers, int64 [M]. think: by default as trained. thought_length: L;
+        thought_temperature 0 is greedy, else thoughts are sampled with `generator`. thoughts: int64 [B, M, L], to score
+        instead of writing any. use_cache False keeps no keys and values from one pass to the next and reads the text
+        again for each token of a thought: slow, to check others by.
 
         Raises ValueError for what the model cannot do.
         """
@@ -260,7 +260,9 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         """
         delimiters, head, M = self.delimiters, self.mixing_head, len(at_M)
         assert delimiters is not None and head is not None and text.cache is not None
-        self._check_window(text, length + 2)
+        self._check_window(text.visible_BT.shape[1], length + 2)
+        if any(keys.shape[2] != text.visible_BT.shape[1] for keys, _ in text_keys_and_values(text.cache)):
+            raise ValueError("thoughts need a cache of the whole text; use a DynamicCache without a config")
         embed, (B, _, W) = self.get_input_embeddings(), text.hidden_BNW.shape
         start_B1MW, end_B1MW = (
             (delimiter_W * Delimiters.SCALE).to(text.hidden_BNW.dtype).expand(B, 1, M, W)
@@ -316,15 +318,16 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         )
         return output.last_hidden_state.unflatten(1, (S, M))
 
-    def _sampler(self, temperature: float, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
-        """From hidden states [B, M, W] to the next tokens of their thoughts, int64 [B, M]."""
-        closing = self.config.close_ids if self.config.think == BEFORE_ANSWER else []
-        banned = [token for token in self.config.banned_ids if token not in closing]
+    def _sampler(
+        self, temperature: float, generator: torch.Generator | None, closing: Sequence[int] = ()
+    ) -> Callable[[Tensor], Tensor]:
+        """From hidden states [B, M, W] to the next tokens of their thoughts, int64 [B, M]. closing: ids not banned."""
+        banned = torch.tensor([token for token in self.config.banned_ids if token not in closing], device=self.device)
 
         def sample(hidden_BMW: Tensor) -> Tensor:
             logits = self.get_output_embeddings()(hidden_BMW)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logits[..., banned] = -torch.inf
+            logits.index_fill_(-1, banned.long(), -torch.inf)
             if temperature == 0:
                 return logits.argmax(-1)
             masses = (logits / temperature).softmax(-1)
@@ -353,7 +356,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         if not close_ids:
             raise ValueError("the model has no tag that closes a thought; set config.open_ids and config.close_ids")
         length, (B, N) = self._thought_length(thought_length), input_ids.shape
-        sample = self._sampler(thought_temperature, generator)
+        self._check_window(N, len(open_ids) + length + len(close_ids))
+        sample = self._sampler(thought_temperature, generator, close_ids)
 
         def everywhere(ids: list[int]) -> Tensor:
             return torch.tensor(ids, dtype=torch.int64, device=input_ids.device).expand(B, -1)
@@ -411,9 +415,9 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
             kwargs["return_dict_in_generate"] = True
         if mode == OFF:
             return super().generate(inputs, generation_config, think=mode, **kwargs)
+        if inputs is None:
+            raise ValueError("there is nothing to think about; give input_ids")
         if mode == BEFORE_ANSWER:
-            if inputs is None:
-                raise ValueError("there is nothing to think about; give input_ids")
             return self._answer(inputs, generation_config, thought_length, thought_temperature, generator, **kwargs)
         if return_thoughts and self._asked("num_beams", 1, generation_config, kwargs) > 1:
             raise ValueError("beams exchange their texts, so their thoughts cannot be returned; use num_beams=1")
@@ -533,16 +537,13 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
             raise ValueError(f"thought_length is {length}; give a number of tokens, at least 1")
         return length
 
-    def _check_window(self, text: Reading, thought: int) -> None:
-        window, T = getattr(self.config.base_config, "sliding_window", None), text.visible_BT.shape[1]
+    def _check_window(self, T: int, thought: int) -> None:
+        window = getattr(self.config.base_config, "sliding_window", None)
         if window is not None and T + thought > window:
             raise ValueError(
                 f"a text of {T} tokens and thoughts of {thought} exceed the model's sliding window of {window}; give a "
                 "shorter text or thought_length"
             )
-        assert text.cache is not None
-        if any(keys.shape[2] != T for keys, _ in text_keys_and_values(text.cache)):
-            raise ValueError("thoughts need a cache of the whole text; use a DynamicCache without a config")
 
     def _visible(self, attention_mask: Tensor | None, B: int, T: int) -> Tensor:
         """bool [B, T], which tokens are no padding."""

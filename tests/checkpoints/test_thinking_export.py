@@ -61,7 +61,7 @@ def trained_logits(model: ThinkingModel, ids: torch.Tensor, temperature: float =
         state = model.read(text)
         thoughts = rollout(model, state, Anchors.everywhere(text), 1, L, Rng(0, 0), temperature, EAGER).thoughts
         bodies = Bodies(thoughts.tokens_BKSM[:, 0, 1:], thoughts.anchors, torch.ones_like(ids, dtype=torch.bool))
-        logits = quiet_star._after(model, state, bodies) @ model.head_weight_VW.T
+        logits = quiet_star.hidden_after(model, state, bodies) @ model.head_weight_VW.T
     return logits, bodies.tokens_BLM.transpose(1, 2)
 
 
@@ -338,8 +338,14 @@ def test_bad_input_gets_one_clear_line(tmp_path, capsys):
         export(model, tmp_path / "other", None, thinking=True)
     theirs, lines = as_forethought(model, EVERY_TOKEN), [str(caught.value)]
     before = as_forethought(model, None)
+    windowed = as_forethought(model, TrainedThinking("before-answer", 4, OPEN, CLOSE))
     for ask, message in (
         (lambda: theirs(tokens(length=60)), "60 tokens and thoughts of 6 exceed the model's sliding window of 64"),
+        (
+            lambda: windowed.generate(tokens(length=57)),
+            "57 tokens and thoughts of 8 exceed the model's sliding window of",
+        ),
+        (lambda: theirs.generate(max_new_tokens=1), "there is nothing to think about; give input_ids"),
         (lambda: theirs(tokens(), thought_length=0), "thought_length is 0; give a number of tokens, at least 1"),
         (lambda: theirs(tokens(), think="aloud"), "think is 'aloud'; choose one of every-token, before-answer, off"),
         (lambda: before(tokens(), think="every-token"), "the model has no mixing head"),

@@ -82,7 +82,7 @@ def mixed_logits(model: ThinkingModel, tokens: torch.Tensor, length: int) -> tup
     objective = QuietStar(QuietStarConfig(length=length))
     text = Text.from_rows(tokens)
     bodies = objective.evaluate(model, text, Rng(0, 0), EAGER).bodies
-    hidden = objective._after(model, model.read(text), bodies)
+    hidden = objective.hidden_after(model, model.read(text), bodies)
     return hidden @ model.head_weight_VW.T, bodies.tokens_BLM.transpose(1, 2)
 
 
