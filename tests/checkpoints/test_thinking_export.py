@@ -321,7 +321,7 @@ def test_a_run_is_exported_and_goes_on(tmp_path, capsys):
         assert torch.equal(first, second)
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "lab-quiet-star-thinking"), "--text", "3+5=8"]) == 0
-    assert "A thought at every token" in capsys.readouterr().out
+    assert "4 tokens, mean NLL" in capsys.readouterr().out
     run = str(tmp_path / "on")
     assert (
         main(["fit", "lab-quiet-star", "--model", str(tmp_path / "lab-quiet-star-thinking"), "--run-dir", run, *few])
