@@ -158,8 +158,8 @@ def _card(reading: Reading, n: int, previous: int | None, following: int | None,
     lists = "".join(
         _list(title, candidates)
         for title, candidates in (
-            ("without the thought", position.likeliest_without),
-            ("with it", position.likeliest_with),
+            ("without", position.likeliest_without),
+            ("with", position.likeliest_with),
         )
     )
     return (

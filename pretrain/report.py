@@ -81,6 +81,7 @@ pre { overflow: auto; padding: 1rem; background: #8882; border-radius: 6px }
 @media print {
   body { margin: 0; max-width: none; font-size: 9pt }
   .wide { overflow: visible }
+  .pictures { grid-template-columns: repeat(auto-fill, minmax(calc(var(--least) * .75), 1fr)) }
   pre { white-space: pre-wrap; overflow-wrap: anywhere }
 }
 """

@@ -1,6 +1,6 @@
 """Opens pages of ours in headless Chromium: python tests/external/with_chromium.py CHROMIUM OUT PAGE …
 
-Asserts, on a phone and on a desk, in light and in dark: nothing is said on the console, nothing is requested, nothing
+Asserts, from a phone to a desk, in light and in dark: nothing is said on the console, nothing is requested, nothing
 is wider than the window, and no text is too pale. Writes pictures and a PDF of each page into OUT, to be looked at.
 Speaks the DevTools protocol over two pipes, so that it needs nothing but Python.
 """
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WIDTHS, SCHEMES = (375, 1280), ("light", "dark")
+WIDTHS, SCHEMES = (375, 800, 1280), ("light", "dark")
 LEAST_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
 
 # The least contrast of any text, over the backgrounds that lie behind it. Colours go through a canvas, so that whatever
