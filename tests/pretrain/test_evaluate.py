@@ -154,17 +154,20 @@ def test_a_thought_before_answers_scores_as_transformers_and_training(directory)
     assert relative_error(torch.tensor([x for x, _ in found]), torch.stack(truth)) <= ERROR
 
 
-def test_answers_after_a_thought_are_those_of_transformers(directory):
-    _, _, samples = evaluated(
-        directory, "before-answer-thinking", "--tasks", str(directory / "sums.yaml"), "--think", "before-answer"
-    )
-    there = AutoModelForCausalLM.from_pretrained(directory / "before-answer-thinking", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(directory / "before-answer-thinking")
+@pytest.mark.parametrize("think", ["every-token", "before-answer"])
+def test_answers_with_thoughts_are_those_of_transformers(think, directory):
+    model = f"{think}-thinking"
+    _, _, samples = evaluated(directory, model, "--tasks", str(directory / "sums.yaml"), "--think", think)
+    there = AutoModelForCausalLM.from_pretrained(directory / model, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory / model)
     for problem, sample in zip(PROBLEMS, samples["sums"][0], strict=True):
         ids = tokenizer(problem["question"], return_tensors="pt")["input_ids"]
         answer = there.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
         text = tokenizer.decode(answer, skip_special_tokens=True)
         assert sample["resps"] == [[text.split(":")[0]]]
+    _, _, off = evaluated(directory, model, "--tasks", str(directory / "sums.yaml"))
+    _, _, plain = evaluated(directory, think, "--tasks", str(directory / "sums.yaml"))
+    assert off == plain != samples
 
 
 @pytest.mark.parametrize("think", ["every-token", "before-answer"])
