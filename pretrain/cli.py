@@ -186,7 +186,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     exporting.add_argument("--thinking", action="store_true", help="with the code by which transformers thinks")
 
     sampling = command(sample)
-    sampling.add_argument("model", metavar="MODEL", help="run directory, checkpoint, or exported thinking model")
+    sampling.add_argument("model", metavar="MODEL", help="run directory, checkpoint, or export of a model that thinks")
     read = sampling.add_mutually_exclusive_group(required=True)
     read.add_argument("--text", help="text to read")
     read.add_argument("--file", metavar="FILE", help="file to read it from; - is standard input")

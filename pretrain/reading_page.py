@@ -117,7 +117,7 @@ def reading_page(reading: Reading) -> str:
     title = printable(reading.title)
     header = (
         f"<header>\n<h1>{escape(title)}</h1>\n"
-        f"<p>{escape(printable(f'{reading.model}. {reading.thinking}'))}</p>\n<p>{escape(reading.summary())}</p>\n"
+        f"<p>{escape(printable(f'{reading.model} {reading.thinking}'))}</p>\n<p>{escape(reading.summary())}</p>\n"
         f"<p>{key}full colour from ±{reading.full_colour:.2f} nats on. "
         '<span class="hint">Choose a token for the thought before it.</span></p>\n</header>'
     )

@@ -106,7 +106,7 @@ class Position:
 class Reading:
     """A text as a model reads it.
 
-    title: what the model is called. model: how it was trained. thinking: how it thinks here, in sentences.
+    title: what the model is called. model: how it was trained, thinking: how it thinks here, in sentences.
     """
 
     title: str
@@ -191,18 +191,23 @@ def read_with_thoughts(
     drawn = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, seed {seed}"
     longest = objective.config.thought_length
     tokens = f" of {longest[1]} tokens at most" if longest is not None else ""
-    thinking = f"{objective.sentence} Here thoughts{tokens} are {drawn}.".strip()
-    return Reading(*_described(opened, reference, objective.config.name), thinking, positions)
+    return Reading(*_described(opened, reference), f"Here thoughts{tokens} are {drawn}.", positions)
 
 
-def _described(opened: OpenedModel, reference: str, objective: str) -> tuple[str, str]:
-    """What a model is called, and how it was trained as far as is known."""
-    if opened.recipe is None or opened.state is None:
+def _described(opened: OpenedModel, reference: str) -> tuple[str, str]:
+    """What a model is called, and how it was trained as far as is known, in sentences."""
+    recipe = opened.recipe
+    if recipe is None or opened.state is None:
         name = Path(reference).resolve().name if Path(reference).exists() else reference
-        return name, f"trained with {objective}"
+        when = "at every token" if opened.model.mixing_head is not None else "before an answer"
+        return name, f"An exported model, trained to think {when}."
     run = opened.tokenizer_directory.parent.resolve().name
-    data = ", ".join(source.reference for source in opened.recipe.data.sources.values())
-    return f"{run}, step {opened.state['step']:,}", f"{opened.recipe.model} trained with {objective} on {data}"
+    data = ", ".join(source.reference for source in recipe.data.sources.values())
+    trained = f"{recipe.model} trained with {recipe.objective.name} on {data}."
+    return (
+        f"{run}, step {opened.state['step']:,}",
+        f"{trained} {find_objective(recipe.objective.name).sentence}".strip(),
+    )
 
 
 def _token(tokenizer: Tokenizer, id: int) -> str:
@@ -233,24 +238,23 @@ def _objective(opened: OpenedModel, text: Text, length: int | None, temperature:
 
     Raises CheckpointError if there is none, or the text does not suit it.
     """
-    model = opened.model
+    trained, config = opened.thinking, None
     if opened.recipe is not None:
         config = opened.recipe.objective.showing(length, temperature, text.shape[1])
-    elif model.delimiters is not None and model.mixing_head is not None:
-        config = (
-            find_objective("quiet_star")
-            .Config()
-            .showing(length or opened.thought_length or DEFAULT_LENGTH, temperature, text.shape[1])
-        )
-    else:
-        config = None
+    elif trained is not None:
+        # An export says how to think, which is all that is shown of its objective.
+        names = {"every-token": "quiet_star", "before-answer": "rlp"}
+        tags = {"open": trained.open_ids, "close": trained.close_ids} if trained.think == "before-answer" else {}
+        spelled = {name: opened.tokenizer.decode(list(ids)) for name, ids in tags.items()}
+        settings = find_objective(names[trained.think]).Config(**spelled)
+        config = settings.showing(length or trained.length or DEFAULT_LENGTH, temperature, text.shape[1])
     if config is None:
         raise CheckpointError(
-            "this model has no thought delimiters or mixing head; sample a run of quiet_star, or the run directory of "
-            "one of rlp or rpt"
+            "this model was not trained to think, or does not say how; sample a run of quiet_star, rlp or rpt, or an "
+            "export of one"
         )
     objective = find_objective(config.name).build(config, opened.tokenizer)
-    limit, thought = longest_sequence(model.decoder.config), objective.longest_thought
+    limit, thought = longest_sequence(opened.model.decoder.config), objective.longest_thought
     if text.shape[1] + thought > limit:
         raise CheckpointError(
             f"a text of {text.shape[1]} tokens and thoughts of {thought} exceed the model's {limit} positions; "
@@ -272,7 +276,7 @@ def _objective(opened: OpenedModel, text: Text, length: int | None, temperature:
 def print_reading(reading: Reading) -> None:
     """Prints to standard output: the text in colours, and a table of its positions. Nothing in it is markup."""
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
-    console.print(printable(f"{reading.title}: {reading.model}. {reading.thinking}"), soft_wrap=True)
+    console.print(printable(f"{reading.title}: {reading.model} {reading.thinking}"), soft_wrap=True)
     if console.color_system is not None:
         console.print(_coloured(reading), soft_wrap=True)
     table = Table()

@@ -581,7 +581,7 @@ def test_what_sample_and_export_cannot_do_is_said_in_one_line(tiny_run, run_dire
 
 def test_sample_needs_a_model_that_thinks(tiny_directory, capsys):
     assert main(["sample", str(tiny_directory), "--text", "hello"]) == 1
-    assert "sample a run of quiet_star, or the run directory" in capsys.readouterr().err
+    assert "sample a run of quiet_star, rlp or rpt, or an export of one" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(tiny_run, run_directory, capsys):

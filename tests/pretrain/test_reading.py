@@ -60,7 +60,7 @@ def opened(objective: str) -> OpenedModel:
 
 
 def reading(*positions: Position) -> Reading:
-    return Reading("a model", "trained", "It thinks.", [Position(HOSTILE, HOSTILE), *positions])
+    return Reading("a model", "Trained.", "It thinks.", [Position(HOSTILE, HOSTILE), *positions])
 
 
 def position(token: str = "b", gain: float = 0.5, **changes) -> Position:
@@ -208,6 +208,18 @@ def test_the_page_of_a_model_from_the_command_line(tmp_path, capsys, monkeypatch
     assert pages[0] == pages[1] == pages[2]
     assert b"Here thoughts of 3 tokens at most are greedy." in pages[0]
     assert [p.name for p in sorted((tmp_path / "new").iterdir())] == ["a.html", "b.html", "c.html"]
+
+
+def test_an_export_of_rlp_or_rpt_is_sampled_between_its_tags(tmp_path, capsys):
+    opening, closing = ((Tokenizer.from_directory(LAB).token_id(tag),) for tag in ("<think>", "</think>"))
+    trained = TrainedThinking("before-answer", 3, opening, closing)
+    export(load_thinking_model(LAB), tmp_path / "lab", LAB, trained=trained)
+    assert main(["sample", str(tmp_path / "lab"), "--text", WORDS]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "lab: An exported model, trained to think before an answer. Here thoughts of 3 tokens at most"
+    )
+    assert len(re.findall("│ <think>.{0,3}</think>", out)) == 6
 
 
 def test_mistakes_are_named_in_one_line(tmp_path, capsys):
