@@ -32,8 +32,9 @@ def faults(rng: random.Random, stall: float) -> list:
     """What requests get, in their order: half of them are answered well. stall: seconds that a client sits out."""
     found: list = []
     for _ in range(200):
-        bad = [("drop", 0), ("drop", 0), ("stall", 0, stall * 0.2), ("stall", 0, stall * 2)]
-        cut = [(kind, rng.randrange(1, 20_000), *seconds) for kind, _, *seconds in bad]
+        # Each long stall is within what any request waits for, so that a few of them are sure to be sat out.
+        bad = [("drop", 20_000), ("drop", 20_000), ("stall", 20_000, stall * 0.2), ("stall", 2_000, stall * 2)]
+        cut = [(kind, rng.randrange(1, most), *seconds) for kind, most, *seconds in bad]
         found += rng.sample(deck := [429, 500, 503, *cut, *[None] * 7], len(deck))
     return found
 

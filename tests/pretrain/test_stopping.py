@@ -9,7 +9,8 @@ import subprocess
 import pytest
 
 from checkpoints.run import find_checkpoint, load_checkpoint
-from pretrain import assembly, evaluation
+from pretrain import assembly
+from pretrain.evaluation import held_out
 from tests.pretrain.test_fit import OBJECTIVES, fit, lines, start, wait_for_step
 
 NEXT_TOKEN = OBJECTIVES["next_token"]
@@ -45,7 +46,7 @@ def test_a_signal_to_the_process_group_stops_after_the_step(number, workers, tin
     ("where", "what", "left"),
     [
         ("pretrain.run.assemble", assembly.assemble, False),
-        ("pretrain.callbacks.score_held_out", evaluation.score_held_out, True),
+        ("pretrain.callbacks.score_held_out", held_out.score_held_out, True),
     ],
 )
 def test_before_the_first_step_a_signal_ends_it_at_once(
@@ -81,7 +82,7 @@ def test_asked_to_stop_at_its_end_a_run_does_not_begin_its_control(tiny_run, run
     def last(*arguments):
         if (run_directory / "checkpoints").exists():
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluation.score_held_out(*arguments)
+        return held_out.score_held_out(*arguments)
 
     monkeypatch.setattr("pretrain.callbacks.score_held_out", last)
     assert fit(tiny_run, *OBJECTIVES["rlp"], "--control", "next_token", "--steps", "1") == 75
