@@ -205,7 +205,7 @@ def _check_sizes(
     recipe: Recipe, objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: ThinkingModel
 ) -> None:
     config = model.decoder.config
-    check_vocabulary(recipe.model, tokenizer, config)
+    check_vocabulary(recipe.model, tokenizer, config.vocab_size)
     limit = longest_sequence(config)
     key = max(objectives, key=lambda key: objectives[key].longest_thought)
     thought, length = objectives[key].longest_thought, recipe.data.length

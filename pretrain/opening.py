@@ -85,7 +85,7 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
         model = load_reference(reference, tokenizer_directory, dtype)
         state = None
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
-    check_vocabulary(reference, tokenizer, model.decoder.config)
+    check_vocabulary(reference, tokenizer, model.decoder.config.vocab_size)
     model.ban(tokenizer.size, tokenizer.control_ids)
     if recipe is None:
         thinking = trained_thinking(tokenizer_directory)
@@ -94,10 +94,10 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
     return OpenedModel(model, tokenizer, tokenizer_directory, recipe, thinking, state)
 
 
-def check_vocabulary(reference: str, tokenizer: Tokenizer, config: DecoderConfig) -> None:
+def check_vocabulary(reference: str, tokenizer: Tokenizer, embeddings: int) -> None:
     """Raises CheckpointError for a tokenizer with more tokens than the model; a model may have more, never sampled."""
-    if tokenizer.size > config.vocab_size:
+    if tokenizer.size > embeddings:
         raise CheckpointError(
-            f"the tokenizer of {reference} has {tokenizer.size} tokens, its model only {config.vocab_size} embeddings; "
+            f"the tokenizer of {reference} has {tokenizer.size} tokens, its model only {embeddings} embeddings; "
             "give a directory in which they belong together"
         )

@@ -42,7 +42,7 @@ from data_pipelines import DataConfig, Documents, Tokenizer
 from pretrain.evaluation.errors import EvaluationError
 from pretrain.evaluation.held_out import bootstrap
 from pretrain.evaluation.metrics import Z, final_answer, mean_interval, sampled_metrics
-from pretrain.opening import OpenedModel, open_model
+from pretrain.opening import OpenedModel, check_vocabulary, open_model
 from pretrain.report import write_report
 from pretrain.run_directory import RunDirectory, is_run, writing
 
@@ -277,13 +277,8 @@ def _directory(model: str, opened: OpenedModel | None) -> Iterator[Path]:
     if model.startswith("random:"):
         raise CheckpointError(f"{model} has no weights; give a model that has")
     directory = resolve(model)
-    config, tokens = read_json(directory / "config.json"), Tokenizer.from_directory(directory).size
-    embeddings = (config.get("base_config") or config).get("vocab_size", tokens)
-    if tokens > embeddings:
-        raise CheckpointError(
-            f"the tokenizer of {model} has {tokens} tokens, its model only {embeddings} embeddings; give a directory "
-            "in which they belong together"
-        )
+    config, tokenizer = read_json(directory / "config.json"), Tokenizer.from_directory(directory)
+    check_vocabulary(model, tokenizer, (config.get("base_config") or config).get("vocab_size", tokenizer.size))
     yield directory
 
 

@@ -15,7 +15,6 @@ its last token, H tokens of the longest of these, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,12 +29,14 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from checkpoints.errors import CheckpointError
+from checkpoints.families import THINKING
+from checkpoints.hugging_face import read_json
+from checkpoints.modeling.configuration_forethought import BEFORE_ANSWER, EVERY_TOKEN, MODES, OFF
 from checkpoints.modeling.modeling_forethought import ForethoughtForCausalLM
 from checkpoints.thinking_export import load_forethought
 from data_pipelines import Tokenizer
 from objectives.template import encode_tag
 
-OFF, EVERY_TOKEN, BEFORE_ANSWER = THINK = ("off", "every-token", "before-answer")
 TAGS = ("<think>", "</think>")  # of a model that was not trained to think
 Request = tuple[Any, list[int], list[int]]  # a key, and the tokens of a context and of what continues it
 Row = tuple[int, tuple[int, ...]]  # the number of a context, and the tokens read behind it
@@ -61,8 +62,8 @@ class ForethoughtLM(HFLM):
         device: str | None = None,
         **settings: Any,
     ):
-        if think not in THINK:
-            raise ValueError(f"think is {think!r}; choose one of {', '.join(THINK)}")
+        if think not in MODES:
+            raise ValueError(f"think is {think!r}; choose one of {', '.join(MODES)}")
         self.think = think
         self.thinking = dict(thought_length=thought_length, thought_temperature=thought_temperature)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,5 +214,4 @@ def _prepare_thinking(model: ForethoughtForCausalLM, think: str, name: str, leng
 
 
 def _is_thinking_export(directory: Path) -> bool:
-    path = directory / "config.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("model_type") == "forethought"
+    return (directory / "config.json").exists() and read_json(directory / "config.json").get("model_type") == THINKING

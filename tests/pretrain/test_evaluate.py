@@ -328,6 +328,8 @@ def _mistakes(directory):
     task = str(directory / "nothing.yaml")
     (directory / "nothing.yaml").write_text(GENERATION.replace("sums.jsonl", "absent.jsonl").replace("sums", "nothing"))
     (directory / "empty").mkdir(exist_ok=True)
+    small = directory / "small"
+    export(tiny_model(torch.float32, vocab_size=TOKENIZER.size - 1), small, LAB)
     yield ["lab"], "nothing to evaluate"
     yield ["lab", "--tasks", "lab_sun"], "no task 'lab_sun'; did you mean lab_sum"
     yield ["lab", "--tasks", task, "--data-dir", str(directory)], "give its data as OWNER/NAME/"
@@ -341,6 +343,7 @@ def _mistakes(directory):
     yield ["lab", "--tasks", "lab_sum", "--engine", "vllm"], "vllm is not installed"
     yield ["random:lab", "--tasks", "lab_sum"], "has no weights"
     yield [str(directory / "empty"), "--tasks", "lab_sum"], "has no config.json"
+    yield [str(small), "--tasks", "lab_sum"], f"has {TOKENIZER.size} tokens, its model only {TOKENIZER.size - 1}"
 
 
 def test_a_suites_tasks_are_known():
