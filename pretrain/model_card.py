@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 found = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=64, return_thoughts=True)
-print(tokenizer.decode(found.sequences[0]), tokenizer.batch_decode(found.thoughts[0].clamp(min=0)))
+print(tokenizer.decode(found.sequences[0]), [tokenizer.decode(t[t >= 0]) for t in found.thoughts[0]])
 ```
 
 `generate` takes all its usual arguments for the text, and for thoughts `think` ("off" for none), `thought_length` and
