@@ -1,13 +1,13 @@
 """lm-evaluation-harness's model class for models that think: `--model forethought` once this module is imported.
 
-    off             HFLM on the plain language model, as it is
+    off             the plain language model, as HFLM has it
     every-token     a thought behind each token that is read of a continuation, mixed into the prediction of the next
                     one (Quiet-STaR); generation likewise
     before-answer   one thought behind a context, shared by all its continuations, which are then read without any
                     (RLP, RPT); generation likewise
 
-A context is read once, whatever continues it: its cache is reused. Thoughts that are sampled are sampled once, so a
-log-likelihood is that of the text after these thoughts.
+A context is read once, whatever continues it: its cache is reused (without thoughts in the families that we know).
+Thoughts that are sampled are sampled once, so a log-likelihood is that of the text after these thoughts.
 
 Shapes: B contexts, T tokens of a context and the thought behind it, R rows, each a context and a continuation without
 its last token, H tokens of the longest of these, V vocabulary.
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from checkpoints.errors import CheckpointError
-from checkpoints.families import THINKING
+from checkpoints.families import FAMILIES, THINKING
 from checkpoints.hugging_face import read_json
 from checkpoints.modeling.configuration_forethought import BEFORE_ANSWER, EVERY_TOKEN, MODES, OFF
 from checkpoints.modeling.modeling_forethought import ForethoughtForCausalLM
@@ -96,7 +96,7 @@ class ForethoughtLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        if self.think == OFF:
+        if self.think == OFF and not self._share_contexts(requests):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         of_context: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, _) in enumerate(requests):
@@ -114,6 +114,16 @@ class ForethoughtLM(HFLM):
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
                 bar.update(sum(map(len, members)))
         return [found[i] for i in range(len(requests))]
+
+    def _share_contexts(self, requests: Sequence[Request]) -> bool:
+        """Whether HFLM's model reads contexts apart from what continues them: where that saves work and cuts nothing.
+
+        Windows of a text, which have no key, have next to no context.
+        """
+        if self.config.model_type not in FAMILIES or requests[0][0] is None:
+            return False
+        fit = all(len(context) + len(continuation) <= self.max_length for _, context, continuation in requests)
+        return fit and len({tuple(context) for _, context, _ in requests}) < len(requests)
 
     def _scores(
         self, contexts: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[list[int]]]
@@ -149,20 +159,10 @@ class ForethoughtLM(HFLM):
         head_RH, real_RH = self._padded([head for _, head in rows], "right")
         read = cache.get_seq_length()
         cache.batch_select_indices(context_R)
+        ids_RT = torch.cat([ids_BT[context_R, read:], head_RH], dim=1)
+        mask_RT = torch.cat([mask_BT[context_R], real_RH], dim=1)
         thinks = self.think == EVERY_TOKEN
-        return (
-            self.model(
-                torch.cat([ids_BT[context_R, read:], head_RH], dim=1),
-                attention_mask=torch.cat([mask_BT[context_R], real_RH], dim=1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=head_RH.shape[1] + 1,
-                think=EVERY_TOKEN if thinks else OFF,
-                **(self.thinking if thinks else {}),
-            )
-            .logits.float()
-            .log_softmax(-1)
-        )
+        return self._logits(ids_RT, mask_RT, cache, head_RH.shape[1] + 1, thinks).float().log_softmax(-1)
 
     def _read(self, contexts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Any]:
         """Contexts, and what is thought behind them: ids [B, T], their mask [B, T], and a cache of all but the last."""
@@ -171,15 +171,19 @@ class ForethoughtLM(HFLM):
             return self.model.think_first(ids_BT, mask_BT, **self.thinking)[:3]
         cache = DynamicCache()
         if ids_BT.shape[1] > 1:
-            self.model(
-                ids_BT[:, :-1],
-                attention_mask=mask_BT[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                think=OFF,
-            )
+            self._logits(ids_BT[:, :-1], mask_BT[:, :-1], cache, 1)
         return ids_BT, mask_BT, cache
+
+    def _logits(self, ids_RT: Tensor, mask_RT: Tensor, cache: Any, keep: int, thinks: bool = False) -> Tensor:
+        """The last `keep` logits [R, keep, V] behind the ids that follow the cache, which they join."""
+        settings: dict[str, Any]
+        if self.think == OFF:
+            settings = dict(position_ids=(mask_RT.cumsum(-1) - 1).clamp(min=0)[:, -ids_RT.shape[1] :])
+        else:
+            settings = dict(think=EVERY_TOKEN, **self.thinking) if thinks else dict(think=OFF)
+        return self.model(
+            ids_RT, attention_mask=mask_RT, past_key_values=cache, use_cache=True, logits_to_keep=keep, **settings
+        ).logits
 
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """int64 ids [B, T] and their mask, 0 on padding at that side."""
