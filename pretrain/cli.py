@@ -31,16 +31,19 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool, restart: bool) -> 
     """Train a recipe: a shipped name or a YAML file, changed by --key value.
 
     The same command on the same run directory continues an interrupted run. With --continue-from STEP it goes back to
-    that checkpoint, where --optimizer.KEY VALUE may change; with --restart it begins anew.
+    that checkpoint, where --optimizer.KEY VALUE may change; with --restart it begins anew. Under torchrun and srun,
+    devices and nodes are those that were started.
 
     Exit codes: 0 finished; 1 a mistake, which one line names; 2 a command that cannot be read; 3 gave up, because loss,
     gradient or weights were not finite at the end; 75 unfinished, because SIGTERM or SIGINT asked it to stop: it saved
     after its step, and the same command continues. A second signal ends it at once.
     """
     from pretrain import run
+    from pretrain.launcher import launched
     from pretrain.recipe_files import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    launch = launched()
+    loaded = load_recipe(recipe, [*overrides, *(launch.overrides if launch else ())])
     if dry_run:
         run.dry_run(loaded)
     else:

@@ -31,6 +31,7 @@ from objectives import Step
 from pretrain.assembly import assemble, lane_states
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say, scalars
 from pretrain.diagnostics import Diagnostics, at_start
+from pretrain.launcher import cluster_environment, launched
 from pretrain.module import PretrainModule, micro_batches
 from pretrain.recipe import LoggingConfig, Recipe, RecipeError
 from pretrain.recipe_files import recipe_to_tree
@@ -55,6 +56,9 @@ def fit(recipe: Recipe, restart: bool = False) -> Path:
     gave up, and Stopped if a signal asked it to stop: then the same call continues.
     """
     started = time.perf_counter()
+    if (launch := launched()) is not None:
+        launch.check(recipe)
+        say(str(launch))
     directory = RunDirectory(recipe.run_dir or "runs/run")
     with StopSignals(announce=is_rank_zero()) as signals, _locked(directory):
         try:
@@ -192,6 +196,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         devices=recipe.devices,
         num_nodes=recipe.nodes,
         strategy=make_strategy(recipe.ranks),
+        plugins=[cluster_environment()],
         max_epochs=1,
         logger=False,
         # Checkpoints first: an evaluation that fails then costs no training.

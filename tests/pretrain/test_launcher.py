@@ -1,0 +1,104 @@
+"""Processes that torchrun or srun has started become one run without a word in recipe or command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.launcher import Launch, cluster_environment, launched
+from pretrain.recipe import RecipeError
+from pretrain.recipe_files import load_recipe
+from pretrain.run import fit
+from tests.pretrain.test_fit import OBJECTIVES, lines, main
+
+ROOT = Path(__file__).parents[2]
+# As srun sets them for two tasks on this machine. The job has asked for more, and not by --ntasks-per-node.
+STEP = {
+    **{"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "16", "SLURM_NNODES": "2"},
+    **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"},
+    **{"SLURM_NODELIST": "host[5-6]", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"},
+}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "GROUP_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("by", ["torchrun", "srun"])
+def test_processes_that_were_started_are_the_runs(by, tiny_run, tmp_path):
+    arguments = ["fit", "smollm2-quiet-star", *tiny_run, *OBJECTIVES["next_token"], "--steps", "2", "--devices", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if by == "torchrun":
+        torchrun = shutil.which("torchrun", path=Path(sys.executable).parent)
+        commands = [[torchrun, "--standalone", "--nproc-per-node", "2", "-m", "pretrain", *arguments]]
+        environments = [environment]
+    else:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = {"MASTER_PORT": str(free.getsockname()[1])}
+        commands = [[sys.executable, "-m", "pretrain", *arguments]] * 2
+        ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+        environments = [environment | STEP | port | rank for rank in ranks]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        for command, env in zip(commands, environments, strict=True)
+    ]
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert f"started by {by}: devices 2, nodes 1" in said[0]
+    recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert (recipe.devices, recipe.nodes) == (2, 1)
+    together = lines(tmp_path / "run" / "metrics.jsonl")
+    assert main([*arguments, "--devices", "1", "--run-dir", str(tmp_path / "alone")]) == 0
+    alone = lines(tmp_path / "alone" / "metrics.jsonl")
+    assert [m["step"] for m in together] == [1, 2]
+    assert [m["loss"] for m in together] == pytest.approx([m["loss"] for m in alone], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, None),
+        (TORCHRUN, Launch("torchrun", 3, 2)),
+        (TORCHRUN | STEP, Launch("torchrun", 3, 2)),  # one task of srun a node, and there torchrun
+        (STEP | {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
+         Launch("srun", 8, 2)),
+        ({name: STEP[name] for name in STEP if "STEP" not in name}, None),  # a batch script without srun
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+    ],
+)  # fmt: skip
+def test_who_has_started_them(environment, launch, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what Lightning is told is gone after the test
+    assert launched() == launch
+    if launch is not None and launch.by == "srun":
+        environ = cluster_environment()
+        environ.validate_settings(8, 2)
+        assert (environ.world_size(), environ.auto_requeue) == (16, False)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        TORCHRUN | {"WORLD_SIZE": "5"},
+        STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "3,1"},
+    ],
+)
+def test_nodes_with_different_numbers_of_processes_are_refused(environment, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["fit", "smollm2-next-token"]) == 1
+    assert capsys.readouterr().err.endswith("processes on 2 nodes; start as many on each node\n")
+
+
+def test_rows_that_do_not_divide_are_refused(monkeypatch, capsys):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert main(["fit", "smollm2-next-token", "--rows-per-step", "8"]) == 1
+    assert "rows_per_step 8 must be a multiple of the 6 devices; use 12" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="started by torchrun: devices 3, nodes 2, but the recipe has 1 and 1"):
+        fit(load_recipe("smollm2-next-token"))
