@@ -7,55 +7,92 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from pretrain.cli import UNFINISHED, main
 from pretrain.launcher import Launch, cluster_environment, launched
 from pretrain.recipe import RecipeError
 from pretrain.recipe_files import load_recipe
 from pretrain.run import fit
-from tests.pretrain.test_fit import OBJECTIVES, lines, main
+from tests.pretrain.test_fit import OBJECTIVES, lines
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "pretrain" / "launch"
 # As srun sets them for two tasks on this machine. The job has asked for more, and not by --ntasks-per-node.
 STEP = {
     **{"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "16", "SLURM_NNODES": "2"},
     **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"},
+    **{"SLURM_CPUS_PER_TASK": "1"},
     **{"SLURM_NODELIST": "host[5-6]", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"},
 }
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "GROUP_WORLD_SIZE": "2"}
 
 
+SRUN = """#!/bin/bash
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "${@:2}" &
+    tasks+=("$!")
+done
+for task in "${tasks[@]}"; do
+    wait "$task" || code=$?
+done
+exit "${code:-0}"
+"""
+
+
+def run(file: str, programs: Path, environment: dict[str, str], arguments: list[str]) -> subprocess.CompletedProcess:
+    """A launching file, which finds `programs` before all others."""
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path} | environment
+    command = ["bash", str(LAUNCH / file), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def program(path: Path, script: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+
+
 @pytest.mark.parametrize("by", ["torchrun", "srun"])
 def test_processes_that_were_started_are_the_runs(by, tiny_run, tmp_path):
-    arguments = ["fit", "smollm2-quiet-star", *tiny_run, *OBJECTIVES["next_token"], "--steps", "2", "--devices", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if by == "torchrun":
-        torchrun = shutil.which("torchrun", path=Path(sys.executable).parent)
-        commands = [[torchrun, "--standalone", "--nproc-per-node", "2", "-m", "pretrain", *arguments]]
-        environments = [environment]
-    else:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = {"MASTER_PORT": str(free.getsockname()[1])}
-        commands = [[sys.executable, "-m", "pretrain", *arguments]] * 2
-        ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-        environments = [environment | STEP | port | rank for rank in ranks]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-        for command, env in zip(commands, environments, strict=True)
-    ]
-    said = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    assert f"started by {by}: devices 2, nodes 1" in said[0]
+    arguments = ["smollm2-quiet-star", *tiny_run, *OBJECTIVES["next_token"], "--steps", "2", "--devices", "4"]
+    program(tmp_path / "programs" / "srun", SRUN)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        environment = {"torchrun": {"PROCESSES": "2"}, "srun": STEP | {"MASTER_PORT": str(free.getsockname()[1])}}[by]
+    file = {"torchrun": "torchrun.sh", "srun": "slurm.sbatch"}[by]
+    done = run(file, tmp_path / "programs", environment, arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"started by {by}: devices 2, nodes 1") == 1
     recipe = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
     assert (recipe.devices, recipe.nodes) == (2, 1)
     together = lines(tmp_path / "run" / "metrics.jsonl")
-    assert main([*arguments, "--devices", "1", "--run-dir", str(tmp_path / "alone")]) == 0
+    assert main(["fit", *arguments, "--devices", "1", "--run-dir", str(tmp_path / "alone")]) == 0
     alone = lines(tmp_path / "alone" / "metrics.jsonl")
     assert [m["step"] for m in together] == [1, 2]
     assert [m["loss"] for m in together] == pytest.approx([m["loss"] for m in alone], rel=1e-5)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, ""), (1, ""), (UNFINISHED, "requeue 4711\n")])
+def test_an_unfinished_job_is_requeued(code, requeued, tmp_path):
+    program(tmp_path / "programs" / "srun", f"#!/bin/bash\nexit {code}\n")
+    program(tmp_path / "programs" / "scontrol", '#!/bin/bash\necho "$@"\n')
+    done = run("slurm.sbatch", tmp_path / "programs", STEP, ["smollm2-next-token"])
+    assert (done.returncode, done.stdout) == (code, requeued), done.stderr
+
+
+def test_launching_files_are_clean_and_shipped():
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
+    assert len(scripts) == 3
+    checker = ["shellcheck"] if shutil.which("shellcheck") else ["bash", "-n"]
+    for script in scripts:
+        subprocess.run([*checker, str(script)], check=True)
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pretrain"]
+    assert {*LAUNCH.iterdir()} <= {path for pattern in shipped for path in (ROOT / "pretrain").glob(pattern)}
 
 
 @pytest.mark.parametrize(
