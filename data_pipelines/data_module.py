@@ -28,7 +28,7 @@ MESSAGE = 2**15  # tokens that a worker sends at once, because a message costs t
 
 def _start_worker(worker: int) -> None:
     """A process group's signals reach workers, too; but when to end, their parent says, or its death."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
     gc.freeze()  # a collection writes to every object, which would copy all that the parent holds

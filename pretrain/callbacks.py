@@ -186,10 +186,20 @@ class Records(lightning.Callback):
             )
 
 
+def _asked_of_any(trainer: lightning.Trainer, signals: StopSignals) -> bool:
+    """Whether any rank is to stop, and so all are; all ranks must call it."""
+    return trainer.strategy.reduce_boolean_decision(signals.asked, all=False)
+
+
+class _Interrupted(Exception):
+    """A signal interrupted the evaluation."""
+
+
 class HeldOutEvaluation(lightning.Callback):
     """Scores held-out text at the start of the run, every so often, and at its end; writes evaluations.jsonl.
 
-    Does nothing where no text is held out.
+    Does nothing where no text is held out. When a signal asks the run to stop, it gives up, and is `interrupted`: the
+    run saves and ends, and its continuation evaluates first.
     """
 
     def __init__(
@@ -203,7 +213,10 @@ class HeldOutEvaluation(lightning.Callback):
         difficulty_E: Tensor | None,
         test: CounterfactualTest | None,
         engine: Engine,
+        signals: StopSignals,
     ):
+        self.signals = signals
+        self.interrupted = False
         self.directory = directory
         self.every = every
         self.objective = objective
@@ -233,7 +246,18 @@ class HeldOutEvaluation(lightning.Callback):
         held_out = self.held_out.to(module.device)
         # Evaluation samples with a key of its own: the same at every step, and none of training's.
         rng = Rng(module.seed, 2**32 - 1)
-        scores = score_held_out(self.objective, module.model, held_out, rng, self.rows_at_once, self.test, self.engine)
+
+        def stop_if_asked() -> None:
+            if _asked_of_any(trainer, self.signals):
+                raise _Interrupted
+
+        try:
+            scores = score_held_out(
+                *(self.objective, module.model, held_out, rng, self.rows_at_once, self.test, self.engine, stop_if_asked)
+            )
+        except _Interrupted:
+            self.interrupted = trainer.should_stop = True
+            return
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
         summary = summarise(scores, self.difficulty_E)
@@ -274,8 +298,10 @@ class Checkpoints(lightning.Callback):
         self.evaluation = evaluation
         self.signals = signals
         self.refused: str | None = None
+        self._saved_at = 0
 
     def on_train_start(self, trainer, module) -> None:
+        self._saved_at = module.step
         # Lightning has just put its own handler of SIGTERM there, which makes a collective call at any moment.
         self.signals.install()
 
@@ -284,14 +310,18 @@ class Checkpoints(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         config, last = self.config, module.step == module.steps
-        # If one rank is to stop, all are.
-        stop = trainer.strategy.reduce_boolean_decision(self.signals.asked, all=False)
+        stop = _asked_of_any(trainer, self.signals)
         due = last or stop or module.gave_up or (config.every is not None and module.step % config.every == 0)
         if due or self.refused is not None:
             self._save(trainer, module)
         trainer.should_stop = trainer.should_stop or stop
 
+    def on_train_end(self, trainer, module) -> None:
+        if self._saved_at != module.step:  # the step's evaluation was interrupted
+            self._save(trainer, module)
+
     def _save(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
+        self._saved_at = module.step
         before = self.refused
         constants = {**self.constants, "lanes": self.data.state()}
         tensors, state = run_state(module, constants, self.evaluation.difficulty_E)

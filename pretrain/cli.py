@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pretrain.stopping import Stopped, StopSignals, TrainingStopped
+from pretrain.stopping import Stopped, StopSignals, TrainingStopped, is_main_process
 
 COMMANDS = "forethought.commands"
 GAVE_UP = 3
@@ -35,8 +35,8 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool, restart: bool) -> 
     devices and nodes are those that were started.
 
     Exit codes: 0 finished; 1 a mistake, which one line names; 2 a command that cannot be read; 3 gave up, because loss,
-    gradient or weights were not finite at the end; 75 unfinished, because SIGTERM or SIGINT asked it to stop: it saved
-    after its step, and the same command continues. A second signal ends it at once.
+    gradient or weights were not finite at the end; 75 unfinished, because SIGTERM, SIGUSR1 or SIGINT asked it to stop:
+    it saved after its step, and the same command continues. SIGINT (Ctrl-C) after that ends it at once.
     """
     from pretrain import run
     from pretrain.launcher import launched
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(stopped: BaseException, code: int) -> int:
     """The exit code of a run that all its processes have ended; rank 0 says so, and is killed if another one fails."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_main_process():
         return 0
     print(f"forethought: {stopped}", file=sys.stderr)
     return code

@@ -108,7 +108,7 @@ class EvaluationConfig(Part):
 
 
 class CheckpointConfig(Part):
-    """The run's own checkpoints; one is always written at the end and at SIGTERM or SIGINT."""
+    """The run's own checkpoints; one is always written at the end and when a signal stops the run."""
 
     every: int | None = Field(default=100, ge=1, description="steps; null: only at the end")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept")

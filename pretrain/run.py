@@ -174,6 +174,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         difficulty_E,
         run.test,
         run.engine,
+        signals,
     )
     constants = {"recipe": recipe_to_tree(recipe), "data_fingerprint": run.data.fingerprint}
     constants["held_out_fingerprint"] = run.held_out.fingerprint
@@ -217,6 +218,8 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         logger.finalize("success")
     if module.step < recipe.steps and not module.gave_up:
         raise Stopped(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
+    if evaluation.interrupted:
+        raise Stopped(f"stopped at the last step, {module.step}, before its evaluation; the same command continues")
     if checkpoints.refused is not None:
         raise TrainingStopped(checkpoints.refused)
 

@@ -1,4 +1,4 @@
-"""Why a run ends early: it gave up, or SIGTERM or SIGINT asked for it, then in training only after the step."""
+"""Why a run ends early: it gave up, or a signal asked for it, which training heeds at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What schedulers send before they kill (SLURM SIGUSR1, on request), and Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -18,11 +19,18 @@ class TrainingStopped(RuntimeError):
     """The run gave up; the message says why and what to do."""
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks for the run, by what its launcher has set; also before anything is imported."""
+    environ = os.environ
+    return environ.get("RANK", environ.get("LOCAL_RANK", environ.get("SLURM_PROCID", "0"))) == "0"
+
+
 class StopSignals:
     """Handles the signals while it is entered; as this module, it is there before anything large is imported.
 
-    A first signal raises Stopped; or, while `deferred`, only sets `asked`: saving inside a handler can hang. A second
-    one ends the process. announce: say that a signal was deferred.
+    A first signal raises Stopped; or, while `deferred`, only sets `asked`: saving inside a handler can hang. Of further
+    ones SIGINT ends the process; a scheduler's are ignored, since they come while the run is saving, and SIGKILL
+    follows. announce: say that a signal was deferred.
     """
 
     def __init__(self, announce: bool = True):
@@ -49,6 +57,8 @@ class StopSignals:
         if os.getpid() != self._process:
             return  # forked just now, and not yet ignoring what was sent to the whole process group
         if self.asked:
+            if number != signal.SIGINT:
+                return
             if os.isatty(2):
                 os.write(2, b"\033[?25h")  # shows the cursor, which a progress bar hides
             signal.signal(number, signal.SIG_DFL)
@@ -57,4 +67,4 @@ class StopSignals:
         if not self.deferred:
             raise Stopped(f"stopped by {signal.Signals(number).name}; the same command starts again")
         if self.announce:
-            os.write(2, b"stopping after this step; a second signal ends the run at once\n")
+            os.write(2, b"stopping after this step; Ctrl-C ends the run at once\n")

@@ -10,7 +10,7 @@ Shapes: B rows, N text positions, E evaluated tokens, D documents, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,12 +70,19 @@ def score_held_out(
     rows_at_once: int,
     test: CounterfactualTest | None = None,
     engine: Engine = EAGER,
+    before_each: Callable[[], None] = lambda: None,
 ) -> HeldOutScores:
-    """Scores of all tokens of held-out text that the objective evaluates; up to rounding the same however it is cut."""
+    """Scores of all tokens of held-out text that the objective evaluates; up to rounding the same however it is cut.
+
+    before_each: called before each pass over `rows_at_once` rows, where it may raise.
+    """
     rows = range(0, held_out.text.shape[0], rows_at_once)
     parts = [held_out.text.rows(slice(first, first + rows_at_once)) for first in rows]
     document_BN = held_out.document_BN.split(rows_at_once)
-    scores = [objective.evaluate(model, part, rng, engine) for part in parts]
+    scores = []
+    for part in parts:
+        before_each()
+        scores.append(objective.evaluate(model, part, rng, engine))
 
     def gathered(values: Sequence[Tensor | None], where: Sequence[Tensor]) -> Tensor | None:
         picked = [v[w].double().cpu() for v, w in zip(values, where, strict=True) if v is not None]
@@ -100,6 +107,7 @@ def score_held_out(
     for i, (part, bodies) in enumerate(zip(parts, own, strict=True)):
         state = model.read(part)
         for condition, body_BLM in conditions.items():
+            before_each()
             nll_BM = objective.nll_after(model, state, replace(bodies, tokens_BLM=body_BLM[i]))
             nll[condition].append(nll_BM[bodies.real_BM].double().cpu())
     counterfactual_E = {"own": found.thought_nll_E} | {condition: torch.cat(parts) for condition, parts in nll.items()}
