@@ -288,7 +288,10 @@ def _language_model(directory: Path, settings: Settings) -> Any:
         if settings.engine == "vllm":
             from lm_eval.models.vllm_causallms import VLLM
 
-            return VLLM(str(directory), batch_size="auto", seed=settings.seed)
+            config = read_json(directory / "config.json")
+            # By itself it rounds a model in fp32 to bf16.
+            dtype = config.get("dtype") or config.get("torch_dtype") or "auto"
+            return VLLM(str(directory), batch_size="auto", seed=settings.seed, dtype=dtype)
         from pretrain.evaluation.lm import ForethoughtLM
 
         return ForethoughtLM(str(directory), settings.think, settings.thought_length, batch_size=settings.batch_size)
