@@ -418,7 +418,8 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         if inputs is None:
             raise ValueError("there is nothing to think about; give input_ids")
         if mode == BEFORE_ANSWER:
-            return self._answer(inputs, generation_config, thought_length, thought_temperature, generator, **kwargs)
+            how = dict(thought_length=thought_length, thought_temperature=thought_temperature, generator=generator)
+            return self._answer(inputs, generation_config, how, **kwargs)
         if return_thoughts and self._asked("num_beams", 1, generation_config, kwargs) > 1:
             raise ValueError("beams exchange their texts, so their thoughts cannot be returned; use num_beams=1")
         log: list[Tensor] = []
@@ -441,9 +442,7 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
         self,
         inputs: Tensor,
         generation_config: Any,
-        thought_length: int | None,
-        temperature: float,
-        generator: torch.Generator | None,
+        how: dict[str, Any],
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -454,9 +453,7 @@ class ForethoughtForCausalLM(ForethoughtPreTrainedModel, GenerationMixin):
             inputs = inputs.repeat_interleave(several, dim=0)
             attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(several, dim=0)
             kwargs["num_return_sequences"] = 1
-        ids_BT, mask_BT, cache, thoughts_BL = self.think_first(
-            inputs, attention_mask, thought_length, temperature, generator
-        )
+        ids_BT, mask_BT, cache, thoughts_BL = self.think_first(inputs, attention_mask, **how)
         for name in ("max_length", "min_length"):
             given = kwargs.get(name, getattr(generation_config, name, None))
             if given:
