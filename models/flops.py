@@ -17,7 +17,7 @@ ledger.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,16 +59,29 @@ def _spend(stage: str, forward: int, passes: int = 1) -> None:
         ledger.recomputed += max(0, passes - 3) * forward
 
 
-def blocks(config: DecoderConfig, tokens: int) -> int:
+Number = TypeVar("Number", int, float)
+
+
+def blocks(config: DecoderConfig, tokens: Number) -> Number:
     """Forward FLOPs of the linear layers of all blocks."""
     c = config
     attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     return 2 * c.layers * (attention + 3 * c.width * c.ffn_width) * tokens
 
 
-def attention(config: DecoderConfig, pairs: int) -> int:
+def attention(config: DecoderConfig, pairs: Number) -> Number:
     """Forward FLOPs of attention over so many query-key pairs, in all layers and heads."""
     return 4 * config.layers * config.heads * config.head_dim * pairs
+
+
+def vocabulary(size: int, width: int, rows: Number) -> Number:
+    """Forward FLOPs of the logits of so many hidden states."""
+    return 2 * size * width * rows
+
+
+def mixing(width: int, text_rows: Number, thought_rows: Number) -> Number:
+    """Forward FLOPs of the mixing head: half its first layer on text hidden states, the rest on thought hidden states."""
+    return 2 * (width * width * text_rows + (2 * width * width + width) * thought_rows)
 
 
 def _passes(decoder: Decoder) -> int:
@@ -107,16 +120,15 @@ def count_rollout(decoder: Decoder, thoughts: Thoughts, sampled_BKSM: Tensor) ->
     marked. Synchronises with the host."""
     if _open:
         c = decoder.config
-        head = 2 * c.vocab_size * c.width * int(sampled_BKSM.sum())
+        head = vocabulary(c.vocab_size, c.width, int(sampled_BKSM.sum()))
         _spend("rollout", _thinking(c, thoughts.anchors, thoughts.lengths_BKM - 1) + head)
 
 
 def count_vocabulary(rows: int, head_weight_VW: Tensor) -> None:
     """The vocabulary's log-probs for so many hidden states."""
-    _spend("vocabulary", 2 * head_weight_VW.numel() * rows, 4 if torch.is_grad_enabled() else 1)
+    _spend("vocabulary", vocabulary(*head_weight_VW.shape, rows), 4 if torch.is_grad_enabled() else 1)
 
 
 def count_mixing(width: int, text_rows: int, thought_rows: int) -> None:
-    """The mixing head: half its first layer on text hidden states, the rest on thought hidden states."""
-    forward = 2 * (width * width * text_rows + (2 * width * width + width) * thought_rows)
-    _spend("mixing", forward, 3 if torch.is_grad_enabled() else 1)
+    """The mixing head on text and thought hidden states."""
+    _spend("mixing", mixing(width, text_rows, thought_rows), 3 if torch.is_grad_enabled() else 1)

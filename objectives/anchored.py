@@ -36,6 +36,7 @@ from objectives.counterfactuals import Bodies
 from objectives.credit import ADVANTAGES, clipped_surrogate, shuffled_in_groups, truncated_importance
 from objectives.metrics import Mean
 from objectives.template import Template, checked_tag, encode_tag
+from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +213,25 @@ class Anchored(Objective):
     def bodies(self, rollout: Rollout) -> Tensor:
         """The tokens between the tags [B, K, L, M], PAD behind them."""
         return self.template.bodies(rollout, self.config.length)
+
+    def workload(self, length: int, documents: float) -> Workload:
+        """Anchors are anywhere in their document, behind its first `min_prefix` tokens."""
+        c, t = self.config, self.template
+        document = length / documents
+        looks = c.positions in ("band", "entropy", "hard")
+        return Workload(
+            length,
+            documents,
+            # Ahead of all losses where their counts depend on the thoughts, or several updates share them.
+            readings=int(self.counts_thoughts or c.updates > 1),
+            anchors=documents * c.anchors_per_document,
+            thoughts=c.thoughts,
+            prefix=max(1.0, (min(c.min_prefix, document) + document - self.horizon) / 2),
+            prompt=len(t.open),
+            sampled=c.length,
+            looked_up=looks * length,
+            updates=c.updates,
+        )
 
     # How credit flows
 

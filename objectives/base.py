@@ -26,6 +26,7 @@ from models.thinking import ThinkingModel, TrainedThinking
 from models.thoughts import Anchors, Text, Thoughts
 from objectives.counterfactuals import Bodies
 from objectives.metrics import METRICS, Means, Metric
+from objectives.workload import Workload
 
 # Settings
 
@@ -322,6 +323,10 @@ class Objective(ABC):
     def step_flops(self, model: ThinkingModel, text: Text) -> int | None:
         """What a step on a text costs, by the ledger, where that is known without taking it: not where thoughts are
         sampled, which end when they end."""
+        return None
+
+    def workload(self, length: int, documents: float) -> Workload | None:
+        """What a step does with a row of so many tokens in so many documents, for plans; None where nobody knows."""
         return None
 
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here

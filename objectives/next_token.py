@@ -19,6 +19,7 @@ from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives.base import Counts, Objective, ObjectiveConfig, Term, TextPart, TokenScores
 from objectives.metrics import Mean
+from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ class NextToken(Objective):
             count_read(model.decoder, text)
             count_vocabulary(text.tokens_BN.numel(), model.head_weight_VW)
         return ledger.total
+
+    def workload(self, length: int, documents: float) -> Workload:
+        return Workload(length, documents, text_predicted=length)
 
     @torch.no_grad()
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:

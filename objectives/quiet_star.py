@@ -43,6 +43,7 @@ from objectives.base import (
 from objectives.counterfactuals import Bodies
 from objectives.credit import group_mean_advantage, positive_part, reinforce
 from objectives.metrics import Mean
+from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +253,25 @@ class QuietStar(Objective):
         w_BKAM = model.mixing_head(text_BAMW, thought_BKAMW)
         w = w_BKAM[..., None]
         return ((1 - w) * text_BAMW + w * thought_BKAMW).to(text_BNW.dtype), w_BKAM
+
+    def workload(self, length: int, documents: float) -> Workload:
+        """Half of the thoughts are better than the mean of their position, and rewarded."""
+        c = self.config
+        return Workload(
+            length,
+            documents,
+            anchors=length,
+            thoughts=c.thoughts,
+            everywhere=True,
+            prefix=(length / documents + 1) / 2,
+            prompt=1,
+            sampled=c.L,
+            appended=c.A,
+            text_predicted=length,
+            predicted=c.A,
+            rewarded=0.5,
+            mixed=c.A,
+        )
 
     @torch.no_grad()
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:

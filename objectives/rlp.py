@@ -20,7 +20,7 @@ width, J sampled tokens of all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +46,7 @@ from objectives.metrics import Mean, policy_metrics, thought_metrics
 from objectives.next_token import next_token_part
 from objectives.teacher import EmaTeacher
 from objectives.template import Template
+from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,21 @@ class Rlp(Anchored):
     @property
     def longest_thought(self) -> int:
         return len(self.template.open) + self.config.length + len(self.template.close) + self.config.horizon - 1
+
+    def workload(self, length: int, documents: float) -> Workload:
+        """With the closing tag appended to every thought."""
+        c, w = self.config, super().workload(length, documents)
+        compared = c.updates * bool(c.kl_weight)
+        return replace(
+            w,
+            other_readings=1 + compared,
+            appended=len(self.template.close) + c.horizon - 1,
+            other_thinkings=compared,
+            text_predicted=length if c.next_token_weight else 0,
+            predicted=c.horizon,
+            looked_up=w.looked_up + w.anchors * c.horizon * (1 + c.updates),
+            teacher=True,
+        )
 
     def after_step(self, model: ThinkingModel) -> None:
         self.teacher.update(model)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, Self
 
@@ -66,6 +66,7 @@ from objectives.base import (
 from objectives.credit import has_variance, prefix_match
 from objectives.metrics import Mean, policy_metrics, thought_metrics
 from objectives.template import Template, checked_tag
+from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,19 @@ class Rpt(Anchored):
         c, t = self.config, self.template
         closing = len(t.close) + len(t.ask)
         return len(t.open) + c.length + closing + (c.answer_length if c.template == "forced" else 0)
+
+    def workload(self, length: int, documents: float) -> Workload:
+        """A forced template's closing tag and box are given, its prediction is sampled."""
+        c, t, w = self.config, self.template, super().workload(length, documents)
+        forced = c.template == "forced"
+        return replace(
+            w,
+            other_readings=int(c.proxy is not None),
+            prompt=w.prompt + forced * len((*t.close, *t.ask)),
+            sampled=w.sampled + forced * c.answer_length,
+            looked_up=w.looked_up + w.anchors,
+            teacher=c.proxy is not None,
+        )
 
     def other_models(self, model: ThinkingModel) -> list[ThinkingModel]:
         return [self.proxy] if self.proxy is not None else []
