@@ -43,6 +43,6 @@ def kept(config: DecoderConfig, activations: torch.dtype, checkpointing: bool) -
 
 
 def beside_backward(config: DecoderConfig, activations: torch.dtype) -> int:
-    """Of a token, while backward is at the MLP of a block: gradients of what the block gave, of gate, up and their
-    product, and the gate's activation."""
-    return (config.width + 4 * config.ffn_width) * activations.itemsize
+    """Of a token, while backward is at the gate of a block, more than the block kept: the gradients of what the block
+    gave, and of gate and up projection, beside the product that it has freed and the gate's activation."""
+    return (config.width + 2 * config.ffn_width) * activations.itemsize

@@ -1,0 +1,444 @@
+"""What a run will take, by arithmetic: memory of each device, FLOPs, and seconds by stated rates of the hardware.
+
+FLOPs are those of `objectives.workload`, which the ledger's formulas make, and bytes of activations those of
+`models.memory`. Seconds are forecasts: passes at a share of the rated FLOP/s, decoding at a share of the memory's
+bandwidth, which reads weights, keys and values for every token, collectives at a share of the links', hidden behind the
+passes that they belong to.
+
+Bytes are of one device unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from models import logprobs
+from models.decoder import Decoder, DecoderConfig
+from models.memory import beside_backward, kept, kept_by_block, keys_and_values
+from models.precision import FEW_ROWS, Linear
+from models.thinking import ThinkingModel
+from objectives.base import Needs
+from objectives.workload import Workload
+
+# Shares of rated figures that are taken to be reached, and what else is assumed; the command says so.
+ATTAINED, STREAMED, TRANSFERRED = 0.4, 0.7, 0.7
+# Kernels of a decoding step of one block, and seconds from one to the next: launched by the host, and replayed.
+KERNELS, LAUNCHED, REPLAYED = 40, 5e-6, 1.5e-6
+# Of a device's memory, what contexts, collectives' buffers and fragmentation leave to the run.
+USABLE = 0.9
+# Bytes of a parameter: master, gradient, both moments of Adam.
+MASTER, GRADIENT, MOMENTS = 4, 4, 8
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device by its vendor's figures. memory: bytes; flops: dense products in bf16, a second; bandwidth: of its
+    memory, link: to the others of its node, network: to those of other nodes, bytes/s each way."""
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    cuda: bool = True
+
+
+HARDWARE = {
+    "a100": Hardware("A100 SXM", 80e9, 312e12, 2.04e12, 300e9, 25e9),
+    "h100": Hardware("H100 SXM", 80e9, 989e12, 3.35e12, 450e9, 50e9),
+    "h200": Hardware("H200 SXM", 141e9, 989e12, 4.8e12, 450e9, 50e9),
+    "b200": Hardware("B200 SXM", 180e9, 2250e12, 8e12, 900e9, 50e9),
+    # A core's fp32 products with AVX2, at 3 GHz.
+    "cpu": Hardware("CPU", 16e9, (os.cpu_count() or 1) * 96e9, 20e9, 10e9, 1e9, cuda=False),
+}
+
+
+def machine() -> Hardware:
+    """The device that this process would train on; of a CPU with the memory of the machine, or of the control group."""
+    if torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        known = next((h for name, h in HARDWARE.items() if name.upper() in about.name.upper()), HARDWARE["h100"])
+        return replace(known, name=about.name, memory=about.total_memory)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (said := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(said))
+    return replace(HARDWARE["cpu"], memory=memory)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """blocks: matrices of the blocks, computed with in the compute dtype; mixing: of the mixing head, likewise; head:
+    of the vocabulary; block: of the largest matrix; total: of all."""
+
+    blocks: int
+    mixing: int
+    head: int
+    largest: int
+    total: int
+
+    @property
+    def rest(self) -> int:
+        """Embedding and head, norms, mixing head and delimiters."""
+        return self.total - self.blocks
+
+    @staticmethod
+    def of(config: DecoderConfig, needs: Needs) -> Parameters:
+        with torch.device("meta"):
+            model = ThinkingModel(Decoder(config), needs.delimiters is not None, needs.mixing_head)
+        linear = [m for block in model.decoder.layers for m in block.modules() if isinstance(m, Linear)]
+        blocks = sum(p.numel() for m in linear for p in m.parameters())
+        mixing = 0 if model.mixing_head is None else sum(p.numel() for p in model.mixing_head.parameters())
+        largest = max(m.weight.numel() for m in linear)
+        total = sum(p.numel() for p in model.parameters())
+        return Parameters(blocks, mixing, model.head_weight_VW.numel(), largest, total)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as far as memory and time depend on it.
+
+    rows: of a step, over all `ranks`, `devices` of which are a node; shard: ranks that hold one copy of the states
+    together. micro_batch_rows, anchors_at_once, sampled_at_once: as in a recipe; None: all. thought_tokens: mean length
+    of the sampled thoughts, where they are taken to end early. graphs: decoding steps are replayed.
+    """
+
+    config: DecoderConfig
+    parameters: Parameters
+    work: Workload
+    hardware: Hardware
+    rows: int
+    ranks: int = 1
+    devices: int = 8
+    shard: int = 1
+    activations: torch.dtype = torch.bfloat16
+    checkpointing: bool = False
+    micro_batch_rows: int | None = None
+    anchors_at_once: int | None = None
+    sampled_at_once: int | None = None
+    thought_tokens: float | None = None
+    graphs: bool = False
+
+    # How a step is cut
+
+    @property
+    def rank_rows(self) -> int:
+        return math.ceil(self.rows / self.ranks)
+
+    @property
+    def micro_rows(self) -> int:
+        return min(self.rank_rows, self.micro_batch_rows or self.rank_rows)
+
+    @property
+    def micro_batches(self) -> int:
+        return math.ceil(self.rank_rows / self.micro_rows)
+
+    @property
+    def anchors(self) -> int:
+        """Of a row, at most: what is held for each row is held for as many as the fullest row has."""
+        return math.ceil(self.work.anchors)
+
+    @property
+    def held(self) -> int:
+        """Anchors of a row whose thoughts are held with gradient at once."""
+        return min(self.anchors, self.anchors_at_once or self.anchors)
+
+    @property
+    def sampled(self) -> int:
+        """Anchors of a row whose thoughts are sampled at once."""
+        return min(self.anchors, self.sampled_at_once or self.anchors_at_once or self.anchors)
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.anchors / self.held) if self.held else 0
+
+    @property
+    def chunked(self) -> bool:
+        return bool(self.chunks) and self.anchors_at_once is not None
+
+    @property
+    def losses(self) -> int:
+        """Backward passes of an update."""
+        return self.micro_batches * (self.chunks + 1 if self.chunked else 1)
+
+    @property
+    def sharded(self) -> bool:
+        return self.shard > 1
+
+    # Memory
+
+    @cached_property
+    def states(self) -> dict[str, float]:
+        """What stays from step to step."""
+        p, element = self.parameters, self.activations.itemsize
+        models = 1 + self.work.teacher
+        found = {"weights": MASTER * p.total / self.shard, "optimizer": MOMENTS * p.total / self.shard}
+        if self.work.teacher:
+            found["teacher"] = MASTER * p.total / self.shard
+        if self.sharded and self.work.thoughts:
+            found["sampling replica"] = element * p.blocks + FP32 * p.rest
+        if not self.sharded and element < FP32:
+            head = p.head if self.hardware.cuda else 0
+            found["copies of weights in the compute dtype"] = models * element * (p.blocks + p.mixing + head)
+        if not self.hardware.cuda and 0 < self.micro_rows * self.work.thoughts * self.sampled <= FEW_ROWS:
+            # Packed for few rows; the head of a CPU is multiplied in fp32.
+            found["copies of weights for sampling"] = element * p.blocks + FP32 * p.head
+        return found
+
+    @property
+    def gradients(self) -> float:
+        return GRADIENT * self.parameters.total / self.shard
+
+    @property
+    def gathered(self) -> float:
+        """Two blocks of a sharded model and the gradient of one, and all that is outside of blocks with its gradient."""
+        if not self.sharded:
+            return 0.0
+        p, element = self.parameters, self.activations.itemsize
+        block = p.blocks / self.config.layers
+        return (2 * element + element + FP32) * block + 2 * FP32 * p.rest
+
+    @cached_property
+    def phases(self) -> dict[str, dict[str, float]]:
+        """What is held beside the states at the fullest moment of each phase, by what it is."""
+        w, c, p, act = self.work, self.config, self.parameters, self.activations
+        element, rows, length = act.itemsize, self.micro_rows, self.work.length
+        text_tokens = rows * length
+        text = text_tokens * kept(c, act, self.checkpointing)
+        if self.checkpointing and not w.thoughts:
+            text -= text_tokens * keys_and_values(c, act)  # which nobody sees
+        # Without gradient, of a text stay its hidden states, keys and values.
+        read = text_tokens * (c.width * element + keys_and_values(c, act))
+        again = kept_by_block(c, act) if self.checkpointing else 0
+        working = beside_backward(c, act) + again
+        gradients = {"gradients": self.gradients, "gathered weights": self.gathered}
+        first = {"gathered weights": self.gathered}
+        before = gradients if self.losses > 1 else first
+        # A product's gradient in the compute dtype, and in fp32.
+        weight = (element + FP32) * p.largest
+        found: dict[str, dict[str, float]] = {}
+
+        if w.thoughts:
+            sampling = rows * self.sampled * w.thoughts
+            slots = w.prompt + math.ceil(w.sampled)
+            state = read if w.readings else text
+            copied = not self.hardware.cuda and element < FP32 and not w.everywhere
+            found["sampling"] = before | {
+                "text": state,
+                "text, read by the teacher": w.teacher * read,
+                "keys and values of thoughts": sampling * slots * keys_and_values(c, act)
+                + copied * text_tokens * keys_and_values(c, act),
+                "activations": sampling * kept_by_block(c, act),
+                "logits": self._logits(sampling),
+            }
+
+            scored = rows * self.held * w.thoughts * w.scored
+            predicted = rows * self.held * w.thoughts * (w.predicted + w.rewarded * w.sampled)
+            of_thought = kept(c, act, self.checkpointing)
+            # A thought's keys and values are seen by itself alone: they are made again.
+            of_thought -= keys_and_values(c, act) if self.checkpointing else 0
+            mixed = rows * self.held * w.thoughts * w.mixed * c.width * (3 * element + FP32)
+            mixing = rows * self.held * w.thoughts * w.mixed * c.width * 3 * FP32
+            of_text = rows * length * (c.width + keys_and_values(c, act) / element) * FP32
+            found["thoughts"] = (before if self.chunks * self.micro_batches > 1 else first) | {
+                "text": text,
+                "thoughts": scored * of_thought + predicted * c.width * element + mixed,
+                "gradient of the text": of_text if self.chunked else 0,
+                "backward": max(self._head(predicted), scored * working + weight, mixing),
+            }
+
+        predicted = rows * w.text_predicted
+        at_once = found.get("thoughts", {}) if w.thoughts and not self.chunked else {}
+        found["text"] = before | {
+            "text": text,
+            "thoughts": at_once.get("thoughts", 0.0),
+            "gradient of the text": (text_tokens * (c.width + keys_and_values(c, act) / element) * (FP32 + element))
+            if self.chunked
+            else 0,
+            "backward": max(self._head(predicted), text_tokens * working + weight),
+        }
+        # Every gradient is there, and the embedding's a second time before it is added to the head's.
+        found["update"] = gradients | {"gradient of the embedding": FP32 * p.head}
+        return {phase: {what: size for what, size in held.items() if size} for phase, held in found.items()}
+
+    def _logits(self, rows: float) -> float:
+        """Of as many rows as are held at once."""
+        V = self.config.vocab_size
+        most = logprobs.CUDA_CHUNK_ELEMENTS if self.hardware.cuda else logprobs.CHUNK_ELEMENTS
+        return min(rows * V, max(V, most)) * FP32
+
+    def _head(self, rows: float) -> float:
+        """Backward of the vocabulary: logits, on CUDA their gradient in the compute dtype, and the gradient of the head,
+        where there are several chunks that of one of them, too."""
+        logits, V = self._logits(rows), self.config.vocab_size
+        lower = logits * self.activations.itemsize / FP32 * self.hardware.cuda
+        chunks = min(2, math.ceil(rows * V * FP32 / logits)) if rows else 0
+        return logits + lower + chunks * FP32 * self.parameters.head
+
+    @property
+    def peak(self) -> float:
+        """Bytes of a device at the fullest moment of a step."""
+        return sum(self.states.values()) + max(sum(held.values()) for held in self.phases.values())
+
+    @property
+    def staged(self) -> float:
+        """Bytes of the host's memory that a snapshot is copied to."""
+        return (MASTER * (1 + self.work.teacher) + MOMENTS) * self.parameters.total / self.shard
+
+    def fits(self, memory: float) -> bool:
+        host = 0.0 if self.hardware.cuda else self.staged
+        return self.peak + host <= USABLE * memory
+
+    # FLOPs and seconds
+
+    @cached_property
+    def flops(self) -> dict[str, float]:
+        """Of a step, over all ranks, as the ledger counts them."""
+        work = self.work if self.thought_tokens is None else self.work.ending_after(self.thought_tokens)
+        return {stage: self.rows * cost for stage, cost in work.flops(self.config, self.checkpointing).items()}
+
+    @property
+    def tokens(self) -> int:
+        """Of text, in a step."""
+        return self.rows * self.work.length
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of a step, by phase."""
+        w, rate = self.work, self.hardware.flops * ATTAINED * self.ranks
+        flops, passes = self.flops, 4 if self.checkpointing else 3
+        readings = passes * w.updates + w.readings + w.other_readings
+        thinkings = passes * w.updates + w.other_thinkings
+        forward_text = flops["text"] * (readings - (passes - 1) * w.updates) / readings
+        forward_thoughts = flops["thoughts"] * (thinkings - (passes - 1) * w.updates) / thinkings
+        score = forward_thoughts + (flops["vocabulary"] / 4) + flops["mixing"] / 3
+        everything = sum(flops.values()) - flops["rollout"]
+        found = {
+            "read": forward_text / rate,
+            "sample": self.decoding["seconds"],
+            "score": score / rate,
+            "backward": (everything - forward_text - score) / rate,
+            "optimizer": self._optimizer,
+        }
+        compute = found["read"] + found["score"] + found["backward"]
+        found["communication"] = max(0.0, self.transfers["passes"] - compute) + self.transfers["update"]
+        return found
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def _optimizer(self) -> float:
+        """AdamW reads master, gradient and moments and writes all but the gradient; a teacher and copies follow."""
+        p = self.parameters.total / self.shard
+        moved = 28 + 12 * self.work.teacher + (MASTER + self.activations.itemsize)
+        return self.work.updates * moved * p / (self.hardware.bandwidth * STREAMED)
+
+    @cached_property
+    def decoding(self) -> dict[str, float]:
+        """seconds of a step's rollouts; steps, one after the other; rows, thoughts at once; token_seconds of a step of
+        them, weight_seconds that reading the weights takes of that, and cache_seconds keys and values."""
+        w, c, p, h = self.work, self.config, self.parameters, self.hardware
+        if not w.thoughts:
+            return {"seconds": 0.0, "steps": 0, "rows": 0, "token_seconds": 0.0, "weight_seconds": 0.0} | {
+                "cache_seconds": 0.0
+            }
+        at_once = self.micro_rows * self.sampled
+        batches = self.micro_batches * math.ceil(self.anchors / self.sampled)
+        rows, steps = at_once * w.thoughts, batches * w.sampled
+        bandwidth = h.bandwidth * STREAMED
+        weights = self.activations.itemsize * p.blocks + (self.activations.itemsize if h.cuda else FP32) * p.head
+        length = w.sampled if self.thought_tokens is None else min(w.sampled, self.thought_tokens)
+        # The thoughts of an anchor share what it sees of the text. At every position a tile of queries does.
+        seen = w.prefix * at_once / (64 if w.everywhere else 1)
+        cache = keys_and_values(c, self.activations) * (rows * (w.prompt + length / 2) + seen)
+        products = self.flops["rollout"] / self.ranks / steps
+        launches = c.layers * KERNELS * (REPLAYED if self.graphs else LAUNCHED) if h.cuda else 0.0
+        token = max((weights + cache) / bandwidth, products / (h.flops * ATTAINED)) + launches
+        return {
+            "seconds": steps * token,
+            "steps": steps,
+            "rows": rows,
+            "token_seconds": token,
+            "weight_seconds": weights / bandwidth,
+            "cache_seconds": cache / bandwidth,
+        }
+
+    @cached_property
+    def moved(self) -> dict[str, float]:
+        """Bytes that each rank sends in a step: gathering weights and summing gradients for `passes`, and once an
+        `update` (gradients of whole models, or of the copies of a sharded one, and the sampling replica)."""
+        p, element, w = self.parameters, self.activations.itemsize, self.work
+        copies = self.ranks // self.shard
+        found = {"passes": 0.0, "update": 0.0}
+        if self.sharded:
+            others = (self.shard - 1) / self.shard
+            # Blocks are gathered for every pass forward and back, what is outside of them once.
+            forward = self.micro_batches * (w.updates + w.readings + w.other_readings)
+            forward += self.micro_batches * self.chunks * (w.updates + w.other_thinkings)
+            gathers = forward + self.losses * w.updates
+            found["passes"] = others * (gathers * element * p.blocks + w.updates * FP32 * p.rest)
+            found["passes"] += others * self.losses * w.updates * FP32 * p.total
+            if w.thoughts:
+                found["update"] += others * (element * p.blocks + FP32 * p.rest)
+        if copies > 1:
+            found["update"] += w.updates * 2 * (copies - 1) / copies * FP32 * p.total / self.shard
+        return found
+
+    @cached_property
+    def transfers(self) -> dict[str, float]:
+        """Seconds of `moved`."""
+        links = {
+            "passes": self.hardware.link if self.shard <= self.devices else self.hardware.network,
+            "update": self.hardware.link if self.ranks <= self.devices else self.hardware.network,
+        }
+        return {name: size / (links[name] * TRANSFERRED) for name, size in self.moved.items()}
+
+    @property
+    def bound(self) -> str:
+        """What takes the largest share of a step, and of sampling what binds it."""
+        phase = max(self.seconds, key=lambda name: self.seconds[name])
+        if phase != "sample":
+            return phase
+        d = self.decoding
+        streamed = d["weight_seconds"] + d["cache_seconds"]
+        if streamed < d["token_seconds"] / 2:
+            return "sample: kernels' launches" if self.hardware.cuda and d["rows"] < 1000 else "sample: products"
+        return "sample: weights" if d["weight_seconds"] > d["cache_seconds"] else "sample: keys and values"
+
+
+# What fits
+
+KEYS = ("micro_batch_rows", "objective.anchors_at_once", "objective.sampled_at_once")
+
+
+def fitting(job: Job, memory: float, keys: Iterable[str] = KEYS) -> Job | None:
+    """The job with the largest of these sizes that fit together: first as few passes with gradient as can be, then as
+    few of sampling. None if none fit."""
+    keys = set(keys)
+    rows = _parts(job.rank_rows) if "micro_batch_rows" in keys else [job.micro_batch_rows]
+    held = [None, *_parts(job.anchors)] if job.anchors and "objective.anchors_at_once" in keys else [job.anchors_at_once]
+    sampled = _parts(job.anchors) if job.anchors and "objective.sampled_at_once" in keys else [job.sampled_at_once]
+    found: list[Job] = []
+    for micro in rows:
+        cut = (replace(job, micro_batch_rows=micro, anchors_at_once=n, sampled_at_once=sampled[-1]) for n in held)
+        if (most := next((j for j in cut if j.fits(memory)), None)) is None:
+            continue
+        cut = (replace(most, sampled_at_once=n) for n in sampled)
+        found.append(next(j for j in cut if j.fits(memory)))
+    return min(found, key=lambda j: (j.losses, j.decoding["steps"], -j.micro_rows), default=None)
+
+
+def _parts(count: int) -> list[int]:
+    """What `count` can be cut into, each as even as it can be, from the whole to ones."""
+    return sorted({math.ceil(count / n) for n in range(1, count + 1)}, reverse=True)
