@@ -27,8 +27,9 @@ def cache_root(cache_dir: Path | None = None) -> Path:
     return cache_dir or Path(os.environ.get("FORETHOUGHT_CACHE") or Path.home() / ".cache" / "forethought")
 
 
-def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
-    """A directory with config.json, safetensors and tokenizer.json, downloaded if necessary.
+def resolve(reference: str | Path, cache_dir: Path | None = None, weights: bool = True) -> Path:
+    """A directory with config.json, safetensors and tokenizer.json, downloaded if necessary; of the hub all but the
+    safetensors, if no `weights` are needed.
 
     For `random:PATH`, the directory that contains the configuration. Raises CheckpointError.
     """
@@ -47,11 +48,11 @@ def resolve(reference: str | Path, cache_dir: Path | None = None) -> Path:
 
         return smollm2_directory(cache_root(cache_dir))
     if HUB_ID.fullmatch(reference):
-        return _from_hub(reference)
+        return _from_hub(reference, HUB_FILES if weights else HUB_FILES[1:])
     raise CheckpointError(f"no model {reference!r}; give {ACCEPTED}")
 
 
-def _from_hub(reference: str) -> Path:
+def _from_hub(reference: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     # HTTPError comes from whichever HTTP client huggingface_hub is built on.
@@ -65,7 +66,7 @@ def _from_hub(reference: str) -> Path:
 
     name, _, revision = reference.partition("@")
     try:
-        for files, skipped in ((HUB_THINKING, None), (HUB_FILES, HUB_SKIPPED)):
+        for files, skipped in ((HUB_THINKING, None), (wanted, HUB_SKIPPED)):
             path = snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=skipped)
         return Path(path)
     except HFValidationError:

@@ -80,7 +80,7 @@ def vocabulary(size: int, width: int, rows: Number) -> Number:
 
 
 def mixing(width: int, text_rows: Number, thought_rows: Number) -> Number:
-    """Forward FLOPs of the mixing head: half its first layer on text hidden states, the rest on thought hidden states."""
+    """Forward FLOPs of the mixing head: half its first layer on text hidden states, the rest on those of thoughts."""
     return 2 * (width * width * text_rows + (2 * width * width + width) * thought_rows)
 
 

@@ -87,10 +87,16 @@ class ThinkingConfig(ObjectiveConfig):
     """Base of the settings of objectives that sample thoughts. Neither of these changes the update."""
 
     anchors_at_once: int | None = setting(
-        None, "anchors of a row whose thoughts are held with gradient at once; default: all", free=True, ge=1
+        None,
+        "anchors of a row whose thoughts are held with gradient at once; default: all; auto: as many as fit",
+        free=True,
+        ge=1,
     )
     sampled_at_once: int | None = setting(
-        None, "anchors of a row whose thoughts are sampled at once; default: anchors_at_once", free=True, ge=1
+        None,
+        "anchors of a row whose thoughts are sampled at once; default: anchors_at_once; auto: as many as fit",
+        free=True,
+        ge=1,
     )
 
     @property

@@ -1,5 +1,5 @@
-"""The command line: `forethought fit | data | evaluate | export | sample`, the same as `python -m pretrain`, and what
-is installed beside it: an entry point of the group COMMANDS is a pair of the function to run and what adds its
+"""The command line: `forethought fit | data | plan | evaluate | export | sample`, the same as `python -m pretrain`, and
+what is installed beside it: an entry point of the group COMMANDS is a pair of the function to run and what adds its
 arguments to a parser.
 
 Ours is imported where it is needed: --help is quick, and signals are handled before anything large is imported.
@@ -40,10 +40,11 @@ def fit(recipe: str, overrides: Sequence[str], dry_run: bool, restart: bool) -> 
     """
     from pretrain import run
     from pretrain.launcher import launched
+    from pretrain.plan import sizes_that_fit
     from pretrain.recipe_files import load_recipe
 
     launch = launched()
-    loaded = load_recipe(recipe, [*overrides, *(launch.overrides if launch else ())])
+    loaded = load_recipe(recipe, [*overrides, *(launch.overrides if launch else ())], sizes_that_fit)
     if dry_run:
         run.dry_run(loaded)
     else:
@@ -77,6 +78,19 @@ def data(
         showing.print_digests(loaded, digest, from_step, workers, ranks)
     else:
         showing.print_data(loaded, steps, from_step, workers, rows)
+
+
+def plan(recipe: str, overrides: Sequence[str], **rest: Any) -> None:
+    """Say what a recipe takes on given hardware: memory of each GPU, seconds of a step, and the sizes that fit.
+
+    Arithmetic alone: nothing is loaded and no GPU is needed. FLOPs are the ledger's, memory is what a step holds at its
+    fullest moment, seconds are forecasts at stated shares of the hardware's rates. The sizes that fit are those that
+    micro_batch_rows, objective.anchors_at_once and objective.sampled_at_once take by `auto` on the machine that trains.
+    """
+    from pretrain import plan as planning
+    from pretrain.recipe_files import load_recipe
+
+    planning.plan(load_recipe(recipe, overrides), recipe, **rest)
 
 
 def export(checkpoint: str, out: str, thinking: bool) -> None:
@@ -183,6 +197,18 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     reading.add_argument("--ranks", type=int, default=1, help="ranks among which rows are divided")
     reading.add_argument("--tokenize", metavar="OUT", help="write a tokenised copy into a new directory")
 
+    planning = command(plan)
+    planning.add_argument("recipe", metavar="RECIPE", help="shipped name or YAML file; --key value as for fit")
+    planning.add_argument("--gpus", type=_positive, metavar="N", help="all of them; default: the recipe's")
+    planning.add_argument("--memory", type=float, metavar="GB", help="of each; default: the hardware's")
+    planning.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
+    planning.add_argument("--hardware", choices=["a100", "h100", "h200", "b200", "cpu", "this"], default="h100")
+    planning.add_argument("--documents", type=float, default=1.0, metavar="N", help="of a row, mean (default: 1)")
+    planning.add_argument(
+        "--thought-tokens", type=float, metavar="N", help="sampled tokens of a thought, mean (default: the longest)"
+    )
+    planning.add_argument("--json", dest="as_json", action="store_true", help="print all figures as JSON instead")
+
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     exporting.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty")
@@ -273,7 +299,7 @@ def _main(argv: Sequence[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     options = vars(arguments)
     function = options.pop("function")
-    if options.pop("command") in ("fit", "data"):
+    if options.pop("command") in ("fit", "data", "plan"):
         options["overrides"] = rest
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")

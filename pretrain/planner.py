@@ -36,6 +36,8 @@ USABLE = 0.9
 # Bytes of a parameter: master, gradient, both moments of Adam.
 MASTER, GRADIENT, MOMENTS = 4, 4, 8
 FP32 = 4
+DECODING = ("seconds", "steps", "rows", "token_seconds", "weight_seconds", "cache_seconds", "launch_seconds")
+BUCKET = 2**26  # elements of gradients that whole models sum at once
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Job:
 
     rows: of a step, over all `ranks`, `devices` of which are a node; shard: ranks that hold one copy of the states
     together. micro_batch_rows, anchors_at_once, sampled_at_once: as in a recipe; None: all. thought_tokens: mean length
-    of the sampled thoughts, where they are taken to end early. graphs: decoding steps are replayed.
+    of the sampled thoughts, where they are taken to end early. graphs: decoding steps are replayed. sync_each_backward:
+    whether shards sum gradients in each backward, and not once per update.
     """
 
     config: DecoderConfig
@@ -127,6 +130,7 @@ class Job:
     sampled_at_once: int | None = None
     thought_tokens: float | None = None
     graphs: bool = False
+    sync_each_backward: bool = False
 
     # How a step is cut
 
@@ -196,11 +200,13 @@ class Job:
 
     @property
     def gradients(self) -> float:
-        return GRADIENT * self.parameters.total / self.shard
+        """Of shards that are summed once per update, whole until then."""
+        whole = self.losses > 1 and not self.sync_each_backward
+        return GRADIENT * self.parameters.total / (1 if whole else self.shard)
 
     @property
     def gathered(self) -> float:
-        """Two blocks of a sharded model and the gradient of one, and all that is outside of blocks with its gradient."""
+        """Two blocks of a sharded model and the gradient of one; all that is outside of blocks, with its gradient."""
         if not self.sharded:
             return 0.0
         p, element = self.parameters, self.activations.itemsize
@@ -267,7 +273,9 @@ class Job:
             "backward": max(self._head(predicted), text_tokens * working + weight),
         }
         # Every gradient is there, and the embedding's a second time before it is added to the head's.
-        found["update"] = gradients | {"gradient of the embedding": FP32 * p.head}
+        # Whole models sum their gradients in buckets.
+        bucket = FP32 * min(BUCKET, p.total) if self.ranks > 1 and not self.sharded else 0
+        found["update"] = gradients | {"gradient of the embedding": max(bucket, FP32 * p.head)}
         return {phase: {what: size for what, size in held.items() if size} for phase, held in found.items()}
 
     def _logits(self, rows: float) -> float:
@@ -277,8 +285,8 @@ class Job:
         return min(rows * V, max(V, most)) * FP32
 
     def _head(self, rows: float) -> float:
-        """Backward of the vocabulary: logits, on CUDA their gradient in the compute dtype, and the gradient of the head,
-        where there are several chunks that of one of them, too."""
+        """Backward of the vocabulary: logits, on CUDA their gradient in the compute dtype, and the gradient of the
+        head, where there are several chunks that of one of them, too."""
         logits, V = self._logits(rows), self.config.vocab_size
         lower = logits * self.activations.itemsize / FP32 * self.hardware.cuda
         chunks = min(2, math.ceil(rows * V * FP32 / logits)) if rows else 0
@@ -347,12 +355,10 @@ class Job:
     @cached_property
     def decoding(self) -> dict[str, float]:
         """seconds of a step's rollouts; steps, one after the other; rows, thoughts at once; token_seconds of a step of
-        them, weight_seconds that reading the weights takes of that, and cache_seconds keys and values."""
+        them, and what reading the weights, reading keys and values, and launching kernels takes of that."""
         w, c, p, h = self.work, self.config, self.parameters, self.hardware
         if not w.thoughts:
-            return {"seconds": 0.0, "steps": 0, "rows": 0, "token_seconds": 0.0, "weight_seconds": 0.0} | {
-                "cache_seconds": 0.0
-            }
+            return dict.fromkeys(DECODING, 0.0)
         at_once = self.micro_rows * self.sampled
         batches = self.micro_batches * math.ceil(self.anchors / self.sampled)
         rows, steps = at_once * w.thoughts, batches * w.sampled
@@ -365,14 +371,8 @@ class Job:
         products = self.flops["rollout"] / self.ranks / steps
         launches = c.layers * KERNELS * (REPLAYED if self.graphs else LAUNCHED) if h.cuda else 0.0
         token = max((weights + cache) / bandwidth, products / (h.flops * ATTAINED)) + launches
-        return {
-            "seconds": steps * token,
-            "steps": steps,
-            "rows": rows,
-            "token_seconds": token,
-            "weight_seconds": weights / bandwidth,
-            "cache_seconds": cache / bandwidth,
-        }
+        figures = steps * token, steps, rows, token, weights / bandwidth, cache / bandwidth, launches
+        return dict(zip(DECODING, figures, strict=True))
 
     @cached_property
     def moved(self) -> dict[str, float]:
@@ -388,7 +388,8 @@ class Job:
             forward += self.micro_batches * self.chunks * (w.updates + w.other_thinkings)
             gathers = forward + self.losses * w.updates
             found["passes"] = others * (gathers * element * p.blocks + w.updates * FP32 * p.rest)
-            found["passes"] += others * self.losses * w.updates * FP32 * p.total
+            summed = self.losses if self.sync_each_backward else 1
+            found["passes"] += others * summed * w.updates * FP32 * p.total
             if w.thoughts:
                 found["update"] += others * (element * p.blocks + FP32 * p.rest)
         if copies > 1:
@@ -406,15 +407,16 @@ class Job:
 
     @property
     def bound(self) -> str:
-        """What takes the largest share of a step, and of sampling what binds it."""
+        """The phase that takes the largest share of a step; of sampling, what binds it."""
         phase = max(self.seconds, key=lambda name: self.seconds[name])
         if phase != "sample":
             return phase
         d = self.decoding
-        streamed = d["weight_seconds"] + d["cache_seconds"]
-        if streamed < d["token_seconds"] / 2:
-            return "sample: kernels' launches" if self.hardware.cuda and d["rows"] < 1000 else "sample: products"
-        return "sample: weights" if d["weight_seconds"] > d["cache_seconds"] else "sample: keys and values"
+        parts = {"weights": d["weight_seconds"], "cache": d["cache_seconds"], "launches": d["launch_seconds"]}
+        parts["products"] = d["token_seconds"] - d["launch_seconds"]
+        streamed = parts["weights"] + parts["cache"] >= 0.99 * parts["products"]
+        del parts["products" if streamed else "weights"]
+        return f"sampling: {max(parts, key=lambda name: parts[name])}"
 
 
 # What fits
@@ -427,7 +429,9 @@ def fitting(job: Job, memory: float, keys: Iterable[str] = KEYS) -> Job | None:
     few of sampling. None if none fit."""
     keys = set(keys)
     rows = _parts(job.rank_rows) if "micro_batch_rows" in keys else [job.micro_batch_rows]
-    held = [None, *_parts(job.anchors)] if job.anchors and "objective.anchors_at_once" in keys else [job.anchors_at_once]
+    held = (
+        [None, *_parts(job.anchors)] if job.anchors and "objective.anchors_at_once" in keys else [job.anchors_at_once]
+    )
     sampled = _parts(job.anchors) if job.anchors and "objective.sampled_at_once" in keys else [job.sampled_at_once]
     found: list[Job] = []
     for micro in rows:

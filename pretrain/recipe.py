@@ -150,7 +150,7 @@ class Recipe(Part):
     micro_batch_rows: int | None = Field(
         default=None,
         ge=1,
-        description="rows that go through the model at once; default: all of a device's",
+        description="rows that go through the model at once; default: all of a device's; auto: as many as fit",
         json_schema_extra=FREE,
     )
     compute_dtype: Literal["auto", "bf16", "fp32"] = Field(

@@ -35,6 +35,10 @@ RENAMED = {
     "control.drop_flat_from": "drop_zero_variance_from",
     "evaluation.objective.drop_flat_from": "drop_zero_variance_from",
 }
+# Keys whose value may be `auto`: as large as fits.
+AUTOMATIC = ("micro_batch_rows", "objective.anchors_at_once", "objective.sampled_at_once")
+# Given a recipe and some of AUTOMATIC, their values.
+Sizes = Callable[[Recipe, Sequence[str]], Mapping[str, int | None]]
 # Stand in for required keys that are wrong or missing, so that everything else is still checked.
 STAND_INS: Tree = {"steps": 1, "objective": {"name": "next_token"}}
 # Characters of a wrong value that a message repeats.
@@ -88,16 +92,26 @@ def shipped() -> list[str]:
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(reference: str, overrides: Sequence[str] = (), sizes: Sizes = lambda recipe, keys: {}) -> Recipe:
     """A recipe by shipped name or YAML path, with overrides like `--steps 10 --objective.length=12`.
 
+    sizes: given the recipe without them, what those of AUTOMATIC become that are `auto`; by default their defaults.
     Raises RecipeError with all mistakes.
     """
     problems: list[str] = []
     tree = _read_tree(reference, overrides, problems)
     name = reference if reference in shipped() else Path(reference).stem
     tree.setdefault("run_dir", str(Path("runs") / name))
-    return recipe_from_tree(tree, problems)
+    automatic = [key for key in AUTOMATIC if _get(tree, key) == "auto"]
+    for key in automatic:
+        parent, last = _parent(tree, key)
+        assert parent is not None
+        del parent[last]
+    recipe = recipe_from_tree(tree, problems)
+    found = sizes(recipe, automatic) if automatic else {}
+    for key, value in found.items():
+        _override(tree, key, value, problems)
+    return recipe_from_tree(tree, problems) if found else recipe
 
 
 def _read_tree(reference: str, overrides: Sequence[str], problems: list[str]) -> Tree:
