@@ -276,7 +276,9 @@ def test_every_answer_has_its_own_thought_and_generates_settings():
     model = family_model("llama")
     theirs = as_forethought(model, TrainedThinking("before-answer", 6, OPEN, CLOSE))
     settings = dict(thought_temperature=1.0, generator=torch.Generator().manual_seed(0), return_thoughts=True)
-    found = theirs.generate(tokens(), max_new_tokens=3, num_return_sequences=4, do_sample=True, temperature=0.9, **settings)
+    found = theirs.generate(
+        tokens(), max_new_tokens=3, num_return_sequences=4, do_sample=True, temperature=0.9, **settings
+    )
     assert found.sequences.shape == (8, 23) and len({tuple(x) for x in found.thoughts[:4, 0].tolist()}) == 4
     assert not torch.isin(found.thoughts, torch.tensor(BANNED)).any()
     # The answer obeys logits processors and ends.
