@@ -126,7 +126,8 @@ def count_rollout(decoder: Decoder, thoughts: Thoughts, sampled_BKSM: Tensor) ->
 
 def count_vocabulary(rows: int, head_weight_VW: Tensor) -> None:
     """The vocabulary's log-probs for so many hidden states."""
-    _spend("vocabulary", vocabulary(*head_weight_VW.shape, rows), 4 if torch.is_grad_enabled() else 1)
+    V, W = head_weight_VW.shape
+    _spend("vocabulary", vocabulary(V, W, rows), 4 if torch.is_grad_enabled() else 1)
 
 
 def count_mixing(width: int, text_rows: int, thought_rows: int) -> None:

@@ -20,7 +20,7 @@ from models.rollout.native import library
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingError, find_objective
-from objectives.base import Needs
+from objectives.base import Needs, Vocabulary
 from objectives.template import encode_tag
 from pretrain.evaluation.held_out import HeldOut
 from pretrain.opening import check_vocabulary, compute_dtype, load_reference, longest_sequence
@@ -138,7 +138,7 @@ def make_objective(recipe: Recipe, tokenizer: Tokenizer, evaluation: bool = Fals
     return build_objective("objective", recipe.objective, tokenizer, recipe.model)
 
 
-def build_objective(key: str, config: ObjectiveConfig, tokenizer: Tokenizer, model: str) -> Objective:
+def build_objective(key: str, config: ObjectiveConfig, tokenizer: Vocabulary, model: str) -> Objective:
     """An objective for the tokenizer of the model reference `model`.
 
     key: where the recipe has `config`. Raises RecipeError for settings that do not fit the tokenizer.
