@@ -20,11 +20,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pretrain.stopping import Stopped, StopSignals, TrainingStopped, is_main_process
+from pretrain.stopping import UNFINISHED, Stopped, StopSignals, TrainingStopped, is_main_process
 
 COMMANDS = "forethought.commands"
 GAVE_UP = 3
-UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: worth another try
 
 
 def fit(recipe: str, overrides: Sequence[str], dry_run: bool, restart: bool) -> None:

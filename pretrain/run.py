@@ -40,12 +40,15 @@ from pretrain.run_directory import RunDirectory, writing
 from pretrain.sharding import make_strategy
 from pretrain.state import restore_after_setup, restore_before_setup
 from pretrain.stopping import Stopped, StopSignals, TrainingStopped
+from pretrain.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 DRY_RUN_PATIENCE = 10.0  # seconds that a dry run waits for a hub at most
 # Lightning announces its hardware and products at every start.
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+# But where a process that it has started ends before the watchdog watches, only this says so.
+logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
 
 
 def fit(recipe: Recipe, restart: bool = False) -> Path:
@@ -201,7 +204,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         max_epochs=1,
         logger=False,
         # Checkpoints first: an evaluation that fails then costs no training.
-        callbacks=[records, checkpoints, evaluation],
+        callbacks=[Watchdog(), records, checkpoints, evaluation],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -7,6 +7,7 @@ import signal
 from types import FrameType
 from typing import Any, Self
 
+UNFINISHED = 75  # the exit code, EX_TEMPFAIL of sysexits.h: worth another try
 # What schedulers send before they kill (SLURM SIGUSR1, on request), and Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -17,6 +18,12 @@ class Stopped(BaseException):
 
 class TrainingStopped(RuntimeError):
     """The run gave up; the message says why and what to do."""
+
+
+def show_cursor() -> None:
+    """Which a progress bar hides."""
+    if os.isatty(2):
+        os.write(2, b"\033[?25h")
 
 
 def is_main_process() -> bool:
@@ -59,8 +66,7 @@ class StopSignals:
         if self.asked:
             if number != signal.SIGINT:
                 return
-            if os.isatty(2):
-                os.write(2, b"\033[?25h")  # shows the cursor, which a progress bar hides
+            show_cursor()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.asked = True

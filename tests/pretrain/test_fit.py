@@ -138,14 +138,16 @@ def test_before_the_run_a_thinking_model_is_its_base(tiny_run, run_directory):
     assert first["nll_text_deciles"] == first["nll_thought_deciles"]
 
 
-def start(arguments, *places: Path, command=("fit", "smollm2-quiet-star"), **options) -> subprocess.Popen:
+def start(
+    arguments, *places: Path, program=("pretrain",), command=("fit", "smollm2-quiet-star"), **options
+) -> subprocess.Popen:
     """places: directories that modules are imported from, before ours."""
     # One thread each: a tiny model gains nothing from more, and loses much where other processes want the cores.
     path = os.pathsep.join(map(str, (*places, ROOT)))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
-        [sys.executable, "-m", "pretrain", *command, *arguments], cwd=ROOT, env=environment, **options
+        [sys.executable, "-m", *program, *command, *arguments], cwd=ROOT, env=environment, **options
     )
 
 

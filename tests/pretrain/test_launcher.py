@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.cli import UNFINISHED, main
+from pretrain.cli import main
 from pretrain.launcher import Launch, cluster_environment, launched
 from pretrain.recipe import RecipeError
 from pretrain.recipe_files import load_recipe
 from pretrain.run import fit
+from pretrain.stopping import UNFINISHED
 from tests.pretrain.test_fit import OBJECTIVES, lines
 
 ROOT = Path(__file__).parents[2]
