@@ -113,6 +113,9 @@ class Records(lightning.Callback):
         if self.progress is not None:
             self.progress.update(self._task, completed=report.step, status=status)
         steps = module.steps
+        if report.spike is not None:
+            why = f"{report.spike}; its update was skipped"
+            self._warn([RunWarning(report.step, "spike", why, report.spike.metric)])
         if not logged:
             return
         if self.progress is None and (report.seconds >= self._said + SECONDS_PER_LINE or report.step == steps):
@@ -129,6 +132,7 @@ class Records(lightning.Callback):
             "grad_norm": report.grad_norm,
             "skipped": report.skipped,
             "tokens_per_second": rate,
+            **({} if module.guard is None else {"spikes": module.guard.count}),
             **report.metrics,
             **self.counts,
         }
@@ -150,6 +154,8 @@ class Records(lightning.Callback):
         self._stop_progress()
         if module.skipped:
             say(f"{module.skipped} of {module.step} steps were skipped: non-finite loss or gradient")
+        if module.guard is not None and module.guard.count:
+            say(f"{module.guard.count} of {module.step} steps were skipped: spikes of loss or gradient")
         counts = [
             f"{count:,} {name[5:].replace('_', ' ')}"
             for name, count in self.counts.items()

@@ -24,6 +24,7 @@ from models.thoughts import Text
 from objectives import Objective, Step, ThoughtRecord
 from pretrain.recipe import OptimizerConfig
 from pretrain.sharding import full, reshard, shard
+from pretrain.spikes import Spike, SpikeGuard
 
 
 @dataclass
@@ -43,6 +44,7 @@ class StepReport:
     skipped: int
     metrics: dict[str, float]
     record: ThoughtRecord | None
+    spike: Spike | None
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -105,6 +107,9 @@ class PretrainModule(lightning.LightningModule):
         self.seconds = 0.0
         self.report: StepReport | None = None
         self.skipped_in_a_row = 0
+        self.guard: SpikeGuard | None = None
+        if config.spike_threshold is not None:
+            self.guard = SpikeGuard(config.spike_threshold, config.spike_window)
         self._sharded = False
 
     def configure_model(self) -> None:
@@ -131,12 +136,13 @@ class PretrainModule(lightning.LightningModule):
             group["lr"] = lr
         parts = micro_batches(text, self.rows_at_once)
         losses, norms, finite = [], [], True
+        spike: Spike | None = None
         record: ThoughtRecord | None = None
         metrics: dict[str, Tensor] = {}
         with Ledger() as ledger:
             step = Step(self.objective, self.model, parts, rng, self.engine)
             counts = {name: self._sum(count) for name, count in step.counts.items()}
-            for _ in range(step.updates):
+            for update in range(step.updates):
                 optimizer.zero_grad()
                 loss = torch.zeros((), dtype=torch.float64, device=self.device)
                 for output in step.losses(counts):
@@ -150,8 +156,11 @@ class PretrainModule(lightning.LightningModule):
                 reshard(self.model)
                 losses.append(self._sum(loss).item())
                 norms.append(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item())
+                # Both are sums over ranks, and so all ranks skip alike.
                 finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
-                if not finite:
+                if finite and self.guard is not None:
+                    spike = self.guard.judge(update, losses[-1], norms[-1])
+                if not finite or spike is not None:
                     break
                 optimizer.step()
                 for other in self.objective.other_models(self.model):
@@ -177,6 +186,7 @@ class PretrainModule(lightning.LightningModule):
             self.skipped,
             means,
             record,
+            spike,
         )
         self.trainer.should_stop = self.trainer.should_stop or self.gave_up
 

@@ -91,6 +91,13 @@ class OptimizerConfig(Part):
     max_skipped: int = Field(
         default=10, ge=1, description="steps in a row with a non-finite loss or gradient before the run stops"
     )
+    spike_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="skip updates whose loss or gradient norm is so many robust standard deviations above the median of "
+        "the steps before, like 10; default: none",
+    )
+    spike_window: int = Field(default=128, ge=4, description="steps before that a spike is measured by")
 
 
 class EvaluationConfig(Part):

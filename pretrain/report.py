@@ -64,6 +64,7 @@ LOOP_METRICS = {
     "lr": Metric("learning rate", "of the step's updates"),
     "grad_norm": Metric("norm of the gradient before clipping", "mean over the step's updates"),
     "skipped": Metric("steps without an update so far", "those with a non-finite loss or gradient"),
+    "spikes": Metric("steps skipped by optimizer.spike_threshold so far", "those whose loss or gradient spiked"),
     "tokens_per_second": Metric("tokens of text read a second", "of the last step"),
 }
 NOT_PLOTTED = ("step", "tokens", "flops", "seconds")

@@ -62,6 +62,7 @@ def run_state(
         "numpy_position": [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
         "python_random": list(random.getstate()),
         "version": __version__,
+        "spikes": module.guard and module.guard.state(),
         **constants,
     }
     return tensors, state
@@ -113,6 +114,8 @@ def restore_before_setup(module: PretrainModule, tensors: Tensors, state: Mappin
     """
     for name in COUNTERS:
         setattr(module, name, state[name])
+    if module.guard is not None and (spikes := state.get("spikes")) is not None:
+        module.guard.load_state(spikes)
     stepped = {name.rpartition("/")[0] for name in tensors["optimizer"]}
     wanted: dict[str, Tensor] = {}
     for name, parameter in module.model.named_parameters():
