@@ -94,8 +94,8 @@ class OptimizerConfig(Part):
     spike_threshold: float | None = Field(
         default=None,
         gt=0,
-        description="skip updates whose loss or gradient norm is so many robust standard deviations above the median of "
-        "the steps before, like 10; default: none",
+        description="skip updates whose loss or gradient norm is so many robust standard deviations above the median "
+        "of the steps before, like 10; default: none",
     )
     spike_window: int = Field(default=128, ge=4, description="steps before that a spike is measured by")
 

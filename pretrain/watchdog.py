@@ -38,6 +38,7 @@ class Watchdog(lightning.Callback):
 
     def __init__(self) -> None:
         self._server: Connection | None = None
+        self._first = ""
         self._at_fault = threading.Event()
         self._left = False
 
@@ -47,7 +48,10 @@ class Watchdog(lightning.Callback):
             return
         me, token = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})", secrets.token_hex(16)
         if self._rank:
-            port, token, self._first = trainer.strategy.broadcast(None)
+            nothing: tuple[int, str, str] | None = None
+            where = trainer.strategy.broadcast(nothing)
+            assert where is not None
+            port, token, self._first = where
             self._server = _framed(socket.create_connection((os.environ["MASTER_ADDR"], port), CONNECT))
             self._server.send_bytes(_encoded(token, self._rank, me))
         else:
@@ -135,7 +139,7 @@ def _serve(peers: Mapping[Connection, tuple[int, str]]) -> None:
     # is lost. So the others close first.
     until = time.monotonic() + CLOSE
     while others and (left := until - time.monotonic()) > 0:
-        for peer in wait(others, left):
+        for peer in _ready(others, left):
             try:
                 peer.recv_bytes()
             except (EOFError, OSError):
@@ -162,7 +166,7 @@ def _news(peers: Collection[Connection]) -> Iterator[tuple[Connection | None, st
         for peer in [peer for peer, intervals in silent.items() if intervals > SILENT]:
             del silent[peer]
             yield peer, f"has not answered for {SILENT * INTERVAL:.0f} seconds", b""
-        for peer in wait([*silent], INTERVAL):
+        for peer in _ready([*silent], INTERVAL):
             try:
                 word = peer.recv_bytes(10_000)
             except (EOFError, OSError):
@@ -174,6 +178,10 @@ def _news(peers: Collection[Connection]) -> Iterator[tuple[Connection | None, st
                 del silent[peer]
             if word != SIGN:
                 yield peer, "", word
+
+
+def _ready(peers: list[Connection], timeout: float) -> list[Connection]:
+    return [peer for peer in wait(peers, timeout) if isinstance(peer, Connection)]
 
 
 def _framed(connected: socket.socket) -> Connection:
