@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves", "data")
+PART_NAMES = ("attention", "steps", "rollouts", "memory", "curves", "data", "fit")
 
 
 def parts(value: str) -> tuple[str, ...]:
@@ -53,8 +53,8 @@ def bench(**options: Any) -> None:
     """Measure speed and memory on this machine, as ratios within one run.
 
     Attention against its reference, Quiet-STaR and RLP-shaped steps against next-token steps, rollouts against
-    transformers' generate, peak memory, and how the cost of a step grows. Writes a JSON file and a picture; the exit
-    code is 1 if anything failed. FORETHOUGHT_DEVICE=cpu keeps it off the GPU.
+    transformers' generate, peak memory, how the cost of a step grows, runs against bare loops. Writes a JSON file and a
+    picture; the exit code is 1 if anything failed. FORETHOUGHT_DEVICE=cpu keeps it off the GPU.
     """
     # Imported late so that --help needs no torch.
     from benchmarks.bench import bench as run

@@ -170,11 +170,11 @@ def _one_line(error: Exception) -> str:
 def _peak_read(device: torch.device, into: Measured) -> Iterator[None]:
     """Measures the memory of the call made inside."""
     with _freed_blocks_gone(device):
-        known = _reset_peak(device)
+        known = reset_peak(device)
         yield
         if known:
-            into.peak_bytes = _peak(device)
-            into.added_bytes = max(0, into.peak_bytes - _present(device))
+            into.peak_bytes = peak_memory(device)
+            into.added_bytes = max(0, into.peak_bytes - present_memory(device))
 
 
 @contextmanager
@@ -219,20 +219,20 @@ def _libc() -> ctypes.CDLL | None:
     return libc
 
 
-def _reset_peak(device: torch.device) -> bool:
+def reset_peak(device: torch.device) -> bool:
     """Resets the peak counter; returns whether that worked."""
     try:
-        present = _present(device)
+        present = present_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
             Path("/proc/self/clear_refs").write_text("5")
-        return _peak(device) - present < RESET_WITHIN
+        return peak_memory(device) - present < RESET_WITHIN
     except (OSError, KeyError):
         return False
 
 
-def _present(device: torch.device) -> int:
+def present_memory(device: torch.device) -> int:
     """Bytes in use now, after everything that can be returned has been."""
     gc.collect()
     if device.type == "cuda":
@@ -243,7 +243,7 @@ def _present(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)

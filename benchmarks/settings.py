@@ -76,6 +76,9 @@ class Settings:
     curve_model: DecoderConfig = CURVE_26M
     data: Mapping[str, int] = field(default_factory=lambda: dict(documents=4800, length=1024, rows=8))
     data_steps: Mapping[str, int] = field(default_factory=lambda: dict(documents=160, length=256, rows=2, steps=12))
+    fitting: Mapping[str, int] = field(
+        default_factory=lambda: dict(N=256, rows=4, micro_batch_rows=2, steps=12, thoughts=4, length=8)
+    )
     curves: Sequence[Curve] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -156,6 +159,7 @@ def quick(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Sett
         memory=dict(N=128, L=8, A=2, K=2, at_once=32),
         data=dict(documents=320, length=1024, rows=8),
         data_steps=dict(documents=80, length=128, rows=2, steps=6),
+        fitting=dict(N=128, rows=2, micro_batch_rows=1, steps=8, thoughts=4, length=4),
         curves=_curves(
             dict(N=64, L=4, A=2, K=1),
             dict(P=128, G=4, T=8, anchors=1),
@@ -193,6 +197,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         curve_model=TINY,
         data=dict(documents=20, length=64, rows=2),
         data_steps=dict(documents=20, length=64, rows=2, steps=2),
+        fitting=dict(N=64, rows=2, micro_batch_rows=1, steps=3, thoughts=2, length=2),
         curves=_curves(
             dict(N=16, L=2, A=2, K=1),
             dict(P=24, G=2, T=2, anchors=1),

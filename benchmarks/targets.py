@@ -50,6 +50,8 @@ TARGETS = (
     Target("data", "stream", "reading, packing and bookkeeping, share of the stream's time", "≤", 0.05, "cpu"),
     Target("data", "stream", "2 workers / 1 worker, tokens/s", "≥", 1.8, "cpu"),
     Target("data", "step", "longest wait / step, 1 worker", "≤", 0.01, "cpu"),
+    Target("fit", "next_token", "fit / bare, time of a step", "≤", 1.03),
+    Target("fit", "rlp", "fit / bare, time of a step", "≤", 1.03),
     Target("memory", "quiet_star", "quiet_star / next_token, memory", "≤", 2, "cpu"),
     Target("attention", "dense", "triton / one causal call, FLOP/s", "≥", 0.6, "cuda"),
     Target("attention", "deep decode", "triton / copy, bytes/s", "≥", 0.7, "cuda"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from benchmarks.rows.attention import attention_rows
 from benchmarks.rows.costs import curve_rows, memory_rows
 from benchmarks.rows.data import data_rows
+from benchmarks.rows.fitting import fitting_rows
 from benchmarks.rows.rollouts import rollout_rows
 from benchmarks.rows.row import Rows
 from benchmarks.rows.steps import step_rows
@@ -17,4 +18,5 @@ ROWS: dict[str, Callable[[Settings], Rows]] = {
     "memory": memory_rows,
     "curves": curve_rows,
     "data": data_rows,
+    "fit": fitting_rows,
 }
