@@ -39,7 +39,7 @@ MODEL = DecoderConfig(
     max_positions=2048,
     tie_embeddings=True,
 )
-LENGTH, STEPS = 512, 3
+LENGTH, SHORT, STEPS = 512, 64, 3
 CASES: dict[str, dict[str, Any]] = {
     "next_token, fp32": {"objective": {"name": "next_token"}, "rows_per_step": 4, "micro_batch_rows": 2},
     "quiet_star in parts, bf16": {
@@ -95,10 +95,10 @@ def measured(case: str, model: DecoderConfig, length: int) -> dict[str, float]:
         peaks.append(peak_memory(cpu))
 
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
-        run.fit(recipe_from_tree(recipe_tree(case, Path(small), TINY, length)))
+        run.fit(recipe_from_tree(recipe_tree(case, Path(small), TINY, SHORT)))
         before = present_memory(cpu)
         recipe = recipe_from_tree(recipe_tree(case, Path(large), model, length))
-        PretrainModule.training_step = counted  # type: ignore[method-assign]
+        PretrainModule.training_step = counted  # type: ignore[method-assign, assignment]
         run.fit(recipe)
         records = (Path(large) / "run" / "metrics.jsonl").read_text().splitlines()
         job = job_of(recipe, dataclasses.replace(HARDWARE["cpu"], memory=16e9), thought_tokens=None)
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run is not None:
-        model, length = (TINY, 64) if arguments.tiny else (MODEL, LENGTH)
+        model, length = (TINY, SHORT) if arguments.tiny else (MODEL, LENGTH)
         print(json.dumps(measured(arguments.run, model, length)))
         return
     chosen = [case for case in CASES if arguments.only is None or case in arguments.only.split(";")]

@@ -110,9 +110,11 @@ class Job:
     """A run, as far as memory and time depend on it.
 
     rows: of a step, over all `ranks`, `devices` of which are a node; shard: ranks that hold one copy of the states
-    together. micro_batch_rows, anchors_at_once, sampled_at_once: as in a recipe; None: all. thought_tokens: mean length
-    of the sampled thoughts, where they are taken to end early. graphs: decoding steps are replayed. sync_each_backward:
-    whether shards sum gradients in each backward, and not once per update.
+    together. micro_batch_rows, anchors_at_once, sampled_at_once: as in a recipe; None: all. sampled_rows: rows whose
+    thoughts are sampled together; None: those of a micro-batch. thought_tokens: mean length of the sampled thoughts,
+    where they are taken to end early. replica: shards sample from a copy of the model, not from gathered blocks.
+    graphs: decoding steps are replayed. sync_each_backward: whether shards sum gradients in each backward, and not once
+    per update.
     """
 
     config: DecoderConfig
@@ -128,7 +130,9 @@ class Job:
     micro_batch_rows: int | None = None
     anchors_at_once: int | None = None
     sampled_at_once: int | None = None
+    sampled_rows: int | None = None
     thought_tokens: float | None = None
+    replica: bool = True
     graphs: bool = False
     sync_each_backward: bool = False
 
@@ -162,6 +166,11 @@ class Job:
         return min(self.anchors, self.sampled_at_once or self.anchors_at_once or self.anchors)
 
     @property
+    def rollout_rows(self) -> int:
+        """Rows whose thoughts are sampled together."""
+        return min(self.rank_rows, self.sampled_rows or self.micro_rows)
+
+    @property
     def chunks(self) -> int:
         return math.ceil(self.anchors / self.held) if self.held else 0
 
@@ -188,12 +197,15 @@ class Job:
         found = {"weights": MASTER * p.total / self.shard, "optimizer": MOMENTS * p.total / self.shard}
         if self.work.teacher:
             found["teacher"] = MASTER * p.total / self.shard
-        if self.sharded and self.work.thoughts:
+        sampled = self.sharded and self.replica and self.work.thoughts > 0
+        if sampled:
             found["sampling replica"] = element * p.blocks + FP32 * p.rest
-        if not self.sharded and element < FP32:
-            head = p.head if self.hardware.cuda else 0
-            found["copies of weights in the compute dtype"] = models * element * (p.blocks + p.mixing + head)
-        if not self.hardware.cuda and 0 < self.micro_rows * self.work.thoughts * self.sampled <= FEW_ROWS:
+        if element < FP32:
+            # Of shards, blocks are gathered in it; only CUDA multiplies bf16 for logits.
+            head = p.mixing + (p.head if self.hardware.cuda else 0)
+            copies = (models + sampled) * head + (0 if self.sharded else models * p.blocks)
+            found["copies of weights in the compute dtype"] = element * copies
+        if not self.hardware.cuda and 0 < self.rollout_rows * self.work.thoughts * self.sampled <= FEW_ROWS:
             # Packed for few rows; the head of a CPU is multiplied in fp32.
             found["copies of weights for sampling"] = element * p.blocks + FP32 * p.head
         return found
@@ -222,8 +234,6 @@ class Job:
         text = text_tokens * kept(c, act, self.checkpointing)
         if self.checkpointing and not w.thoughts:
             text -= text_tokens * keys_and_values(c, act)  # which nobody sees
-        # Without gradient, of a text stay its hidden states, keys and values.
-        read = text_tokens * (c.width * element + keys_and_values(c, act))
         again = kept_by_block(c, act) if self.checkpointing else 0
         working = beside_backward(c, act) + again
         gradients = {"gradients": self.gradients, "gathered weights": self.gathered}
@@ -234,15 +244,18 @@ class Job:
         found: dict[str, dict[str, float]] = {}
 
         if w.thoughts:
-            sampling = rows * self.sampled * w.thoughts
-            slots = w.prompt + math.ceil(w.sampled)
-            state = read if w.readings else text
+            sampling = self.rollout_rows * self.sampled * w.thoughts
+            slots, read_tokens = w.prompt + math.ceil(w.sampled), self.rollout_rows * length
+            # Without gradient, of a text stay its hidden states, keys and values.
+            read = read_tokens * (c.width * element + keys_and_values(c, act))
+            state = read if w.readings or self.rollout_rows > rows else text
             copied = not self.hardware.cuda and element < FP32 and not w.everywhere
             found["sampling"] = before | {
                 "text": state,
                 "text, read by the teacher": w.teacher * read,
                 "keys and values of thoughts": sampling * slots * keys_and_values(c, act)
-                + copied * text_tokens * keys_and_values(c, act),
+                + copied * read_tokens * keys_and_values(c, act),
+                "gathered blocks": element * p.blocks * (self.sharded and not self.replica),
                 "activations": sampling * kept_by_block(c, act),
                 "logits": self._logits(sampling),
             }
@@ -359,16 +372,16 @@ class Job:
         w, c, p, h = self.work, self.config, self.parameters, self.hardware
         if not w.thoughts:
             return dict.fromkeys(DECODING, 0.0)
-        at_once = self.micro_rows * self.sampled
-        batches = self.micro_batches * math.ceil(self.anchors / self.sampled)
+        at_once = self.rollout_rows * self.sampled
+        batches = math.ceil(self.rank_rows / self.rollout_rows) * math.ceil(self.anchors / self.sampled)
         rows, steps = at_once * w.thoughts, batches * w.sampled
         bandwidth = h.bandwidth * STREAMED
         weights = self.activations.itemsize * p.blocks + (self.activations.itemsize if h.cuda else FP32) * p.head
-        length = w.sampled if self.thought_tokens is None else min(w.sampled, self.thought_tokens)
         # The thoughts of an anchor share what it sees of the text. At every position a tile of queries does.
         seen = w.prefix * at_once / (64 if w.everywhere else 1)
-        cache = keys_and_values(c, self.activations) * (rows * (w.prompt + length / 2) + seen)
-        products = self.flops["rollout"] / self.ranks / steps
+        cache = keys_and_values(c, self.activations) * (rows * (w.prompt + w.sampled / 2) + seen)
+        # Thoughts that have ended are decoded on until the longest has.
+        products = self.rank_rows * w.flops(c)["rollout"] / steps
         launches = c.layers * KERNELS * (REPLAYED if self.graphs else LAUNCHED) if h.cuda else 0.0
         token = max((weights + cache) / bandwidth, products / (h.flops * ATTAINED)) + launches
         figures = steps * token, steps, rows, token, weights / bandwidth, cache / bandwidth, launches
@@ -391,7 +404,8 @@ class Job:
             summed = self.losses if self.sync_each_backward else 1
             found["passes"] += others * summed * w.updates * FP32 * p.total
             if w.thoughts:
-                found["update"] += others * (element * p.blocks + FP32 * p.rest)
+                gathered = 1 if self.replica else math.ceil(self.rank_rows / self.rollout_rows)
+                found["update"] += others * (gathered * element * p.blocks + FP32 * p.rest)
         if copies > 1:
             found["update"] += w.updates * 2 * (copies - 1) / copies * FP32 * p.total / self.shard
         return found

@@ -69,7 +69,7 @@ def fitting_row(settings: Settings, objective: dict[str, Any]) -> Row:
             begun.append(time.perf_counter())
             step(module, *arguments)
 
-        PretrainModule.training_step = timed  # type: ignore[method-assign]
+        PretrainModule.training_step = timed  # type: ignore[method-assign, assignment]
         try:
             with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
                 with contextlib.redirect_stderr(io.StringIO()):
