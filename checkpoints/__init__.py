@@ -11,7 +11,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.families import config_from_hf, config_to_hf
 from checkpoints.hugging_face import export, load_decoder, load_thinking_model
 from checkpoints.references import resolve
-from checkpoints.run import find_checkpoint, load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from checkpoints.snapshots import find_checkpoint, load_checkpoint, newest_checkpoint, prune, save_checkpoint
 
 __all__ = [
     "CheckpointError",

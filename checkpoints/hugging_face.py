@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
 from checkpoints.families import THINKING, config_from_hf, config_to_hf
+from checkpoints.loading import UnloadedModel, empty_model
 from checkpoints.references import resolve
+from checkpoints.tensors import StoredTensor, stored_in
 from models.decoder import Decoder
 from models.thinking import ThinkingModel, TrainedThinking
 
@@ -65,43 +67,45 @@ def load_decoder(
     """
     directory = resolve(reference, cache_dir)
     path = Path(str(reference).removeprefix("random:"))
-    config = config_from_hf(read_json(path if path.is_file() else directory / "config.json"))
-    if str(reference).startswith("random:"):
-        decoder = Decoder(config, compute_dtype)
-        decoder.init_weights(torch.Generator().manual_seed(seed))
-        return decoder
-    with torch.device("meta"):
-        decoder = Decoder(config, compute_dtype)
+    if not str(reference).startswith("random:"):
+        return open_thinking_model(directory, compute_dtype, parts=False).load().decoder
+    decoder = Decoder(config_from_hf(read_json(path if path.is_file() else directory / "config.json")), compute_dtype)
+    decoder.init_weights(torch.Generator().manual_seed(seed))
+    return decoder
+
+
+def _decoder_tensors(directory: Path, decoder: Decoder) -> dict[str, StoredTensor]:
+    """The stored tensors by the decoder's names.
+
+    Raises CheckpointError naming every tensor that is missing, unexpected or of the wrong shape.
+    """
     wanted = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems, found = [], set()
     for name, tensor in _tensors(directory):
         if name.startswith(THINKING_PARTS):
             continue
         name = name.removeprefix("base.").removeprefix("model.")
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.lm_head is None):
             continue
         found.add(name)
         if name not in wanted:
             problems.append(f"unexpected {name}")
         elif tensor.shape != wanted[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(wanted[name])}")
+            problems.append(f"{name} is {tensor.shape}, not {tuple(wanted[name])}")
         else:
-            # Copied, because safetensors returns views of the memory-mapped file.
-            tensors[name] = tensor.to(torch.float32, copy=True)
+            tensors[name] = tensor
     problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise CheckpointError(
             f"the weights in {directory} do not match its config.json: {'; '.join(problems[:NAMED])}{more}"
         )
-    decoder.load_state_dict(tensors, assign=True)
-    decoder.init_rotary()  # which is still on the meta device
-    return decoder.requires_grad_()
+    return tensors
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) from all safetensors files of a model, one at a time."""
+def _tensors(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yields (name, tensor) from all safetensors files of a model."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -118,31 +122,33 @@ def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
         if Path(name).name != name or not (directory / name).exists():
             raise CheckpointError(f"{directory} has no file {name}, which its index lists; fetch the model again")
         try:
-            with safe_open(directory / name, "pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    yield key, file.get_tensor(key)
+            yield from stored_in(directory / name).items()
         except SafetensorError as error:
             raise CheckpointError(f"{directory / name} cannot be read ({error}); fetch the model again") from None
 
 
 def load_thinking_model(directory: Path, compute_dtype: torch.dtype | None = None) -> ThinkingModel:
-    """The model in a directory, with its thinking parts if it has any. Raises CheckpointError."""
-    decoder = load_decoder(directory, compute_dtype)
-    described = _description(directory)
-    parts = described.get("parts", [])
-    model = ThinkingModel(decoder, **{part: part in parts for part in THINKING_PARTS})
+    """The model in a directory, with its thinking parts if it has any, in fp32. Raises CheckpointError."""
+    return open_thinking_model(directory, compute_dtype).load()
+
+
+def open_thinking_model(directory: Path, compute_dtype: torch.dtype | None = None, parts: bool = True) -> UnloadedModel:
+    """The same, with its weights still in their files. parts: with those for thinking. Raises CheckpointError."""
+    config = config_from_hf(read_json(directory / "config.json"))
+    described = _description(directory) if parts else {}
+    there = described.get("parts", [])
+    model = empty_model(config, compute_dtype, **{part: part in there for part in THINKING_PARTS})
     model.banned_V[described.get("banned_ids", [])] = True
-    if not parts:
-        return model
-    tensors = {name: t.to(torch.float32, copy=True) for name, t in _thinking_tensors(directory)}
-    wanted = {n: p.shape for n, p in model.named_parameters() if n.startswith(THINKING_PARTS)}
-    found = {n: t.shape for n, t in tensors.items()}
-    if wanted != found:
-        raise CheckpointError(
-            f"the parts for thinking in {directory} do not match its description of them; export again"
-        )
-    model.load_state_dict(tensors, strict=False)
-    return model
+    weights = {f"decoder.{name}": t for name, t in _decoder_tensors(directory, model.decoder).items()}
+    if there:
+        found = dict(_thinking_tensors(directory))
+        wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith(THINKING_PARTS)}
+        if wanted != {n: t.shape for n, t in found.items()}:
+            raise CheckpointError(
+                f"the parts for thinking in {directory} do not match its description of them; export again"
+            )
+        weights |= found
+    return UnloadedModel(model, weights)
 
 
 def trained_thinking(directory: Path) -> TrainedThinking | None:
@@ -175,16 +181,14 @@ def _description(directory: Path) -> Mapping[str, Any]:
     return described
 
 
-def _thinking_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def _thinking_tensors(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
     """(name, tensor) of the parts used only for thinking."""
     if read_json(directory / "config.json").get("model_type") == THINKING:
         yield from ((name, t) for name, t in _tensors(directory) if name.startswith(THINKING_PARTS))
         return
     path = _thinking_directory(directory) / "thinking.safetensors"
     try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+        yield from stored_in(path).items()
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); export again") from None
 

@@ -108,6 +108,14 @@ class ThinkingModel(nn.Module):
         self.banned_V[tokenizer_size:] = True
         self.banned_V[list(control_ids)] = True
 
+    @torch.no_grad()
+    def allocate(self, device: torch.device) -> None:
+        """Memory for parameters that are on the meta device, uninitialised; buffers keep their values."""
+        buffers = dict(self.named_buffers())
+        self.to_empty(device=device)
+        for name, buffer in self.named_buffers():
+            buffer.copy_(buffers[name])
+
     @property
     def head_weight_VW(self) -> Tensor:
         return self.decoder.head_weight_VW

@@ -339,15 +339,18 @@ class Objective(ABC):
         """Called after every optimizer step."""
 
     def other_models(self, model: ThinkingModel) -> list[ThinkingModel]:
-        """Models kept beside the one that is trained, made now if they are not there yet: to be sharded like it."""
+        """Models kept beside the one that is trained, made now if they are not there yet: to be sharded like it.
+
+        Called before the model has weights, on the meta device, and again once it has.
+        """
         return []
 
     def state(self) -> dict[str, Tensor]:
         """What an objective keeps between steps, to continue a run exactly."""
         return {}
 
-    def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:  # noqa: B027
-        """Restores what `state` gave."""
+    def load_state(self, model: ThinkingModel, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Restores what `state` gave; a tensor is read when it is asked for, and sharded as `state` now has it."""
 
     def scored(self, text: Text) -> int:
         """How many tokens of a text `evaluate` scores."""

@@ -20,6 +20,7 @@ width, J sampled tokens of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -128,7 +129,7 @@ class Rlp(Anchored):
     def state(self) -> dict[str, Tensor]:
         return self.teacher.state()
 
-    def load_state(self, model: ThinkingModel, state: dict[str, Tensor]) -> None:
+    def load_state(self, model: ThinkingModel, state: Mapping[str, Tensor]) -> None:
         self.teacher.load(model, state)
 
     def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> AnchoredBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,10 +23,21 @@ class EmaTeacher:
         self._model: ThinkingModel | None = None
 
     def model(self, student: ThinkingModel) -> ThinkingModel:
-        """The teacher, where the student is; a copy of `student` at the first call."""
+        """The teacher, where the student is; a copy of `student` at the first call.
+
+        A student on the meta device has no weights yet: then they are copied at the first call after it has.
+        """
         if self._model is None:
             self._model = copy.deepcopy(student).requires_grad_(False)
-        return self._model.to(student.head_weight_VW.device)
+        device = student.head_weight_VW.device
+        if device.type == "meta":
+            return self._model
+        if self._model.head_weight_VW.device.type == "meta":
+            self._model.allocate(device)
+            with torch.no_grad():
+                for phi, theta in zip(self._model.parameters(), student.parameters(), strict=True):
+                    phi.copy_(theta)  # shard by shard
+        return self._model.to(device)
 
     @torch.no_grad()
     def update(self, student: ThinkingModel) -> None:
@@ -39,7 +51,9 @@ class EmaTeacher:
         """Its weights by name; empty before the first use."""
         return {} if self._model is None else dict(self._model.state_dict())
 
-    def load(self, student: ThinkingModel, state: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def load(self, student: ThinkingModel, state: Mapping[str, Tensor]) -> None:
         """Restores `state`, which may be empty; `student` gives the shape."""
         if state:
-            self.model(student).load_state_dict(state)
+            for name, phi in self.model(student).state_dict().items():
+                phi.copy_(state[name])

@@ -7,31 +7,33 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from checkpoints.loading import UnloadedModel, empty_model
 from checkpoints.references import resolve
-from checkpoints.run import load_checkpoint
+from checkpoints.snapshots import Snapshot
 from data_pipelines import PackedText, StreamText, Tokenizer, open_data
 from data_pipelines.lanes import State
 from models.rollout import EAGER, Engine, Native, Preferred, Recorded
 from models.rollout.native import library
-from models.thinking import ThinkingModel
+from models.thinking import Delimiters, MixingHead, ThinkingModel
 from models.thoughts import Text
 from objectives import CounterfactualTest, Objective, ObjectiveConfig, SettingError, find_objective
 from objectives.base import Needs, Vocabulary
 from objectives.template import encode_tag
 from pretrain.evaluation.held_out import HeldOut
-from pretrain.opening import check_vocabulary, compute_dtype, load_reference, longest_sequence
+from pretrain.opening import check_vocabulary, compute_dtype, longest_sequence, open_reference
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
-from pretrain.state import Tensors, model_from_state
+from pretrain.state import model_of
 
 
 @dataclass
 class Assembled:
     """The parts of a run. evaluator: the objective that scores held-out text, which has no rows where nothing is to be
-    held out. checkpoint: that of `model`, for a run that is continued."""
+    held out. unloaded: `model`, and the further models of its objectives, none of which has its weights yet.
+    checkpoint: that of `model`, for a run that is continued."""
 
     objective: Objective
     evaluator: Objective
@@ -42,10 +44,16 @@ class Assembled:
     data: PackedText
     held_out: HeldOut
     model: ThinkingModel
-    checkpoint: tuple[Tensors, dict] | None
+    unloaded: list[UnloadedModel]
+    checkpoint: Snapshot | None
+
+    def load(self, device: torch.device) -> None:
+        """Gives all models their weights."""
+        for unloaded in self.unloaded:
+            unloaded.load(device)
 
 
-def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
+def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
     """The parts of a recipe; the model is that of a checkpoint of the run, if one is given.
 
     Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
@@ -54,13 +62,12 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     dtype = compute_dtype(recipe.compute_dtype)
     directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(directory)
-    checkpoint = None if from_checkpoint is None else load_checkpoint(from_checkpoint)
     contents = None
     if checkpoint is not None and recipe.data_changed == "refuse":
-        contents = checkpoint[1].get("data_contents")
+        contents = checkpoint.state.get("data_contents")
     data = open_data(recipe.data, tokenizer, recipe.seed, rows_per_step=recipe.rows_per_step, contents=contents)
     if checkpoint is not None:
-        _check_data(recipe, data, checkpoint[1], from_checkpoint)
+        _check_data(recipe, data, checkpoint)
 
     objectives = {
         key: build_objective(key, config, tokenizer, recipe.model) for key, config in recipe.objectives.items()
@@ -74,14 +81,15 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
     other_models = _resolve_other_models(objectives, tokenizer, recipe.model)
 
     if checkpoint is None:
-        source = load_reference(recipe.model, directory, dtype, recipe.seed)
-        model = _with_parts(source, (objective.needs, evaluator.needs), tokenizer, recipe.seed)
+        source = open_reference(recipe.model, directory, dtype, recipe.seed)
+        unloaded = _with_parts(source, (objective.needs, evaluator.needs), tokenizer, recipe.seed)
     else:
-        model = model_from_state(*checkpoint, dtype)
+        unloaded = model_of(checkpoint, dtype)
+    model = unloaded.model
     _check_sizes(recipe, objectives, tokenizer, model)
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
-    _give_other_models((objective, evaluator), other_models, dtype)
+    others = _give_other_models((objective, evaluator), other_models, dtype)
     return Assembled(
         objective=objective,
         evaluator=evaluator,
@@ -92,6 +100,7 @@ def assemble(recipe: Recipe, from_checkpoint: Path | None = None) -> Assembled:
         data=data,
         held_out=held_out,
         model=model,
+        unloaded=[unloaded, *others],
         checkpoint=checkpoint,
     )
 
@@ -100,7 +109,7 @@ def lane_states(run: Assembled, first: int) -> dict[int, State] | None:
     """Where the lanes of a stream go on with row `first`; None where there is no stream, or nothing before."""
     if run.checkpoint is None or not isinstance(run.data, StreamText):
         return None
-    state = run.checkpoint[1]
+    state = run.checkpoint.state
     if state["data_fingerprint"] != run.data.fingerprint:
         return run.data.beginning(first)
     return {int(lane): cursor for lane, cursor in state["lanes"].items()}
@@ -159,23 +168,24 @@ def counterfactual_test(config: EvaluationConfig, tokenizer: Tokenizer, data: Pa
     return CounterfactualTest(filler[0], data.solutions(config.rows))
 
 
-def _with_parts(source: ThinkingModel, needs: tuple[Needs, ...], tokenizer: Tokenizer, seed: int) -> ThinkingModel:
+def _with_parts(source: UnloadedModel, needs: tuple[Needs, ...], tokenizer: Tokenizer, seed: int) -> UnloadedModel:
     """The model with the parts that its objectives need; parts that it already brings are kept as they are."""
-    delimiters = next((n.delimiters for n in needs if n.delimiters is not None), None)
-    model = ThinkingModel(source.decoder, delimiters is not None, any(n.mixing_head for n in needs))
-    if model.delimiters is not None and source.delimiters is not None:
-        model.delimiters = source.delimiters
-    elif model.delimiters is not None:
-        assert delimiters is not None
-        ids = [encode_tag(tokenizer, origin)[:1] for origin in delimiters]
+    config, dtype = source.model.decoder.config, source.model.decoder.compute_dtype
+    origins = next((n.delimiters for n in needs if n.delimiters is not None), None)
+    model = empty_model(config, dtype, origins is not None, any(n.mixing_head for n in needs))
+    made: dict[str, Tensor] = {}
+    if origins is not None and source.model.delimiters is None:
+        ids = [encode_tag(tokenizer, origin)[:1] for origin in origins]
         if not all(ids):
-            raise RecipeError(f"no token spells {delimiters}, which thought delimiters begin as; name texts like ---")
-        model.delimiters.init_from(*(source.decoder.embed_tokens.weight[id] for (id,) in ids))
-    if model.mixing_head is not None and source.mixing_head is not None:
-        model.mixing_head = source.mixing_head
-    elif model.mixing_head is not None:
-        model.mixing_head.init_weights(torch.Generator().manual_seed(seed))
-    return model
+            raise RecipeError(f"no token spells {origins}, which thought delimiters begin as; name texts like ---")
+        delimiters = Delimiters(config.width)
+        delimiters.init_from(*(source.row("decoder.embed_tokens.weight", id) for (id,) in ids))
+        made |= {f"delimiters.{name}": tensor for name, tensor in delimiters.state_dict().items()}
+    if model.mixing_head is not None and source.model.mixing_head is None:
+        head = MixingHead(config.width)
+        head.init_weights(torch.Generator().manual_seed(seed))
+        made |= {f"mixing_head.{name}": tensor for name, tensor in head.state_dict().items()}
+    return UnloadedModel(model, {**source.weights, **made})
 
 
 def _resolve_other_models(objectives: Mapping[str, Objective], tokenizer: Tokenizer, model: str) -> dict[str, Path]:
@@ -193,12 +203,14 @@ def _resolve_other_models(objectives: Mapping[str, Objective], tokenizer: Tokeni
 
 def _give_other_models(
     objectives: tuple[Objective, ...], directories: Mapping[str, Path], dtype: torch.dtype | None
-) -> None:
-    """Loads each of the further models once."""
+) -> list[UnloadedModel]:
+    """Opens each of the further models once."""
     references = dict.fromkeys(name for objective in objectives for name in objective.needs.models.values())
-    loaded = {name: load_reference(name, directories[name], dtype).requires_grad_(False) for name in references}
+    opened = {name: open_reference(name, directories[name], dtype) for name in references}
     for objective in objectives:
-        objective.use_models({setting: loaded[name] for setting, name in objective.needs.models.items()})
+        models = {setting: opened[name].model for setting, name in objective.needs.models.items()}
+        objective.use_models({setting: model.requires_grad_(False) for setting, model in models.items()})
+    return list(opened.values())
 
 
 def _check_sizes(
@@ -222,14 +234,15 @@ def _check_sizes(
     )
 
 
-def _check_data(recipe: Recipe, data: PackedText, state: Mapping[str, Any], checkpoint: Path | None) -> None:
+def _check_data(recipe: Recipe, data: PackedText, checkpoint: Snapshot) -> None:
     """Raises RecipeError if the data is not what a run began with, unless the recipe reads it from its beginning."""
+    state = checkpoint.state
     if state["data_fingerprint"] == data.fingerprint or recipe.data_changed == "begin":
         return
     before = state.get("data_contents")
     what = data.changed(before) if isinstance(data, StreamText) and before is not None else None
     raise RecipeError(
-        f"the data is not what {checkpoint} was trained on{f' ({what})' if what else ''}, so the run cannot be "
+        f"the data is not what {checkpoint.path} was trained on{f' ({what})' if what else ''}, so the run cannot be "
         "continued exactly; restore the data, choose another --run-dir, or read the new data from its beginning with "
         "--data_changed begin"
     )

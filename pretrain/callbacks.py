@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -16,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from checkpoints.run import prune, save_checkpoint
+from checkpoints.errors import CheckpointError
+from checkpoints.snapshots import SnapshotWriter, all_checkpoints, name_of, prune
 from data_pipelines import Tokenizer
 from data_pipelines.data_module import TextDataModule
 from data_pipelines.sources import COUNTS
@@ -29,9 +32,11 @@ from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
-from pretrain.state import non_finite, run_state
+from pretrain.state import gathered, non_finite, run_state
 from pretrain.stopping import StopSignals
 
+# Seconds that a run which fails waits for the snapshot that is being written.
+PATIENCE = 15.0
 # Least seconds of training between two lines of progress, where stderr is no terminal.
 SECONDS_PER_LINE = 2.0
 
@@ -283,9 +288,12 @@ class HeldOutEvaluation(lightning.Callback):
 class Checkpoints(lightning.Callback):
     """Saves every so often, at the end, and when a signal asks the run to stop, which it then does after the step.
 
+    Snapshots are written while training goes on; one that could not be written ends the run at the next step. The next
+    save, the end of the run and errors wait for the one before.
+
     Only what is worth continuing from: after a step that was skipped, or with weights that are not finite, nothing is
     saved until that has passed, so that what was saved before is not rotated away; `refused` says why.
-    constants: see `run_state`.
+    constants: see `run_state`. known: names of snapshots that this process has read in full.
     """
 
     def __init__(
@@ -296,8 +304,11 @@ class Checkpoints(lightning.Callback):
         evaluation: HeldOutEvaluation,
         signals: StopSignals,
         data: TextDataModule,
+        known: set[str],
     ):
         self.data = data
+        self.known = known
+        self.writer = SnapshotWriter(directory.checkpoints)
         self.directory = directory
         self.config = config
         self.constants = constants
@@ -308,6 +319,9 @@ class Checkpoints(lightning.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self._saved_at = module.step
+        self.writer = SnapshotWriter(
+            self.directory.checkpoints, trainer.global_rank, trainer.world_size, self._committed
+        )
         # Lightning has just put its own handler of SIGTERM there, which makes a collective call at any moment.
         self.signals.install()
 
@@ -316,7 +330,10 @@ class Checkpoints(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         config, last = self.config, module.step == module.steps
-        stop = _asked_of_any(trainer, self.signals)
+        # One decision for both, to be told apart only where it is to stop.
+        stop = trainer.strategy.reduce_boolean_decision(self.signals.asked or self.writer.failed, all=False)
+        if stop:
+            self._settle()
         due = last or stop or module.gave_up or (config.every is not None and module.step % config.every == 0)
         if due or self.refused is not None:
             self._save(trainer, module)
@@ -325,23 +342,51 @@ class Checkpoints(lightning.Callback):
     def on_train_end(self, trainer, module) -> None:
         if self._saved_at != module.step:  # the step's evaluation was interrupted
             self._save(trainer, module)
+        self._settle()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        # Other ranks may be gone, and their files not come any more.
+        self.writer.abandon(PATIENCE)
+
+    def _settle(self) -> None:
+        """Waits until the snapshot that is being written is durable. Raises, on all ranks, what prevented it."""
+        for wait in (self.writer.own_error, self.writer.error):
+            error = wait()
+            errors = [said for said in gathered(error and str(error)) if said]
+            if errors:
+                raise error or CheckpointError(errors[0])
+
+    def _committed(self, path: Path) -> None:
+        self.known.add(path.name)
+        config = self.config
+        prune(self.directory.checkpoints, config.keep, config.keep_every, self._best(), self.known)
+
+    def _best(self) -> list[int]:
+        """The steps of the evaluations with the lowest NLL."""
+        evaluations = self.directory.read(self.directory.evaluations)
+        there = {path.name for path in all_checkpoints(self.directory.checkpoints)}
+        nlls = {
+            e["step"]: e.get("nll_thought", e["nll_text"])
+            for e in evaluations
+            if e["held_out"] == evaluations[-1]["held_out"] and name_of(e["step"]) in there
+        }
+        ranked = sorted((step for step in nlls if math.isfinite(nlls[step])), key=nlls.__getitem__)
+        return ranked[: self.config.keep_best]
 
     def _save(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
         self._saved_at = module.step
+        self._settle()
         before = self.refused
         constants = {**self.constants, "lanes": self.data.state()}
         tensors, state = run_state(module, constants, self.evaluation.difficulty_E)
         if (count := module.skipped_in_a_row) > 0:
             steps = "step" if count == 1 else f"{count} steps in a row, up to step"
             self.refused = f"{steps} {module.step}{',' * (count > 1)} had a non-finite loss or gradient"
-        elif (name := non_finite(tensors)) is not None:
+        elif (name := next(filter(None, gathered(non_finite(tensors))), None)) is not None:
             self.refused = f"step {module.step} left a model that is not finite ({name})"
         else:
             self.refused = None
-            if trainer.is_global_zero:
-                save_checkpoint(self.directory.checkpoints, module.step, tensors, state)
-                prune(self.directory.checkpoints, self.config.keep)
-            trainer.strategy.barrier()
+            self.writer.save(module.step, tensors, state)
         if before is None and self.refused is not None:
             say(f"no checkpoint at step {module.step}: {self.refused}; the earlier ones are kept")
 

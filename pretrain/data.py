@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from checkpoints.references import resolve
-from checkpoints.run import load_checkpoint, newest_checkpoint
+from checkpoints.snapshots import newest_snapshot
 from data_pipelines import DataError, PackedText, StreamText, Tokenizer, open_data
 from data_pipelines.corpus import write_corpus
 from data_pipelines.data_module import Batch, TextDataModule
@@ -35,10 +35,10 @@ def open_text(recipe: Recipe) -> tuple[Tokenizer, PackedText]:
 def global_batches(recipe: Recipe, text: PackedText, step: int, workers: int, ranks: int) -> Iterator[Batch]:
     """The rows of every step from `step` on, as `ranks` loaders with so many workers each produce them."""
     states = None
-    checkpoint = newest_checkpoint(RunDirectory(recipe.run_dir or "runs/run").checkpoints)
+    checkpoint = newest_snapshot(RunDirectory(recipe.run_dir or "runs/run").checkpoints, groups=())
     start = 0 if isinstance(text, StreamText) else step
     if checkpoint is not None and isinstance(text, StreamText):
-        _, state = load_checkpoint(checkpoint)
+        state = checkpoint.state
         if state["data_fingerprint"] == text.fingerprint and state["step"] <= step:
             start, states = state["step"], {int(lane): cursor for lane, cursor in state["lanes"].items()}
     if start < step:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lightning
@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from checkpoints.loading import UnloadedModel
 from models.flops import Ledger
 from models.philox import Rng
 from models.rollout import Engine
@@ -81,6 +82,7 @@ class PretrainModule(lightning.LightningModule):
 
     After `max_skipped` skipped steps in a row it asks the trainer to stop, and `gave_up` is true.
 
+    unloaded: the model, and the further models of its objective, which get their weights once they are sharded.
     rows_at_once: rows that go through the model at once; None: all of the rank's.
     """
 
@@ -92,6 +94,7 @@ class PretrainModule(lightning.LightningModule):
         config: OptimizerConfig,
         steps: int,
         seed: int,
+        unloaded: Sequence[UnloadedModel],
         rows_at_once: int | None = None,
     ):
         super().__init__()
@@ -110,14 +113,18 @@ class PretrainModule(lightning.LightningModule):
         self.guard: SpikeGuard | None = None
         if config.spike_threshold is not None:
             self.guard = SpikeGuard(config.spike_threshold, config.spike_window)
-        self._sharded = False
+        self._unloaded = unloaded
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None and not self._sharded:
+        # Lightning calls it again for each of its stages.
+        unloaded, self._unloaded = self._unloaded, ()
+        if unloaded and self.device_mesh is not None:
             # Copies first: a sharded model cannot be copied.
-            for model in (*self.objective.other_models(self.model), self.model):
-                shard(model, self.device_mesh["data_parallel"])
-            self._sharded = True
+            for other in (*self.objective.other_models(self.model), self.model):
+                shard(other, self.device_mesh["data_parallel"])
+        for model in unloaded:
+            model.load(self.trainer.strategy.root_device)
+        self.objective.other_models(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optimizer = make_optimizer(self.model, self.config)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from checkpoints.errors import CheckpointError
-from checkpoints.hugging_face import load_decoder, load_thinking_model, trained_thinking
+from checkpoints.hugging_face import load_decoder, open_thinking_model, trained_thinking
+from checkpoints.loading import UnloadedModel, empty_model
 from checkpoints.references import resolve
-from checkpoints.run import find_checkpoint, load_checkpoint
+from checkpoints.snapshots import find_snapshot
 from data_pipelines import Tokenizer
 from models.decoder import DecoderConfig
 from models.thinking import ThinkingModel, TrainedThinking
 from objectives import find_objective
 from pretrain.recipe import Recipe
 from pretrain.run_directory import RunDirectory, is_run
-from pretrain.state import model_from_state
+from pretrain.state import model_of
 
 
 def compute_dtype(setting: str) -> torch.dtype | None:
@@ -39,14 +40,16 @@ def longest_sequence(config: DecoderConfig) -> int:
     return min(config.max_positions, config.sliding_window or config.max_positions)
 
 
-def load_reference(reference: str, directory: Path, dtype: torch.dtype | None, seed: int = 0) -> ThinkingModel:
+def open_reference(reference: str, directory: Path, dtype: torch.dtype | None, seed: int = 0) -> UnloadedModel:
     """The model of a reference that was resolved to `directory`, with the thinking parts it brings.
 
-    Raises CheckpointError.
+    Raises CheckpointError. Random weights are sampled whole, and held until the model is loaded.
     """
-    if reference.startswith("random:"):
-        return ThinkingModel(load_decoder(reference, dtype, seed=seed))
-    return load_thinking_model(directory, dtype)
+    if not reference.startswith("random:"):
+        return open_thinking_model(directory, dtype)
+    decoder = load_decoder(reference, dtype, seed=seed)
+    weights = {f"decoder.{name}": parameter.detach() for name, parameter in decoder.named_parameters()}
+    return UnloadedModel(empty_model(decoder.config, dtype), weights)
 
 
 @dataclass
@@ -73,16 +76,16 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
     """A run directory, a checkpoint of one, or any model reference. Raises CheckpointError or DataError."""
     path = Path(reference)
     if is_run(path):
-        checkpoint = find_checkpoint(path)
-        directory = RunDirectory(checkpoint.parent.parent)
+        checkpoint = find_snapshot(path, ("model",))
+        directory = RunDirectory(checkpoint.path.parent.parent)
         if not directory.recipe.exists():
-            raise CheckpointError(f"{checkpoint} lies in no run directory (no {directory.recipe}); move it back")
-        tensors, state = load_checkpoint(checkpoint, ("model",))
-        model = model_from_state(tensors, state, dtype)
+            raise CheckpointError(f"{checkpoint.path} lies in no run directory (no {directory.recipe}); move it back")
+        model = model_of(checkpoint, dtype).load()
+        state: Mapping[str, Any] | None = checkpoint.state
         tokenizer_directory, recipe = directory.tokenizer, directory.load_recipe()
     else:
         tokenizer_directory, recipe = resolve(reference), None
-        model = load_reference(reference, tokenizer_directory, dtype)
+        model = open_reference(reference, tokenizer_directory, dtype).load()
         state = None
     tokenizer = Tokenizer.from_directory(tokenizer_directory)
     check_vocabulary(reference, tokenizer, model.decoder.config.vocab_size)

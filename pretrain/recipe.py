@@ -119,6 +119,8 @@ class CheckpointConfig(Part):
 
     every: int | None = Field(default=100, ge=1, description="steps; null: only at the end")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    keep_every: int | None = Field(default=None, ge=1, description="also those of every so many steps, for good")
+    keep_best: int = Field(default=0, ge=0, description="also those with the lowest held-out NLL, so many")
 
 
 class LoggingConfig(Part):

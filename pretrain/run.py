@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from checkpoints.errors import CheckpointUnreachable
 from checkpoints.references import resolve
-from checkpoints.run import newest_checkpoint, remove_after
+from checkpoints.snapshots import newest_checkpoint, remove_after
 from data_pipelines import StreamText
 from data_pipelines.config import DataUnreachable
 from data_pipelines.corpus import is_corpus
@@ -102,6 +102,7 @@ def _locked(directory: RunDirectory) -> contextlib.AbstractContextManager[None]:
 def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
     """Steps of the control that cost as many FLOPs as the run, by the cost of its first step."""
     control = assemble(recipe.control_recipe(1, str(directory.control)))
+    control.load(torch.device("cpu"))
     text = Text(**control.data.rows(0, recipe.rows_per_step))
     cost: float | None = control.objective.step_flops(control.model, text)
     if cost is None:
@@ -127,18 +128,20 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         run.objective,
         run.engine,
         recipe.optimizer,
-        steps=recipe.steps,
-        seed=recipe.seed,
+        recipe.steps,
+        recipe.seed,
+        run.unloaded,
         rows_at_once=recipe.micro_batch_rows,
     )
     difficulty_E = None
     if run.checkpoint is not None:
-        tensors, state = run.checkpoint
-        restore_before_setup(module, tensors, state)
-        module.on_optimizer = lambda module: restore_after_setup(module, tensors, state)
-        difficulty_E = tensors.get("evaluation", {}).get("difficulty_E")
-        if difficulty_E is not None and state.get("held_out_fingerprint") != run.held_out.fingerprint:
-            difficulty_E = None
+        checkpoint = run.checkpoint
+        restore_before_setup(module, checkpoint)
+        module.on_optimizer = lambda module: restore_after_setup(module, checkpoint)
+        difficulty = checkpoint.tensors.get("evaluation", {}).get("difficulty_E")
+        if difficulty is not None and checkpoint.state.get("held_out_fingerprint") == run.held_out.fingerprint:
+            difficulty_E = difficulty.whole()
+        elif difficulty is not None:
             say("other tokens are evaluated than before, or in another way: their difficulty is measured anew")
     evaluated = not run.held_out.text.shape[0] or directory.is_evaluated(module.step)
     if module.step > recipe.steps or (module.step == recipe.steps and evaluated):
@@ -191,7 +194,9 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         num_workers=recipe.data_workers,
         states=lane_states(run, module.step * recipe.rows_per_step),
     )
-    checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals, data_module)
+    # What the run continues from has been read in full.
+    known = set() if run.checkpoint is None else {run.checkpoint.path.name}
+    checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals, data_module, known)
     diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
     warnings = at_start(recipe.model, recipe.objective)
     records = Records(directory, recipe.logging, run.tokenizer, data_module, loggers, diagnostics, warnings)
@@ -235,7 +240,8 @@ def dry_run(recipe: Recipe) -> None:
     _reach(recipe)
     run = assemble(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = run.model.to(device)
+    run.load(device)
+    model = run.model
     rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks
     text = Text(**run.data.rows(0, rows)).to(device)
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from checkpoints.errors import CheckpointError
-from checkpoints.run import all_checkpoints, newest_checkpoint, remove_leftovers
+from checkpoints.snapshots import Snapshot, all_checkpoints, newest_snapshot, open_snapshot, remove_leftovers
 from pretrain.recipe import Recipe, RecipeError, free_keys
 from pretrain.recipe_files import Tree, read_yaml, recipe_from_tree, recipe_to_tree, recipe_to_yaml
 
@@ -137,10 +137,10 @@ class RunDirectory:
         run = self.settle(self.load_recipe())
         return (run.continue_from, run.optimizer) != (recipe.continue_from, recipe.optimizer)
 
-    def checkpoint(self, recipe: Recipe) -> Path | None:
+    def checkpoint(self, recipe: Recipe) -> Snapshot | None:
         """What the recipe continues from: the checkpoint that it names, or the newest; None if there are none.
 
-        Raises RecipeError if what it names is not there, CheckpointError if all that there are are invalid.
+        Raises RecipeError if what it names is not there, CheckpointError if that or all that there are are invalid.
         """
         found = all_checkpoints(self.checkpoints)
         if self._goes_back(recipe):
@@ -150,8 +150,8 @@ class RunDirectory:
                 raise RecipeError(
                     f"--continue-from {recipe.continue_from}: {self.path} has no such checkpoint; there are: {there}"
                 )
-            return named
-        newest = newest_checkpoint(self.checkpoints)
+            return open_snapshot(named)
+        newest = newest_snapshot(self.checkpoints)
         if newest is None and found:
             raise CheckpointError(
                 f"no checkpoint in {self.checkpoints} is valid ({', '.join(path.name for path in found)}); restore "

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2) over all devices of a run, and full tensors in and out of it."""
+"""Fully sharded data parallelism (FSDP2) over all devices of a run, and full tensors out of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from models.decoder import RMSNorm
 from models.thinking import ThinkingModel
@@ -58,10 +58,3 @@ def reshard(model: ThinkingModel) -> None:
 def full(tensor: Tensor) -> Tensor:
     """The full tensor; a collective call if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A full `tensor`, the same on every rank, moved and sharded as `like` is."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from checkpoints.hugging_face import load_thinking_model
-from checkpoints.run import find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoints.snapshots import find_checkpoint, load_checkpoint, save_checkpoint
 from data_pipelines import Tokenizer, open_data
 from models.philox import Rng
 from models.thoughts import Text

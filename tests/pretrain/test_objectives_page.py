@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.run import find_checkpoint, load_checkpoint
+from checkpoints.snapshots import find_checkpoint, load_checkpoint
 from models.philox import Rng
 from objectives import find_objective, metrics
 from objectives.driver import Step

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoints.run import find_checkpoint, load_checkpoint
+from checkpoints.snapshots import find_checkpoint, load_checkpoint
 from pretrain.cli import main
 from tests.pretrain.test_fit import lines
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.run import find_checkpoint, load_checkpoint
+from checkpoints.snapshots import find_checkpoint, load_checkpoint
 from objectives import Rlp
 from pretrain import assembly
 from pretrain.callbacks import Checkpoints

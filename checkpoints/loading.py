@@ -1,0 +1,51 @@
+"""Models whose weights are still elsewhere: built without memory, sharded if they are to be, and only then filled, each
+rank's part straight from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from checkpoints.tensors import StoredTensor, fill_parameters
+from models.decoder import Decoder, DecoderConfig
+from models.thinking import ThinkingModel
+
+
+def empty_model(
+    config: DecoderConfig, compute_dtype: torch.dtype | None, delimiters: bool = False, mixing_head: bool = False
+) -> ThinkingModel:
+    """A model with its parameters on the meta device, in fp32."""
+    with torch.device("meta"):
+        model = ThinkingModel(Decoder(config, compute_dtype), delimiters, mixing_head)
+    model.decoder.init_rotary()
+    model.banned_V = torch.zeros(config.vocab_size, dtype=torch.bool)
+    return model
+
+
+@dataclass
+class UnloadedModel:
+    """A model on the meta device, and its weights by name: in files, or whole in memory."""
+
+    model: ThinkingModel
+    weights: Mapping[str, StoredTensor | Tensor]
+
+    def load(self, device: torch.device = torch.device("cpu")) -> ThinkingModel:  # noqa: B008
+        """The model with its weights, one tensor after the other; of a model that was sharded, this rank's shards.
+
+        Raises CheckpointError for files that cannot be read.
+        """
+        self.model.allocate(device)
+        fill_parameters(self.model, self.weights)
+        return self.model
+
+    def row(self, name: str, index: int) -> Tensor:
+        """A row of a matrix, in fp32."""
+        source, width = self.weights[name], self.weights[name].shape[1]
+        if isinstance(source, Tensor):
+            return source[index].detach().float()
+        part = torch.empty(1, width)
+        source.read_into(part, (index, 0))
+        return part[0]
