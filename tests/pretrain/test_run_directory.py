@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from checkpoints.snapshots import writing
 from objectives import NextTokenConfig, RptConfig
 from pretrain.recipe import Recipe, RecipeError, free_keys
 from pretrain.recipe_files import recipe_to_tree
@@ -202,3 +204,35 @@ def test_what_may_change_within_a_run():
         *("objective.anchors_at_once", "objective.sampled_at_once"),
     }
     assert "objective.anchors_at_once" not in free_keys(Recipe(steps=3, objective=NextTokenConfig()))
+
+
+def test_checkpoints_are_kept_as_the_recipe_says(tiny_run, run_directory):
+    """The newest, those of every fourth step, and the one of the lowest held-out NLL, which a rate too high soon leaves
+    behind."""
+    arguments = ["--steps", "9", "--checkpoint.every", "1", "--evaluation.every", "1", "--optimizer.lr", "0.3"]
+    keeping = ["--checkpoint.keep", "1", "--checkpoint.keep_every", "4", "--checkpoint.keep_best", "1"]
+    assert fit([*tiny_run, *NEXT_TOKEN], *arguments, *keeping) == 0
+    nlls = {record["step"]: record["nll_text"] for record in lines(run_directory / "evaluations.jsonl")}
+    best = min(range(1, 10), key=nlls.__getitem__)
+    steps = {int(path.name[-8:]) for path in (run_directory / "checkpoints").iterdir()}
+    assert steps == {4, 8, 9, best}
+
+
+def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_soon(
+    tiny_run, run_directory, monkeypatch, capsys
+):
+    """At the step behind it, with the line that says why; what was saved before stays."""
+
+    def full(path, tensors, write=writing.write_tensors):
+        if "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(writing, "write_tensors", full)
+    assert fit([*tiny_run, *NEXT_TOKEN], "--steps", "40", "--checkpoint.every", "2") == 1
+    assert (
+        "step-00000004 cannot be written ([Errno 28] No space left on device); make room"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
+    assert 4 <= len(lines(run_directory / "metrics.jsonl")) <= 6  # the next save, at the latest, waits for it
+    assert [path.name for path in (run_directory / "checkpoints").iterdir()] == ["step-00000002"]
