@@ -81,7 +81,8 @@ def fitting_row(settings: Settings, objective: dict[str, Any]) -> Row:
 
     def bare() -> dict[str, float]:
         parts = assemble(recipe)
-        model, config = parts.model.to(settings.device), recipe.optimizer
+        parts.load(settings.device)
+        model, config = parts.model, recipe.optimizer
         optimizer, begun, found = make_optimizer(model, config), [], []
         for number in range(recipe.steps):
             begun.append(time.perf_counter())
