@@ -27,23 +27,23 @@ from benchmarks.environment import environment
 from benchmarks.workloads import TINY
 from models.decoder import DecoderConfig
 
-# 57M parameters of which 16M are the embedding's, tied.
+# 34M parameters of which 8M are the embedding's, tied.
 MODEL = DecoderConfig(
-    vocab_size=32768,
+    vocab_size=16384,
     width=512,
     ffn_width=1536,
-    layers=12,
+    layers=8,
     heads=8,
     kv_heads=4,
     head_dim=64,
     max_positions=2048,
     tie_embeddings=True,
 )
-LENGTH, SHORT, STEPS = 512, 64, 3
+LENGTH, SHORT, STEPS = 256, 64, 2
 CASES: dict[str, dict[str, Any]] = {
     "next_token, fp32": {"objective": {"name": "next_token"}, "rows_per_step": 4, "micro_batch_rows": 2},
     "quiet_star in parts, bf16": {
-        "objective": {"name": "quiet_star", "length": 4, "lookahead": 3, "thoughts": 2, "anchors_at_once": 128},
+        "objective": {"name": "quiet_star", "length": 4, "lookahead": 3, "thoughts": 2, "anchors_at_once": 64},
         "rows_per_step": 1,
         "compute_dtype": "bf16",
     },

@@ -90,6 +90,7 @@ def job_of(
         anchors_at_once=getattr(of_objective, "anchors_at_once", None),
         sampled_at_once=getattr(of_objective, "sampled_at_once", None),
         thought_tokens=thought_tokens,
+        replica=getattr(recipe, "rollout_weights", "replica") == "replica",
         graphs=recipe.cuda_graphs,
         sync_each_backward=getattr(recipe, "gradient_sync", "update") == "backward",
     )
