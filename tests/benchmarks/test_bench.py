@@ -135,7 +135,7 @@ def test_a_run_and_a_bare_loop_have_the_same_losses(tmp_path):
     assert bench.bench(["fit"], "tiny", None, 1, tmp_path) == 0
     rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["next_token", "rlp"]
-    assert all(0 < ratio["median"] for row in rows for ratio in row["ratios"].values()) and all(r["ratios"] for r in rows)
+    assert all(row["ratios"]["fit / bare, time of a step"]["median"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
