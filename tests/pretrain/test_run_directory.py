@@ -9,17 +9,20 @@ import resource
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from checkpoints.snapshots import writing
+from checkpoints.snapshots import find_checkpoint, load_checkpoint, writing
 from objectives import NextTokenConfig, RptConfig
 from pretrain.recipe import Recipe, RecipeError, free_keys
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.run_directory import RunDirectory
-from tests.pretrain.test_fit import OBJECTIVES, fit, lines, start, wait_for_step
+from tests.pretrain.test_fit import OBJECTIVES, fit, lines, start, wait_for_step, weights
 
 NEXT_TOKEN = OBJECTIVES["next_token"]
 HOLD = """
@@ -236,3 +239,22 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_soon
     )
     assert 4 <= len(lines(run_directory / "metrics.jsonl")) <= 6  # the next save, at the latest, waits for it
     assert [path.name for path in (run_directory / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_run_whose_checkpoints_are_of_format_1_is_continued(tiny_run, run_directory, tmp_path):
+    """Whole tensors in one file a group, no layout, and the random states of rank 0 alone."""
+    assert fit([*tiny_run, *NEXT_TOKEN], "--steps", "4", "--run-dir", str(tmp_path / "whole")) == 0
+    assert fit([*tiny_run, *NEXT_TOKEN], "--steps", "2") == 0
+    path = find_checkpoint(run_directory)
+    tensors, state = load_checkpoint(path)
+    tensors["random"] = {name.removeprefix("0/"): tensor for name, tensor in tensors["random"].items()}
+    for file in path.iterdir():
+        file.unlink()
+    for group, named in tensors.items():
+        save_file(named, path / f"{group}.safetensors")
+    (path / "state.json").write_text(json.dumps(state))
+    files = {f.name: {"bytes": len(b := f.read_bytes()), "sha256": sha256(b).hexdigest()} for f in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=1))
+    assert fit([*tiny_run, *NEXT_TOKEN], "--steps", "4") == 0
+    expected, got = weights(tmp_path / "whole"), weights(run_directory)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
