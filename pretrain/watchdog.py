@@ -57,7 +57,9 @@ class Watchdog(lightning.Callback):
         else:
             self._server, own = multiprocessing.Pipe()
             self._first, peers = me, {own: (0, me)}
-            with socket.create_server(("", 0), backlog=ranks) as listener:
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            with socket.create_server(("", 0), family=family, backlog=ranks, dualstack_ipv6=both) as listener:
                 listener.settimeout(CONNECT)
                 trainer.strategy.broadcast((listener.getsockname()[1], token, me))
                 while len(peers) < ranks:

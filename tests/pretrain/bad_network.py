@@ -22,7 +22,7 @@ import torch
 
 from tests.data_pipelines.servers import Server, serving
 from tests.data_pipelines.streams import documents, write
-from tests.pretrain.kills import final, finish, start, write_model, write_recipe
+from tests.pretrain.chaos import final, finish, start, write_model, write_recipe
 
 SHARDS = 40
 REDIRECTED = 5  # every so many shards

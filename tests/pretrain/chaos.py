@@ -1,0 +1,295 @@
+"""Runs that are killed at random moments and started again end as the run that was left alone:
+
+    python -m tests.pretrain.chaos --objective rlp [--kills 100] [--steps 300] [--ranks 1 2 4] [--directory DIR]
+
+One rank or all are killed with SIGKILL, in steps, saves, evaluations and while they start; the run goes on with another
+number of ranks and of data workers. It ends with the weights, optimizer and lanes of the run that was left alone: to
+the bit where --ranks names one number, else the weights up to the order of fp32 sums. Each step is in metrics.jsonl
+once, and each evaluation in evaluations.jsonl; no checkpoint is lost that had its name; and where one rank is killed
+the others are gone within a minute, with a line that names it. With --directory the same command goes on after an
+interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from checkpoints.hugging_face import export
+from checkpoints.snapshots import find_checkpoint, load_checkpoint
+from models.decoder import Decoder
+from models.thinking import ThinkingModel
+from tests.data_pipelines.conftest import byte_level, save
+from tests.data_pipelines.streams import documents, write
+from tests.helpers import relative_error, tiny_config
+
+# Relative norm of each weight, where the number of ranks changed. Adam's moments are not compared then: an objective's
+# gradient may be the small difference of large ones, and their sum is another with every order.
+TOLERANCE = 1e-5
+GONE = 60.0  # seconds after the death of a rank
+OBJECTIVES = {
+    "next_token": {"name": "next_token"},
+    "quiet_star": {"name": "quiet_star", "length": 3, "lookahead": 2, "thoughts": 2},
+    "rlp": {"name": "rlp", "length": 4, "thoughts": 2, "anchors_per_document": 1, "min_prefix": 4},
+    "rpt": {"name": "rpt", "length": 4, "thoughts": 2, "anchors_per_document": 1, "min_prefix": 4},
+}
+
+
+def write_model(directory: Path) -> Path:
+    tokenizer = save(byte_level("<|endoftext|>"), directory / "tokenizer", eos_token="<|endoftext|>")
+    decoder = Decoder(tiny_config(vocab_size=300, max_positions=128))
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    export(ThinkingModel(decoder), directory / "model", tokenizer)
+    return directory / "model"
+
+
+def recipe(directory: Path, model: str, objective: str, steps: int) -> Path:
+    web, code = (write(kind, directory / kind, documents(300, n)) for n, kind in enumerate(("jsonl", "tar")))
+    mixture = {"web": {"reference": web, "weight": [[0, 3.0], [steps, 1.0]]}, "code": {"reference": code}}
+    data = {"mixture": mixture, "lanes": 8} | ({"end_of_document": None} if model == "lab" else {})
+    return write_recipe(directory / f"{objective}.yaml", model, OBJECTIVES[objective], steps, data)
+
+
+def write_recipe(path: Path, model: str | Path, objective: dict, steps: int, data: dict) -> Path:
+    """A YAML file; JSON is YAML."""
+    settings = {
+        "steps": steps,
+        "objective": objective,
+        "model": str(model),
+        "data": {"length": 48, "lanes": 4, "end_of_document": "<|endoftext|>", **data},
+        "rows_per_step": 4,
+        "compute_dtype": "fp32",
+        # Adam's first steps are signs of gradients, which rounding turns where they are nearly 0: not by this eps.
+        "optimizer": {"lr": 1e-3, "eps": 1e-3},
+        "evaluation": {"rows": 2, "counterfactuals": False, "every": max(1, steps // 6)},
+        "checkpoint": {"every": 3},
+        "logging": {"wandb": "disabled", "csv": False},
+    }
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def start(recipe: Path, run: Path, workers: int, ranks: int = 1, log: Path | None = None) -> subprocess.Popen:
+    """log: what it says goes there; None: to a pipe."""
+    command = [sys.executable, "-m", "pretrain", "fit", str(recipe), "--run-dir", str(run)]
+    command += ["--data_workers", str(workers), "--devices", str(ranks)]
+    said = subprocess.PIPE if log is None else log.open("w")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=said, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it said."""
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+def final(run: Path, steps: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights and optimizer, and lanes, after the last step."""
+    tensors, state = load_checkpoint(find_checkpoint(run / "checkpoints" / f"step-{steps:08d}"))
+    # Not the global generators: no objective uses them, and every process has others to begin with.
+    kept = {f"{group}/{name}": t for group, named in tensors.items() if group != "random" for name, t in named.items()}
+    return kept, state["lanes"]
+
+
+class Chaos:
+    """A run that is killed. What has happened to it so far is in `kills.jsonl`."""
+
+    def __init__(self, directory: Path, recipe: Path, steps: int, ranks: Sequence[int], seed: int):
+        self.directory, self.recipe, self.steps, self.ranks, self.seed = directory, recipe, steps, ranks, seed
+        self.run, self.kills = directory / "killed", directory / "kills.jsonl"
+        self.happened = (
+            [json.loads(line) for line in self.kills.read_text().splitlines()] if self.kills.exists() else []
+        )
+        # The newest checkpoint of which a killed process knew that it was there, and that which the next goes on from.
+        self.durable = self.promised = max([0, *(record["durable"] for record in self.happened)])
+        self.seconds_to_start = 10.0
+
+    def begin(self) -> subprocess.Popen:
+        self.rng = random.Random(f"{self.seed}/{len(self.happened)}")
+        self.now = self.rng.choice(self.ranks)
+        self.log = self.directory / f"log-{len(self.happened):03d}.txt"
+        self.began = time.monotonic()
+        return start(self.recipe, self.run, self.rng.choice((0, 2)), self.now, self.log)
+
+    def kill(self, kills: int) -> bool:
+        """Starts it and kills it; false if it came to its end before."""
+        process = self.begin()
+        try:
+            return self._kill(process, kills)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _kill(self, process: subprocess.Popen, kills: int) -> bool:
+        rng = self.rng
+        before = self.recorded()
+        left = self.steps - before
+        some = 2 * left // (kills - len(self.happened))
+        moment, further = rng.choice(("start", "step", "step", "save", "save")), min(rng.randint(1, some + 1), left - 2)
+        if further < 1:
+            moment = "start"
+        if moment == "start":
+            wait(process, lambda: False, rng.random() * self.seconds_to_start)
+        else:
+            wait(process, lambda: self.recorded() > before)
+            self.seconds_to_start = time.monotonic() - self.began
+            wait(process, lambda: self.recorded() >= before + further)
+            seconds_per_step = (time.monotonic() - self.began - self.seconds_to_start) / further
+            if moment == "save":
+                wait(process, lambda: any((self.run / "checkpoints").glob(".*")), 5.0)
+            time.sleep(rng.random() * (0.02 if moment == "save" else seconds_per_step))
+        if process.poll() is not None:
+            assert process.returncode == 0, self.log.read_text()
+            return False
+        processes = [process.pid, *other_ranks(process.pid)]
+        self.durable = max([self.durable, *(int(path.name[-8:]) for path in self.named())])
+        one = len(processes) == self.now > 1 and rng.random() < 0.5
+        rank = rng.randrange(self.now) if one else None
+        if rank is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(processes[rank], signal.SIGKILL)
+        took = self.until_gone(process)
+        said = self.log.read_text()
+        if one and moment != "start":
+            named = f"rank {rank} (process {processes[rank]} on", f"[rank: {rank}] Child process with PID"
+            assert any(name in said for name in named), said
+        self.check_start(said)
+        record = {"moment": moment, "rank": rank, "ranks": self.now, "step": self.recorded()}
+        record |= {"durable": self.durable, "gone": round(took, 1)}
+        self.happened.append(record)
+        with self.kills.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return True
+
+    def finish(self) -> None:
+        process = self.begin()
+        assert process.wait() == 0, self.log.read_text()
+        self.check_start(self.log.read_text())
+
+    def check_start(self, said: str) -> None:
+        """It went on from the newest checkpoint that had its name, or a later one."""
+        continued = re.search(r"(?:continuing .* at|is already at) step (\d+) of", said)
+        assert continued is None or int(continued[1]) >= self.promised, said
+        self.promised = self.durable
+
+    def until_gone(self, process: subprocess.Popen) -> float:
+        """Seconds until nothing of it is left."""
+        began = time.monotonic()
+        while process.poll() is None or alive(process.pid):
+            if time.monotonic() - began > GONE:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise AssertionError(f"not gone after {GONE:.0f} seconds: {self.log.read_text()}")
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def recorded(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def named(self) -> list[Path]:
+        return [*(self.run / "checkpoints").glob("step-*")]
+
+
+def wait(process: subprocess.Popen, until: Callable[[], bool], seconds: float = 600.0) -> None:
+    """Until something holds, the process has ended, or time is up."""
+    deadline = time.monotonic() + seconds
+    while not until() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def other_ranks(process: int) -> list[int]:
+    """Those that rank 0 has started, in their order; data workers have no rank of their own in their environment."""
+    found = {}
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            found |= {int(entry[11:]): int(child) for entry in environment if entry.startswith(b"LOCAL_RANK=")}
+    return [found[rank] for rank in sorted(found)]
+
+
+def alive(group: int) -> bool:
+    """Whether a process group has processes that have not ended."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                return True
+    return False
+
+
+def records(run: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def check(
+    directory: Path, model: str, objective: str, kills: int, steps: int, ranks: Sequence[int], seed: int = 0
+) -> str:
+    """What happened."""
+    began = time.monotonic()
+    path = recipe(directory, model, objective, steps)
+    finish(start(path, directory / "alone", 0, ranks[0]))
+    chaos = Chaos(directory, path, steps, ranks, seed)
+    while len(chaos.happened) < kills and chaos.kill(kills):
+        print(f"{objective}: {len(chaos.happened)} of {kills} kills: {chaos.happened[-1]}", flush=True)
+    chaos.finish()
+    (tensors, lanes), (again, lanes_again) = (final(directory / name, steps) for name in ("alone", "killed"))
+    assert lanes == lanes_again
+    assert tensors.keys() == again.keys()
+    if len(ranks) == 1:
+        assert [name for name, tensor in tensors.items() if not torch.equal(again[name], tensor)] == []
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
+    errors = {name: relative_error(again[name], tensor) for name, tensor in weights.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= TOLERANCE, errors
+    for name in ("metrics", "evaluations"):
+        expected, found = ([record["step"] for record in records(directory / run, name)] for run in ("alone", "killed"))
+        assert found == expected, (name, found)
+    assert [record["step"] for record in records(directory / "killed", "metrics")] == list(range(1, steps + 1))
+    counts = Counter(f"{'all' if kill['rank'] is None else 'one'} in {kill['moment']}" for kill in chaos.happened)
+    gone = max((kill["gone"] for kill in chaos.happened if kill["rank"] is not None), default=0.0)
+    return (
+        f"{objective}: killed {len(chaos.happened)} times in {steps} steps ({dict(counts)}), by {ranks} ranks; "
+        f"{'the same to the bit' if not errors[worst] else f'{worst} differs by {errors[worst]:.1e}'}; after the death "
+        f"of one rank all were gone within {gone} s; {time.monotonic() - began:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to choose from")
+    parser.add_argument("--model", default="lab")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, help="kept, and gone on with; default: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for objective in arguments.objective:
+            place = (arguments.directory or Path(folder)) / objective
+            place.mkdir(parents=True, exist_ok=True)
+            asked = (arguments.kills, arguments.steps, arguments.ranks, arguments.seed)
+            print(check(place, arguments.model, objective, *asked), flush=True)
+
+
+if __name__ == "__main__":
+    main()
