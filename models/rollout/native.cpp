@@ -1,13 +1,13 @@
 // One token more for every thought, on a CPU: the whole stack of layers in one call. native.py says when and with what.
 //
 // At a few rows weights are multiplied hardly faster than they can be read. Every product here is therefore the same
-// one: a few rows against panels, which hold 16 columns side by side in the order in which they are read. Weights are
-// packed so, and so are keys (a column is a key) and values (a column is a dimension, summed over keys). bf16 is
-// multiplied in pairs and summed in fp32; what a tensor of the model would hold is rounded to bf16, so that the numbers
-// are those of the layers run one by one.
+// one: a few rows against panels, which hold the columns of a register side by side in the order in which they are
+// read. Weights are packed so, and so are keys (a column is a key) and values (a column is a dimension, summed over
+// keys). bf16 is multiplied in pairs and summed in fp32; what a tensor of the model would hold is rounded to bf16, so
+// that the numbers are those of the layers run one by one.
 //
-// Letters: A anchors, K thoughts of an anchor, R = A K rows, W width, H query heads, G key-value heads, J = H / G, D
-// head size. Row a K + k is thought k of anchor a.
+// Letters: A anchors, R rows, each a thought, W width, H query heads, G key-value heads, J = H / G, D head size, K the
+// rows of an anchor, which are neighbours and differ in number.
 
 #include <algorithm>
 #include <bit>
@@ -17,19 +17,26 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __FMA__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr long LANES = 16;  // columns of a panel
-constexpr long TILE = 16;   // rows whose sums are held in registers
+// Columns of a panel, as many as a register holds, and rows whose sums are held in registers. Vectors longer than a
+// register are kept in memory, and everything takes eight times as long.
+#if defined __AVX512F__
+constexpr long LANES = 16, TILE = 16;
+#elif defined __AVX__
+constexpr long LANES = 8, TILE = 12;
+#else
+constexpr long LANES = 4, TILE = 12;
+#endif
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 template <class T>
 inline T load(const void* from) {
@@ -56,12 +63,12 @@ inline T rounded(float x) {
   return to;
 }
 
-inline Floats get16(const float* from) { return load<Floats>(from); }
-inline Floats get16(const bf16* from) {
+inline Floats get_all(const float* from) { return load<Floats>(from); }
+inline Floats get_all(const bf16* from) {
   return std::bit_cast<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
-inline void set16(float* to, Floats x) { memcpy(to, &x, sizeof x); }
-inline void set16(bf16* to, Floats x) {
+inline void set_all(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+inline void set_all(bf16* to, Floats x) {
   const Words words = std::bit_cast<Words>(x);
   const Halves halves = __builtin_convertvector((words + 0x7fff + ((words >> 16) & 1)) >> 16, Halves);
   memcpy(to, &halves, sizeof halves);
@@ -77,7 +84,7 @@ inline Floats exponential(Floats x) {
   Floats sum = Floats{} + 1.98412698e-4f;
   for (float coefficient : {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f})
     sum = sum * rest + coefficient;
-  typedef int32_t Integers __attribute__((vector_size(64)));
+  typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
   const Integers power = (__builtin_convertvector(whole, Integers) + 127) << 23;
   return x > lowest ? sum * std::bit_cast<Floats>(power) : Floats{};
 }
@@ -86,18 +93,30 @@ inline Floats exponential(Floats x) {
 template <class T>
 constexpr long STEP = sizeof(float) / sizeof(T);
 
-inline Floats plus_products(Floats sum, const float* x, Floats column) { return sum + column * *x; }
+inline Floats plus_product(Floats sum, Floats column, float x) {
+  // In one operation by name, since compilers take one or two depending on what stands around it, and then a row's
+  // numbers would depend on how many there are.
+#if defined __AVX512F__
+  return (Floats)_mm512_fmadd_ps((__m512)column, _mm512_set1_ps(x), (__m512)sum);
+#elif defined __FMA__
+  return (Floats)_mm256_fmadd_ps((__m256)column, _mm256_set1_ps(x), (__m256)sum);
+#else
+  return sum + column * x;
+#endif
+}
+inline Floats plus_products(Floats sum, const float* x, Floats column) { return plus_product(sum, column, *x); }
 inline Floats plus_products(Floats sum, const bf16* x, Floats columns) {
 #ifdef __AVX512BF16__
   const __m512bh pairs = std::bit_cast<__m512bh>(columns), x_pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(x));
   return std::bit_cast<Floats>(_mm512_dpbf16_ps(std::bit_cast<__m512>(sum), pairs, x_pair));
 #else
   const Words pairs = std::bit_cast<Words>(columns);
-  return sum + std::bit_cast<Floats>(pairs << 16) * get(x[0]) + std::bit_cast<Floats>(pairs & 0xffff0000u) * get(x[1]);
+  sum = plus_product(sum, std::bit_cast<Floats>(pairs << 16), get(x[0]));
+  return plus_product(sum, std::bit_cast<Floats>(pairs & 0xffff0000u), get(x[1]));
 #endif
 }
 
-// sums[r][16] = x[r][:] · panel[:][16] for ROWS rows. `stride`: elements from one step along the summed axis to the
+// sums[r][LANES] = x[r][:] · panel[:][LANES] for ROWS rows. `stride`: elements from one step along the summed axis to the
 // next.
 template <class T, int ROWS>
 inline void multiply(const T* x, long row, const T* panel, long stride, long length, Floats* sums) {
@@ -123,16 +142,16 @@ template <class T, int ROWS = TILE>
 
 struct Shape {
   int64_t layers, width, ffn_width, heads, kv_heads, head_dim;
-  int64_t anchors, thoughts;  // A, K
-  int64_t text_capacity, own_capacity;  // tokens that the packed keys of a text and of a thought can hold; 16 divides both
+  int64_t anchors;  // A
+  int64_t text_capacity, own_capacity;  // tokens that the packed keys of a text and of a thought can hold; LANES divides both
   int64_t low_precision;  // activations, weights, keys and values in bf16, not fp32
   int64_t post_norm, norms_all_heads;  // see DecoderConfig
   float epsilon;
 };
 
-// Weights are packed, [N / 16][in / STEP][16][STEP] for N outputs; norms and biases are fp32, null where there is none.
-// Keys are packed [sequence][G][tokens / 16][D / STEP][16][STEP], values [sequence][G][tokens / STEP][D][STEP], where a
-// sequence is a row of text or a thought.
+// Weights are packed, [N / LANES][in / STEP][LANES][STEP] for N outputs; norms and biases are fp32, null where there is none.
+// Keys are packed [sequence][G][tokens / LANES][D / STEP][LANES][STEP], values [sequence][G][tokens / STEP][D][STEP], where a
+// sequence is a row of text, or the thought that holds a seat.
 struct Layer {
   const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
   const void *query_key_value, *out, *gate_up, *down;  // panels of gate and up alternate
@@ -181,7 +200,7 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
   Floats sums[TILE];
   for (long n = 0; n < width; n += LANES) {
     multiply<T>(rows, q, D, keys + (from + n) * D, LANES * STEP<T>, D, sums);
-    for (long r = 0; r < rows; r++) set16(&scores[r * width + n], sums[r] * scale);
+    for (long r = 0; r < rows; r++) set_all(&scores[r * width + n], sums[r] * scale);
   }
   for (long r = 0; r < rows; r++) {
     float* score = &scores[r * width];
@@ -194,7 +213,7 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
     for (long n = 0; n < width; n += LANES) {
       const Floats share = exponential(load<Floats>(score + n) - top);
       total += share;
-      set16(&shares[r * width + n], share);
+      set_all(&shares[r * width + n], share);
     }
     highest[r] = top;
     sum[r] = 0;
@@ -202,20 +221,30 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
   }
   for (long d = 0; d < D; d += LANES) {
     multiply<T>(rows, shares.data(), width, values + from * D + d * STEP<T>, D * STEP<T>, width, sums);
-    for (long r = 0; r < rows; r++) set16(out + r * D + d, sums[r]);
+    for (long r = 0; r < rows; r++) set_all(out + r * D + d, sums[r]);
   }
 }
 
 // x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D] of each layer, null
-// for one without rotary embedding; `length` tokens are in each thought's keys and values before, one more after.
-// spans_of: [A + 1], the first of each anchor's spans.
+// for one without rotary embedding. seats: [R], where each row's keys and values are; lengths: [R], how many tokens are
+// there before, one more after. rows_of, spans_of: [A + 1], the first of each anchor's rows and spans.
 template <class T>
-void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, T* x, const T* const* cos,
-          const T* const* sin, long length, int threads) {
+void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, const int64_t* rows_of,
+          const int64_t* seats, const int64_t* lengths, T* x, const T* const* cos, const T* const* sin, int threads) {
   const long W = s.width, F = s.ffn_width, H = s.heads, G = s.kv_heads, D = s.head_dim, J = H / G;
-  const long K = s.thoughts, R = s.anchors * K, all_heads = H + 2 * G, span_count = spans_of[s.anchors];
+  const long R = rows_of[s.anchors], all_heads = H + 2 * G, span_count = spans_of[s.anchors];
+  std::vector<long> anchor_of(R), part_of(span_count + 1);  // the first of each span's results, of H K each
+  for (long a = 0; a < s.anchors; a++) {
+    std::fill(anchor_of.begin() + rows_of[a], anchor_of.begin() + rows_of[a + 1], a);
+    for (long i = spans_of[a]; i < spans_of[a + 1]; i++) part_of[i + 1] = part_of[i] + H * (rows_of[a + 1] - rows_of[a]);
+  }
   std::vector<T> norm(R * W), projected(R * all_heads * D), query(R * H * D), attended(R * H * D), gated(R * F);
-  std::vector<float> part(span_count * H * K * D), part_highest(span_count * H * K), part_sum(span_count * H * K);
+  std::vector<float> part(part_of.back() * D), part_highest(part_of.back()), part_sum(part_of.back());
+  // Of what is laid out [A][G][K][J]: query head 0 of group g of a row.
+  auto by_group = [&](long r, long g) {
+    const long first = rows_of[anchor_of[r]], K = rows_of[anchor_of[r] + 1] - first;
+    return first * H + (g * K + r - first) * J;
+  };
 
 #pragma omp parallel num_threads(threads)
   {
@@ -241,11 +270,11 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           for (long i = 0; i < few; i++) {
             T* here = x + (r + i) * W + n;
             T product[LANES];
-            set16(product, sums[i] + (bias ? load<Floats>(bias + n) : none));
+            set_all(product, sums[i] + (bias ? load<Floats>(bias + n) : none));
             if (s.post_norm)
               memcpy(&norm[(r + i) * W + n], product, sizeof product);
             else
-              set16(here, get16(here) + get16(product));
+              set_all(here, get_all(here) + get_all(product));
           }
         }
       if (!s.post_norm) return;
@@ -253,7 +282,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       for (long r = 0; r < R; r++) {
         T *row = &norm[r * W], *here = x + r * W;
         normed(row, norm_weight, W, s.epsilon, row);
-        for (long n = 0; n < W; n += LANES) set16(here + n, get16(here + n) + get16(row + n));
+        for (long n = 0; n < W; n += LANES) set_all(here + n, get_all(here + n) + get_all(row + n));
       }
     };
     const T* input = s.post_norm ? x : norm.data();  // of attention, then of the MLP
@@ -269,7 +298,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           const T* panel = static_cast<const T*>(layer.query_key_value) + n * W;
           multiply<T>(few, input + r * W, W, panel, LANES * STEP<T>, W, sums);
           const Floats bias = layer.query_key_value_bias ? load<Floats>(layer.query_key_value_bias + n) : none;
-          for (long i = 0; i < few; i++) set16(&projected[(r + i) * all_heads * D + n], sums[i] + bias);
+          for (long i = 0; i < few; i++) set_all(&projected[(r + i) * all_heads * D + n], sums[i] + bias);
         }
 
       if (s.norms_all_heads) {
@@ -291,13 +320,15 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           if (h < H + G && weight && !s.norms_all_heads) normed(from, weight, D, s.epsilon, from);
           if (h < H + G && cos[l]) rotate(from, cos[l] + r * D, sin[l] + r * D, D);
           if (h < H) {
-            std::copy(from, from + D, &query[(((r / K * G + g) * K + r % K) * J + h % J) * D]);
+            std::copy(from, from + D, &query[(by_group(r, g) + h % J) * D]);
           } else if (h < H + G) {
-            T* to = static_cast<T*>(layer.own_keys) + (r * G + g) * s.own_capacity * D + length / LANES * LANES * D;
+            const long length = lengths[r], place = (seats[r] * G + g) * s.own_capacity * D;
+            T* to = static_cast<T*>(layer.own_keys) + place + length / LANES * LANES * D;
             for (long d = 0; d < D; d++)
               to[d / STEP<T> * LANES * STEP<T> + length % LANES * STEP<T> + d % STEP<T>] = from[d];
           } else {
-            T* to = static_cast<T*>(layer.own_values) + (r * G + g) * s.own_capacity * D + length / STEP<T> * STEP<T> * D;
+            const long length = lengths[r], place = (seats[r] * G + g) * s.own_capacity * D;
+            T* to = static_cast<T*>(layer.own_values) + place + length / STEP<T> * STEP<T> * D;
             for (long d = 0; d < D; d++) to[d * STEP<T> + length % STEP<T>] = from[d];
           }
         }
@@ -306,10 +337,11 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       for (long i = 0; i < span_count; i++)
         for (long g = 0; g < G; g++) {
           const Span& span = spans[i];
-          const long place = (span.row * G + g) * s.text_capacity * D, queries = K * J;
+          const long place = (span.row * G + g) * s.text_capacity * D, first = rows_of[span.anchor];
+          const long queries = (rows_of[span.anchor + 1] - first) * J;
           for (long r = 0; r < queries; r += TILE) {
-            const long to = (i * G + g) * queries + r;
-            attend<T>(std::min(TILE, queries - r), &query[((span.anchor * G + g) * queries + r) * D], D,
+            const long to = part_of[i] + g * queries + r;
+            attend<T>(std::min(TILE, queries - r), &query[(first * H + g * queries + r) * D], D,
                       static_cast<const T*>(layer.text_keys) + place, static_cast<const T*>(layer.text_values) + place,
                       span.first, span.last, scores, shares, &part[to * D], &part_highest[to], &part_sum[to]);
           }
@@ -319,22 +351,22 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
 #pragma omp for schedule(dynamic) collapse(2)
       for (long r = 0; r < R; r++)
         for (long g = 0; g < G; g++) {
-          const long a = r / K, place = (r * G + g) * s.own_capacity * D;
+          const long a = anchor_of[r], place = (seats[r] * G + g) * s.own_capacity * D, from_query = by_group(r, g);
           std::vector<float> out(TILE * D);
           for (long j = 0; j < J; j += TILE) {
             float highest[TILE], sum[TILE];
             const long few = std::min(TILE, J - j);
-            attend<T>(few, &query[(((a * G + g) * K + r % K) * J + j) * D], D,
+            attend<T>(few, &query[(from_query + j) * D], D,
                       static_cast<const T*>(layer.own_keys) + place, static_cast<const T*>(layer.own_values) + place, 0,
-                      length + 1, scores, shares, out.data(), highest, sum);
+                      lengths[r] + 1, scores, shares, out.data(), highest, sum);
             for (long i = 0; i < few; i++) {
-              const long first = (g * K + r % K) * J + j + i;
+              const long here = from_query - rows_of[a] * H + j + i;
               float top = highest[i];
-              for (long p = spans_of[a]; p < spans_of[a + 1]; p++) top = std::max(top, part_highest[p * H * K + first]);
+              for (long p = spans_of[a]; p < spans_of[a + 1]; p++) top = std::max(top, part_highest[part_of[p] + here]);
               float weight = std::exp(highest[i] - top), total = sum[i] * weight;
               for (long d = 0; d < D; d++) out[i * D + d] *= weight;
               for (long p = spans_of[a]; p < spans_of[a + 1]; p++) {
-                const long from = p * H * K + first;
+                const long from = part_of[p] + here;
                 weight = std::exp(part_highest[from] - top);
                 total += part_sum[from] * weight;
                 for (long d = 0; d < D; d++) out[i * D + d] += weight * part[from * D + d];
@@ -358,10 +390,10 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           const float* bias = layer.gate_up_bias ? layer.gate_up_bias + 2 * n : nullptr;
           for (long i = 0; i < few; i++) {
             T gate[LANES], up[LANES];
-            set16(gate, sums[i] + (bias ? load<Floats>(bias) : none));
-            set16(up, more[i] + (bias ? load<Floats>(bias + LANES) : none));
-            set16(gate, get16(gate) / (exponential(-get16(gate)) + 1));
-            set16(&gated[(r + i) * F + n], get16(gate) * get16(up));
+            set_all(gate, sums[i] + (bias ? load<Floats>(bias) : none));
+            set_all(up, more[i] + (bias ? load<Floats>(bias + LANES) : none));
+            set_all(gate, get_all(gate) / (exponential(-get_all(gate)) + 1));
+            set_all(&gated[(r + i) * F + n], get_all(gate) * get_all(up));
           }
         }
 
@@ -373,17 +405,17 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
 }  // namespace
 
 extern "C" void forethought_step(const Shape* shape, const Layer* layers, const Span* spans, const int64_t* spans_of,
-                                 void* x, const void* const* cos, const void* const* sin, int64_t length,
-                                 int32_t threads) {
+                                 const int64_t* rows_of, const int64_t* seats, const int64_t* lengths, void* x,
+                                 const void* const* cos, const void* const* sin, int32_t threads) {
   auto run = [&](auto kind) {
     using T = decltype(kind);
-    step<T>(*shape, layers, spans, spans_of, static_cast<T*>(x), reinterpret_cast<const T* const*>(cos),
-            reinterpret_cast<const T* const*>(sin), length, threads);
+    step<T>(*shape, layers, spans, spans_of, rows_of, seats, lengths, static_cast<T*>(x),
+            reinterpret_cast<const T* const*>(cos), reinterpret_cast<const T* const*>(sin), threads);
   };
   shape->low_precision ? run(bf16{}) : run(float{});
 }
 
-// `columns` rows of so many 4-byte words each, one fp32 or two bf16, as panels [columns / 16][words][16], from the
+// `columns` rows of so many 4-byte words each, one fp32 or two bf16, as panels [columns / LANES][words][LANES], from the
 // beginning of one to that of the next `distance` words.
 extern "C" void forethought_pack(const uint32_t* x, int64_t columns, int64_t words, uint32_t* panels, int64_t distance,
                                  int32_t threads) {
@@ -393,3 +425,5 @@ extern "C" void forethought_pack(const uint32_t* x, int64_t columns, int64_t wor
       for (int64_t lane = 0; lane < LANES; lane++)
         panels[n / LANES * distance + w * LANES + lane] = x[(n + lane) * words + w];
 }
+
+extern "C" int64_t forethought_lanes() { return LANES; }

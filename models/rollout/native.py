@@ -4,8 +4,8 @@ Layer by layer a step of a few thoughts is hundreds of calls of torch, whose pro
 of memory and whose attention works on a handful of rows. The kernel (native.cpp) is compiled at its first use, for the
 processor at hand, and shares torch's threads.
 
-Shapes: B rows, N text positions, M anchors, K thoughts, S new tokens of a thought, T all tokens of a thought, W width,
-G key-value heads, D head size, L columns of a panel, E neighbours along the summed axis that lie together in a panel.
+Shapes: B rows of text, N text positions, M anchors, K thoughts, R thoughts that are sampled now, W width, G key-value
+heads, D head size, L columns of a panel, E neighbours along the summed axis that lie together in a panel.
 """
 
 from __future__ import annotations
@@ -28,23 +28,27 @@ from torch import Tensor
 from models.attention import asked_backend
 from models.decoder import Block, PostNormBlock, TextState
 from models.precision import Linear, kept, working_copy
-from models.rollout.eager import Eager
-from models.rollout.request import NextTokens, RolloutRequest
+from models.rollout.eager import Eager, sample_thoughts
+from models.rollout.request import Rollout, RolloutRequest
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors
 
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
-LANES = 16
+MULTIPLE = 16  # of what sizes are, so that every processor's panels are full
 # Keys of a text that one thread attends to at a time.
 SPLIT = 256
+# Thoughts that are sampled at a time where nothing else is asked for.
+ROWS = 32
+# Rows are filled anew once one of so many has ended, since each time costs some hundred small operations.
+FEW = 16
 _POINTERS = (
     "attention_norm", "mlp_norm", "query_norm", "key_norm", "query_key_value", "out", "gate_up", "down",
     "query_key_value_bias", "out_bias", "gate_up_bias", "down_bias",
     "text_keys", "text_values", "own_keys", "own_values",
 )  # fmt: skip
 _SIZES = (
-    "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "thoughts", "text_capacity",
-    "own_capacity", "low_precision", "post_norm", "norms_all_heads",
+    "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "text_capacity", "own_capacity",
+    "low_precision", "post_norm", "norms_all_heads",
 )  # fmt: skip
 
 
@@ -80,8 +84,9 @@ def library() -> ctypes.CDLL:
             _run(found, "-shared", "-fopenmp", str(built), "-o", str(linked))
             loaded = ctypes.CDLL(str(linked))
     address, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.forethought_step.argtypes = [*[address] * 7, count, threads]
+    loaded.forethought_step.argtypes = [*[address] * 10, threads]
     loaded.forethought_pack.argtypes = [address, count, count, address, count, threads]
+    loaded.forethought_lanes.restype = count
     loaded.forethought_step.restype = loaded.forethought_pack.restype = None
     return loaded
 
@@ -106,34 +111,89 @@ class Native(Eager):
             "thoughts at every position are not its shape": request.anchors.window is not None,
             f"it runs on a CPU, the model is on {hidden.device.type}": hidden.device.type != "cpu",
             f"it computes in fp32 and bf16, not in {hidden.dtype}": hidden.dtype not in (torch.float32, torch.bfloat16),
-            f"width, FFN width and head size must be multiples of {LANES}": any(
-                size % LANES for size in (config.width, config.ffn_width, config.head_dim)
+            f"width, FFN width and head size must be multiples of {MULTIPLE}": any(
+                size % MULTIPLE for size in (config.width, config.ffn_width, config.head_dim)
             ),
             f"attention backend {backend!r} was asked for": backend is not None,
         }
         reason = next((reason for reason, applies in reasons.items() if applies), "")
         return not reason, reason
 
-    def steps(self, request: RolloutRequest) -> NextTokens:
-        return NativeStep(request.model, request.anchors, request.state, request.thoughts, request.slots)
+    def _in_parts(self, request: RolloutRequest) -> Rollout:
+        rows = ROWS
+        if request.anchors_at_once is not None:
+            rows = len(request.anchors.index_BM) * request.anchors_at_once * request.thoughts
+        return sample_thoughts(request, InTurn(request, rows))
+
+
+class InTurn:
+    """At most so many thoughts at a time, in the order of their anchors; one that has ended makes room for the next."""
+
+    look_every = 1
+
+    def __init__(self, request: RolloutRequest, rows: int):
+        anchors, K = request.anchors, request.thoughts
+        M = anchors.index_BM.shape[1]
+        self._prompt, self._size = request.prompt[:-1], (K, M)
+        anchor_X1 = (anchors.index_BM >= 0).flatten().nonzero()
+        # Numbers as in eager.py.
+        self._waiting = (anchor_X1 // M * K * M + anchor_X1 % M + torch.arange(K) * M).flatten()
+        seats = min(rows, len(self._waiting))
+        self._step = NativeStep(request.model, anchors, request.state, seats, request.slots)
+        self.thought_R = self._seat_R = self._length_R = torch.empty(0, dtype=torch.int64)
+        self._take_in(torch.arange(seats))
+
+    def step(self, tokens_R: Tensor) -> Tensor:
+        hidden_RW = self._step(tokens_R, self._anchors_of(self.thought_R), self._seat_R, self._length_R)
+        # What becomes of a thought that has ended and stays for a while is of no interest.
+        self._length_R = (self._length_R + 1).clamp(max=self._step.capacity - 1)
+        return hidden_RW
+
+    def turn_over(self, ended_R: Tensor) -> bool:
+        ended = int(ended_R.sum())
+        if ended == 0 or ended * FEW < len(ended_R) or (ended == len(ended_R) and not len(self._waiting)):
+            return False
+        free = self._seat_R[ended_R]
+        self.thought_R, self._seat_R, self._length_R = (
+            x_R[~ended_R] for x_R in (self.thought_R, self._seat_R, self._length_R)
+        )
+        self._take_in(free)
+        return True
+
+    def _take_in(self, seats: Tensor) -> None:
+        """Thoughts that wait take these seats, as far as there are any, and read their prompts."""
+        new, self._waiting = self._waiting[: len(seats)], self._waiting[len(seats) :]
+        seats, length = seats[: len(new)], torch.zeros_like(new)
+        for token in self._prompt if len(new) else ():
+            self._step(torch.full_like(new, token), self._anchors_of(new), seats, length)
+            length = length + 1
+        self.thought_R = torch.cat([self.thought_R, new])
+        order_R = self._anchors_of(self.thought_R).argsort(stable=True)
+        self.thought_R = self.thought_R[order_R]
+        self._seat_R = torch.cat([self._seat_R, seats])[order_R]
+        self._length_R = torch.cat([self._length_R, length])[order_R]
+
+    def _anchors_of(self, thought_R: Tensor) -> Tensor:
+        K, M = self._size
+        return thought_R // (K * M) * M + thought_R % M
 
 
 class NativeStep:
-    """Called with the next S tokens of each thought, int64 [B, K, S, M] → hidden states [B, K, 1, M, W] of the last.
+    """The next token of some thoughts → their hidden states [R, W]. Each has a seat, where its keys and values are.
 
     The numbers are those of `continue_thoughts`, up to the order of sums: per row, whatever rows there are beside it.
-    It holds its own copy of the text's keys and values, and those of up to `capacity` tokens of each thought.
+    It holds its own copy of the text's keys and values, and those of up to `capacity` tokens in each seat.
     """
 
-    def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, thoughts: int, capacity: int):
+    def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, seats: int, capacity: int):
         config, (B, M) = model.decoder.config, anchors.index_BM.shape
-        self._model, self._anchors, self._capacity, self._length = model, anchors, capacity, 0
+        self._model, self._anchors, self.capacity = model, anchors, capacity
         self._dtype = dtype = state.hidden_BNW.dtype
         N = state.text.shape[1]
         text_capacity, own_capacity = filled_up(N), filled_up(capacity)
-        R, G, D = B * M * thoughts, config.kv_heads, config.head_dim
+        G, D = config.kv_heads, config.head_dim
         # Zeros, because what lies behind the last token is multiplied by shares of zero.
-        own = [torch.zeros(2, R, G, own_capacity * D, dtype=dtype) for _ in range(config.layers)]
+        own = [torch.zeros(2, seats, G, own_capacity * D, dtype=dtype) for _ in range(config.layers)]
         text = [
             (_packed_keys(k, text_capacity), _packed_values(v, text_capacity))
             for k, v in zip(state.keys, state.values, strict=True)
@@ -142,7 +202,7 @@ class NativeStep:
         self._held = list(zip(weights, text, own, strict=True))
         self._shape = _Shape(
             config.layers, config.width, config.ffn_width, config.heads, G, D,
-            B * M, thoughts, text_capacity, own_capacity, dtype == torch.bfloat16, config.post_norm,
+            B * M, text_capacity, own_capacity, dtype == torch.bfloat16, config.post_norm,
             config.qk_norm_all_heads, config.rms_norm_eps,
         )  # fmt: skip
         self._layers = (_Layer * config.layers)(
@@ -152,32 +212,28 @@ class NativeStep:
         self._step = library().forethought_step
 
     @torch.no_grad()
-    def __call__(self, tokens_BKSM: Tensor) -> Tensor:
-        for token_BK1M in tokens_BKSM.split(1, dim=2):
-            hidden_BK1MW = self._one(token_BK1M)
-        return hidden_BK1MW
-
-    def _one(self, token_BK1M: Tensor) -> Tensor:
-        if self._length == self._capacity:
-            raise ValueError(f"thought cache is full ({self._capacity} tokens)")
-        decoder, anchors, (B, K, _, M) = self._model.decoder, self._anchors, token_BK1M.shape
-        decoder.check_positions(anchors.text.shape[1] + self._length + 1)
-        x_BMKW = self._model.embed_thoughts(token_BK1M)[:, :, 0].transpose(1, 2).contiguous()
-        position_BMK = (anchors.position_BM + self._length + 1)[..., None].expand(B, M, K).contiguous()
-        rotations = decoder.rotations_at(position_BMK, self._dtype)
+    def __call__(self, tokens_R: Tensor, anchor_R: Tensor, seat_R: Tensor, length_R: Tensor) -> Tensor:
+        """int64 each: the token, the number b M + m of the anchor, in order, the seat, and the tokens there already."""
+        longest = int(length_R.max())
+        if longest >= self.capacity:
+            raise ValueError(f"thought cache is full ({self.capacity} tokens)")
+        decoder, anchors = self._model.decoder, self._anchors
+        decoder.check_positions(anchors.text.shape[1] + longest + 1)
+        x_RW = self._model.embed_thoughts(tokens_R).contiguous()
+        rotations = decoder.rotations_at(anchors.position_BM.flatten()[anchor_R] + length_R + 1, self._dtype)
         cos, sin = (
             (ctypes.c_void_p * len(rotations))(*(None if pair is None else _address(pair[i]) for pair in rotations))
             for i in range(2)
         )
-        addresses = map(_address, (self._spans, self._spans_of, x_BMKW))
-        self._step(ctypes.byref(self._shape), self._layers, *addresses, cos, sin, self._length, torch.get_num_threads())
-        self._length += 1
-        return decoder.norm(x_BMKW).transpose(1, 2)[:, :, None]
+        rows_of = F.pad(anchor_R.bincount(minlength=anchors.index_BM.numel()).cumsum(0), (1, 0))
+        addresses = map(_address, (self._spans, self._spans_of, rows_of, seat_R, length_R, x_RW))
+        self._step(ctypes.byref(self._shape), self._layers, *addresses, cos, sin, torch.get_num_threads())
+        return decoder.norm(x_RW)
 
 
 def filled_up(tokens: int) -> int:
     """The capacity of keys and values that are to hold so many tokens: whole panels."""
-    return -(-tokens // LANES) * LANES
+    return -(-tokens // MULTIPLE) * MULTIPLE
 
 
 def _spans(anchors: Anchors) -> tuple[Tensor, Tensor]:
@@ -208,10 +264,12 @@ def _weights(block: Block | PostNormBlock, dtype: torch.dtype) -> tuple[Tensor |
 
         return kept([layer.weight for layer in layers], "_native_copy", dtype, pack)
 
+    lanes = library().forethought_lanes()
+
     def bias(*layers: Linear, alternating: bool = False) -> Tensor | None:
         if layers[0].bias is None:
             return None
-        biases = [layer.bias.detach().to(dtype).float().view(-1, LANES) for layer in layers]
+        biases = [layer.bias.detach().to(dtype).float().view(-1, lanes) for layer in layers]
         return torch.stack(biases, dim=1) if alternating else torch.cat(biases)
 
     return (
@@ -225,13 +283,13 @@ def _panels(parts: Sequence[Tensor], alternating: bool = False) -> Tensor:
     """[N / L, I / E, L, E] of all the N columns, summed over I, of parts [_, I]; flat. The panels of one part follow
     those of another, or alternate with them."""
     packed = parts[0].new_empty(sum(x_NI.numel() for x_NI in parts))
-    start = 0
+    start, lanes = 0, library().forethought_lanes()
     for x_NI in (part.contiguous() for part in parts):
         N, words = len(x_NI), x_NI.shape[1] * x_NI.element_size() // 4
-        distance = LANES * words * (len(parts) if alternating else 1)
+        distance = lanes * words * (len(parts) if alternating else 1)
         to = packed.data_ptr() + start * packed.element_size()
         library().forethought_pack(x_NI.data_ptr(), N, words, to, distance, torch.get_num_threads())
-        start += x_NI[:LANES].numel() if alternating else x_NI.numel()
+        start += x_NI[:lanes].numel() if alternating else x_NI.numel()
     return packed
 
 

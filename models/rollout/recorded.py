@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from models.decoder import RecordableCache, TextState, ThoughtCache
-from models.rollout.eager import Eager, decoder_steps
-from models.rollout.request import NextTokens, RolloutRequest
+from models.rollout.eager import Eager, Steps
+from models.rollout.request import RolloutRequest
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Anchors
 
@@ -38,19 +38,22 @@ class Recorded(Eager):
             return False, f"{steps} steps are too few to be worth recording, which takes {WORTH_RECORDING}"
         return True, ""
 
-    def steps(self, request: RolloutRequest) -> NextTokens:
-        first, cache = decoder_steps(request)
-        recorded: RecordedStep | None = None
+    def steps(self, request: RolloutRequest) -> Steps:
+        return RecordedSteps.of(request)
 
-        def step(tokens_BKSM: Tensor) -> Tensor:
-            nonlocal recorded
-            if cache.length == 0:
-                return first(tokens_BKSM)
-            if recorded is None:
-                recorded = RecordedStep(request.model, request.anchors, request.state, cache)
-            return recorded(tokens_BKSM)
 
-        return step
+class RecordedSteps(Steps):
+    """Steps that are recorded, anew for the fewer thoughts that go on, once there is something in the cache."""
+
+    _recorded: RecordedStep | None = None
+
+    def __call__(self, tokens_BKSM: Tensor) -> Tensor:
+        if self.cache.length == 0:
+            return super().__call__(tokens_BKSM)
+        if self._recorded is None:
+            self._recorded = RecordedStep(self.request.model, self.anchors, self.state, self.cache)
+        self.cache.length += 1  # which the recorded step counts on the device
+        return self._recorded(tokens_BKSM)
 
 
 class RecordedStep:

@@ -5,7 +5,7 @@ Shapes: B rows, M anchors, K thoughts, S all tokens of a thought.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -156,7 +156,3 @@ class Preferred:
         if engine is None:
             raise ValueError(f"no rollout engine supports this request ({reason})")
         return engine.sample(request)
-
-
-# The next tokens of each thought [B, K, S, M] → hidden states [B, K, S', M, W], of which the last S' = 1 counts.
-NextTokens = Callable[[Tensor], Tensor]

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import flops
 from models.flops import Ledger
 from models.philox import Rng
-from models.rollout import EAGER, Eager, Prediction, RolloutRequest
-from models.rollout.eager import LOOK_EVERY
+from models.rollout import EAGER, Prediction, RolloutRequest
+from models.rollout.eager import Steps
 from models.thoughts import Anchors, Thoughts
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
@@ -163,30 +163,16 @@ def test_a_thought_counts_until_it_ends():
     assert alone == {stage: ledger.spent[stage] for stage in alone}
 
 
-class Counting(Eager):
-    """Counts the model's steps."""
-
-    def __init__(self):
-        self.taken = 0
-
-    def steps(self, request):
-        step = super().steps(request)
-
-        def counted(tokens_BKSM):
-            self.taken += 1
-            return step(tokens_BKSM)
-
-        return counted
-
-
-def test_no_thought_waits_for_padding():
+def test_no_thought_waits_for_padding(monkeypatch):
     """Where the real thoughts have ended the rollout ends, whatever stands beside them."""
     model, text = tiny_model(), packed_text([[40], [24, 16]], 40)
     model.ban(61, tuple(range(61)))  # but what closes a thought
-    anchors, engine = Anchors(text, torch.tensor([[5, -1], [30, 35]])), Counting()
+    anchors, taken = Anchors(text, torch.tensor([[5, -1], [30, 35]])), []
+    step = Steps.__call__
+    monkeypatch.setattr(Steps, "__call__", lambda self, tokens: taken.append(1) or step(self, tokens))
     request = RolloutRequest(model, model.read(text), anchors, 2, 66, Rng(0, 0), prompt=(1,), close=(3,))
-    rollout = engine.sample(request)
-    assert engine.taken == LOOK_EVERY
+    rollout = EAGER.sample(request)
+    assert len(taken) == 1
     assert rollout.sampled_BKSM.sum(dim=2).tolist() == [[[1, 0], [1, 0]], [[1, 1], [1, 1]]]
 
 

@@ -55,7 +55,16 @@ def steps(model, anchors, tokens, compute_dtype=None, natively=True):
     state = model.read(anchors.text)
     if natively:
         assert supported(model, anchors) == (True, "")
-        step = NativeStep(model, anchors, state, K, T)
+        native_step = NativeStep(model, anchors, state, B * K * M, T)
+        anchor_R = torch.arange(B * M).repeat_interleave(K)
+        # Seats in any order.
+        seat_R, length_R = torch.arange(B * K * M).flip(0), torch.zeros(B * K * M, dtype=torch.int64)
+
+        def step(tokens):
+            for newest in tokens.split(1, dim=2):
+                found_RW = native_step(newest[:, :, 0].transpose(1, 2).flatten(), anchor_R, seat_R, length_R)
+                length_R.add_(1)
+            return found_RW.view(B, M, K, -1).transpose(1, 2)[:, :, None]
     else:
         cache = ThoughtCache(model.decoder.config, B, K, T, M, like=state.hidden_BNW)
 
@@ -164,10 +173,10 @@ def test_thoughts_beyond_the_models_positions_are_refused():
 @torch.no_grad()
 def test_a_full_cache_takes_no_token():
     model, anchors = model_of("groups of 2"), at_few(12)
-    step = NativeStep(model, anchors, model.read(anchors.text), 1, 4)
-    step(random_tokens(2, 1, 4, 2))
+    step, one = NativeStep(model, anchors, model.read(anchors.text), 1, 4), torch.ones(1, dtype=torch.int64)
+    step(one, one, 0 * one, 3 * one)
     with pytest.raises(ValueError, match="thought cache is full \\(4 tokens\\)"):
-        step(random_tokens(2, 1, 1, 2))
+        step(one, one, 0 * one, 4 * one)
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, compiled_anew):

@@ -5,6 +5,8 @@ Shapes as in models/rollout.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -12,8 +14,7 @@ from models import logprobs
 from models.decoder import TextState
 from models.logprobs import token_logprobs
 from models.philox import Rng
-from models.rollout import EAGER, Native, Prediction
-from models.rollout.native import compiler
+from models.rollout import EAGER, Native, Prediction, Recorded, eager, native
 from models.thoughts import PAD, START, Anchors, Text
 from tests.helpers import packed_text, relative_error, rollout, tiny_model
 
@@ -205,7 +206,7 @@ def test_thoughts_end_and_predict_as_a_plain_reading_says(prediction):
 def test_log_probs_of_draws_are_scored_ones_in_low_precision(anchors):
     """Root mean squares: in fp32 within 1e-5 nats, in bf16 no further from the scoring pass than that is from fp32."""
     model = tiny_model(torch.float32, width=64, head_dim=16, ffn_width=128)
-    if anchors == "few, natively" and compiler() is None:
+    if anchors == "few, natively" and native.compiler() is None:
         pytest.skip("no C++ compiler")
     engine = Native() if anchors == "few, natively" else EAGER
     text = packed_text([[20, 19], [40]], 40)
@@ -259,24 +260,72 @@ def test_allowed_ids_can_be_drawn_though_they_are_banned():
         assert bool((tokens == 4).any()) == expected
 
 
-def test_sampling_stops_early_only_where_all_agree():
-    """A rank whose thoughts have all ended goes on with the others, and nothing about its thoughts changes."""
-    model, text = tiny_model(), packed_text([[9]], 9)
-    model.ban(10, (0, 1, 2, 3, 4, 5, 6, 7))
+def anchors_at_few() -> Anchors:
+    """Of documents of different lengths, in rows with different numbers of anchors."""
+    text = packed_text([[7, 5], [12], [4, 8]], 12)
+    return Anchors(text, torch.tensor([[3, 8, 10], [5, -1, -1], [2, 6, -1]]))
+
+
+class Watched(Rng):
+    """Notes which thoughts there are draws for."""
+
+    rows: ClassVar[list[int]] = []
+
+    def uniform(self, *places):
+        drawn = super().uniform(*places)
+        self.rows.append(len(drawn))
+        return drawn
+
+
+@pytest.mark.parametrize("prediction", [None, Prediction((8,), 4, (9,))])
+@pytest.mark.parametrize("prompt", [(7,), (7, 8, 9)])
+@pytest.mark.parametrize("engine", [EAGER, Recorded(), Native()])
+def test_thoughts_that_leave_and_take_turns_are_the_same(engine, prompt, prediction, monkeypatch):
+    """Token for token those of a batch that stays together to its end."""
+    if isinstance(engine, Native) and native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    model = tiny_model(torch.float32, width=32, ffn_width=48, head_dim=16)
+    model.ban(61, tuple(range(10, 61)))
     with torch.no_grad():
-        state = model.read(text)
-    passes, drawn = [], []
-    forward = model.continue_thoughts
-    model.continue_thoughts = lambda *arguments: passes.append(1) or forward(*arguments)
-    for agree in (bool, lambda here: False):
-        model.all_agree = agree
-        passes.clear()
-        ends = dict(prompt=(7,), close=(9,))
-        drawn.append((rollout(model, state, Anchors.everywhere(text), 2, 30, Rng(0, 0), 2.0, **ends), len(passes)))
-    (early, few), (late, all_of_them) = drawn
-    assert few < all_of_them == 30
-    assert early.closed_BKM.all()
-    assert early.thoughts.tokens_BKSM.shape[2] == 1 + few
-    early = early.slots(1 + 30)
-    assert torch.equal(early.thoughts.tokens_BKSM, late.thoughts.tokens_BKSM)
-    assert torch.equal(early.logprobs_BKSM, late.logprobs_BKSM)
+        state = model.read(anchors_at_few().text)
+    ends = dict(prompt=prompt, close=(5,), prediction=prediction, engine=engine)
+
+    def sampled():
+        Watched.rows.clear()
+        return rollout(model, state, anchors_at_few(), 5, 40, Watched(1, 2), **ends)
+
+    if isinstance(engine, Native):
+        monkeypatch.setattr(native, "ROWS", 4)
+        found = sampled()
+        assert max(Watched.rows) == 4
+        monkeypatch.setattr(native, "ROWS", 100)
+        monkeypatch.setattr(native, "FEW", 0)
+    else:
+        found = sampled()
+        assert min(Watched.rows) < max(Watched.rows) / 4
+        monkeypatch.setattr(eager.AllAtOnce, "turn_over", lambda self, ended_R: False)
+    together = sampled()
+    assert len(set(Watched.rows)) == 1
+    lengths = together.sampled_BKSM.sum(2)[anchors_at_few().index_BM[:, None].expand(-1, 5, -1) >= 0]
+    assert lengths.min() < 8 < 16 < lengths.max()
+    for name, truth in vars(together).items():
+        if name == "logprobs_BKSM":
+            # A product of fewer rows may be summed in another order.
+            assert relative_error(found.logprobs_BKSM, truth) <= 1e-6
+        elif isinstance(truth, torch.Tensor):
+            assert torch.equal(getattr(found, name), truth), name
+    assert torch.equal(found.thoughts.tokens_BKSM, together.thoughts.tokens_BKSM)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+def test_the_compiled_step_is_spent_on_tokens_that_are_sampled(monkeypatch):
+    model = tiny_model(torch.float32, width=32, ffn_width=48, head_dim=16)
+    model.ban(61, tuple(range(10, 61)))
+    anchors, rows = anchors_at_few(), []
+    with torch.no_grad():
+        state = model.read(anchors.text)
+    call = native.NativeStep.__call__
+    monkeypatch.setattr(native.NativeStep, "__call__", lambda self, *x: rows.append(len(x[0])) or call(self, *x))
+    found = rollout(model, state, anchors, 16, 40, Rng(1, 2), close=(5,), engine=Native())
+    wanted = int(found.sampled_BKSM.sum())
+    assert wanted <= sum(rows) <= 1.1 * wanted < 0.5 * 40 * 16 * 6

@@ -283,9 +283,11 @@ def test_parts_of_no_size_are_refused():
 def test_how_many_are_sampled_at_once_changes_no_thought(config, monkeypatch):
     """And is apart from how many are held with gradient at once."""
     whole = taken_apart(make(config), thinker(), text())
-    M, sizes, sample = whole[3].thoughts.anchors.index_BM.shape[1], [], eager._sample
+    M, sizes, sample = whole[3].thoughts.anchors.index_BM.shape[1], [], eager.sample_thoughts
     monkeypatch.setattr(
-        eager, "_sample", lambda request, step: sizes.append(request.anchors.index_BM.shape[1]) or sample(request, step)
+        eager,
+        "sample_thoughts",
+        lambda request, flight: sizes.append(request.anchors.index_BM.shape[1]) or sample(request, flight),
     )
     for at_once, sampled_at_once in ((None, 3), (2, None), (2, M), (4, 3)):
         sizes.clear()
