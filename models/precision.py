@@ -25,6 +25,11 @@ def _count_optimizer_step(*_) -> None:
     _optimizer_steps += 1
 
 
+def optimizer_steps() -> int:
+    """How many there have been in this process."""
+    return _optimizer_steps
+
+
 # Fused optimizers change weights without advancing their version counters, so every optimizer step counts as a change.
 register_optimizer_step_post_hook(_count_optimizer_step)
 

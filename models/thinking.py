@@ -92,7 +92,7 @@ class ThinkingModel(nn.Module):
     """Decoder, delimiters, mixing head; what an objective does not use is None."""
 
     banned_V: Tensor
-    # Whether all ranks say so: a sharded model's passes are collective, so its ranks must stop sampling together.
+    # Whether all ranks say so: a sharded model's passes are collective, so its ranks must take as many of them.
     all_agree: Callable[[Tensor], bool] = staticmethod(bool)
 
     def __init__(self, decoder: Decoder, delimiters: bool = False, mixing_head: bool = False):

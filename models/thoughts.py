@@ -51,6 +51,11 @@ class Text:
     def to(self, device: torch.device | str) -> Text:
         return Text(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+    @staticmethod
+    def joined(parts: Sequence[Text]) -> Text:
+        """The rows of all parts, in order."""
+        return Text(*(torch.cat([getattr(p, name) for p in parts]) for name in Text.__dataclass_fields__))
+
     def rows(self, part: slice) -> Text:
         return Text(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
 
@@ -135,6 +140,10 @@ class Anchors:
         """Some of each row's anchors, with all of the text; `cut` as `cuts` gives it."""
         window = None if self.window is None else (self.window[0] + cut.start, self.window[0] + cut.stop)
         return Anchors(self.text, self.index_BM[:, cut], window)
+
+    def rows(self, part: slice) -> Anchors:
+        """Those of some rows."""
+        return Anchors(self.text.rows(part), self.index_BM[part], self.window)
 
     def padded(self, M: int) -> Anchors:
         """At least M anchors in each row, those that are added padding."""
@@ -222,6 +231,10 @@ class Thoughts:
     def part(self, cut: slice) -> Thoughts:
         """The thoughts of some of each row's anchors."""
         return Thoughts(self.tokens_BKSM[..., cut], self.anchors.part(cut))
+
+    def rows(self, part: slice) -> Thoughts:
+        """Those of some rows."""
+        return Thoughts(self.tokens_BKSM[part], self.anchors.rows(part))
 
     def slots(self, S: int) -> Thoughts:
         """The same with S slots for tokens: the first, or empty ones behind."""

@@ -179,9 +179,7 @@ class Anchored(Objective):
     ) -> Anchors:
         """This step's anchors, by the predictions of the model `by`; as many chunks of them on every rank."""
         anchors = self.choice.choose(text, rng, no_think, by.head_weight_VW)
-        for at_once in (self.config.anchors_at_once, self.config.rollout_anchors):
-            anchors = same_number_of_chunks(model, anchors, at_once)
-        return anchors
+        return same_number_of_chunks(model, anchors, self.config.anchors_at_once)
 
     def request(
         self,

@@ -168,7 +168,8 @@ class Term:
 class Batch:
     """What sampling leaves behind for the updates that use it; subclasses add what they need.
 
-    Tensors in their fields end in the anchors' axis M, so that `chunks` can cut them, like everything that has `part`.
+    Tensors in their fields begin with the rows' axis B and end in the anchors' axis M, so that `rows` and `chunks` can
+    cut them, like everything that has `rows` and `part`.
     """
 
     thoughts: Thoughts
@@ -183,12 +184,19 @@ class Batch:
 
     def part(self, cut: slice) -> Self:
         """The thoughts of some of each row's anchors."""
+        return self._cut("part", cut, (..., cut))
+
+    def rows(self, cut: slice) -> Self:
+        """The thoughts of some rows."""
+        return self._cut("rows", cut, (cut,))
+
+    def _cut(self, method: str, cut: slice, index: tuple[Any, ...]) -> Self:
         changed: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                changed[name] = value[..., cut]
-            elif hasattr(value, "part"):
-                changed[name] = value.part(cut)
+                changed[name] = value[index]
+            elif hasattr(value, method):
+                changed[name] = getattr(value, method)(cut)
         return dataclasses.replace(self, **changed)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,18 +33,20 @@ from objectives.metrics import Means
 @dataclass
 class StepOutput:
     """loss: scalar with gradient, divided by the counts of the whole batch. Losses, gradients and metrics of a step's
-    outputs add up; the last one of each micro-batch has the record of its thoughts."""
+    outputs add up; the last one of each micro-batch has the record of its thoughts. last: of the update's."""
 
     loss: Tensor
     metrics: Means
     record: ThoughtRecord | None = None
+    last: bool = False
 
 
 class Step:
     """One step of training on the micro-batches `parts`: `updates` times all `losses`, an optimizer step behind each.
 
-    Thoughts are sampled here, ahead of all updates, where these share them or the counts depend on them; otherwise
-    within `losses`, which then reads each text once for both.
+    Thoughts are sampled here, ahead of all updates, where these share them, the counts depend on them, or those of
+    several micro-batches are sampled together; otherwise within `losses`, which then reads each text once for both.
+    sampled_rows: how many rows' thoughts are sampled together, if that is more than a micro-batch has.
     """
 
     def __init__(
@@ -54,14 +56,16 @@ class Step:
         parts: Sequence[Text],
         rng: Rng,
         engine: Engine = EAGER,
+        sampled_rows: int | None = None,
     ):
         self.objective, self.model, self.parts, self.rng, self.engine = objective, model, parts, rng, engine
         self.updates = objective.updates
         self._sampled: list[Sampled] | None = None
-        if objective.counts_thoughts or self.updates > 1:
-            with torch.no_grad():
-                # Kept over the updates: the first one leaves its rewards there.
-                self._sampled = [self._sample(model.read(part)) for part in parts]
+        together = max(1, (sampled_rows or 0) // parts[0].shape[0])
+        if objective.counts_thoughts or self.updates > 1 or (together > 1 and objective.longest_thought > 0):
+            # Kept over the updates: the first one leaves its rewards there.
+            groups = [parts[first : first + together] for first in range(0, len(parts), together)]
+            self._sampled = [sampled for group in groups for sampled in self._sample_ahead(group)]
         batches = [None] * len(parts) if self._sampled is None else [sampled.batch for sampled in self._sampled]
         counts = [objective.counts(part, batch) for part, batch in zip(parts, batches, strict=True)]
         self.counts: Counts = {name: torch.stack([c[name] for c in counts]).sum(dim=0) for name in counts[0]}
@@ -73,12 +77,14 @@ class Step:
         """
         counts = self.counts if counts is None else counts
         for i, part in enumerate(self.parts):
+            last = i == len(self.parts) - 1
             if self.objective.anchors_at_once is None:
                 # A function of its own, so that nothing but the loss's graph is alive during its backward.
-                yield self._at_once(i, part, counts)
+                yield replace(self._at_once(i, part, counts), last=last)
             else:
                 state, sampled = self._read(i, part)
-                yield from in_chunks(self.objective, self.model, state, sampled, counts)
+                for output in in_chunks(self.objective, self.model, state, sampled, counts):
+                    yield replace(output, last=last and output.last)
 
     def _at_once(self, i: int, part: Text, counts: Counts) -> StepOutput:
         state, sampled = self._read(i, part)
@@ -87,6 +93,17 @@ class Step:
     def _read(self, i: int, part: Text) -> tuple[TextState, Sampled]:
         state = self.model.read(part)
         return state, self._sample(state.detached()) if self._sampled is None else self._sampled[i]
+
+    @torch.no_grad()
+    def _sample_ahead(self, parts: Sequence[Text]) -> list[Sampled]:
+        """The thoughts of several micro-batches, sampled at once."""
+        if len(parts) == 1:
+            return [self._sample(self.model.read(parts[0]))]
+        batch, first, found = self._sample(self.model.read(Text.joined(parts))).batch, 0, []
+        for part in parts:
+            found.append(Sampled.of(self.objective, batch.rows(slice(first, first + part.shape[0]))))
+            first += part.shape[0]
+        return found
 
     @torch.no_grad()
     def _sample(self, state: TextState) -> Sampled:
@@ -131,7 +148,7 @@ def in_chunks(
         records.append(part.record)
         yield StepOutput(_sum(term.loss(counts) for term in part.terms), part.metrics)
     loss = _sum([*(term.loss(counts) for term in text.terms), trunk.accumulated_gradient()])
-    yield StepOutput(loss, text.metrics, ThoughtRecord.joined(records, sampled.batch.anchors))
+    yield StepOutput(loss, text.metrics, ThoughtRecord.joined(records, sampled.batch.anchors), last=True)
 
 
 def _think(objective: Objective, model: ThinkingModel, state: TextState, chunk: Batch) -> ThoughtState:

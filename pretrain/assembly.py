@@ -26,6 +26,7 @@ from objectives.template import encode_tag
 from pretrain.evaluation.held_out import HeldOut
 from pretrain.opening import check_vocabulary, compute_dtype, longest_sequence, open_reference
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
+from pretrain.sampling import FromReplica, Gathered
 from pretrain.state import model_of
 
 
@@ -58,7 +59,7 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
 
     Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
     """
-    engine = make_engine(recipe.compile, recipe.cuda_graphs, recipe.ranks)
+    engine = make_engine(recipe)
     dtype = compute_dtype(recipe.compute_dtype)
     directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(directory)
@@ -115,29 +116,29 @@ def lane_states(run: Assembled, first: int) -> dict[int, State] | None:
     return {int(lane): cursor for lane, cursor in state["lanes"].items()}
 
 
-def make_engine(compile: bool, cuda_graphs: bool, ranks: int) -> Engine:
+def make_engine(recipe: Recipe) -> Engine:
     """What samples thoughts; requests that a faster engine does not support go to the eager one.
 
     Raises RecipeError for keys that this machine does not support.
     """
     engines: list[Engine] = []
-    cuda = torch.cuda.is_available()
-    if compile and not cuda:
+    cuda, gathered = torch.cuda.is_available(), recipe.shards > 1 and recipe.rollout_weights == "gathered"
+    if recipe.compile and not cuda:
         try:
             library()
         except RuntimeError as error:
             raise RecipeError(str(error)) from None
-        if ranks == 1:
-            engines.append(Native())
-    if cuda_graphs:
+        engines.append(Native())
+    if recipe.cuda_graphs:
         if not cuda:
             raise RecipeError("cuda_graphs needs a CUDA device and there is none; leave the key out")
-        if ranks > 1:
-            raise RecipeError(
-                "cuda_graphs cannot record a model that is sharded; leave the key out or train on one device"
-            )
+        if gathered:
+            raise RecipeError("cuda_graphs records no sharded model; leave the key out, or set rollout_weights replica")
         engines.append(Recorded())
-    return Preferred(*engines, EAGER) if engines else EAGER
+    if gathered:
+        return Gathered()
+    engine = Preferred(*engines, EAGER) if engines else EAGER
+    return FromReplica(engine) if recipe.shards > 1 else engine
 
 
 def make_objective(recipe: Recipe, tokenizer: Tokenizer, evaluation: bool = False) -> Objective:

@@ -32,6 +32,7 @@ from pretrain.module import PretrainModule, StepReport
 from pretrain.recipe import CheckpointConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
+from pretrain.sampling import FromReplica
 from pretrain.state import gathered, non_finite, run_state
 from pretrain.stopping import StopSignals
 
@@ -253,7 +254,11 @@ class HeldOutEvaluation(lightning.Callback):
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
         if not self.held_out.text.shape[0]:
             return
-        # Every rank scores all rows: the passes of a sharded model are collective.
+        model = module.model
+        # Every rank scores all rows: passes of a sharded model are collective. Where there is a copy of it to sample
+        # from, by that.
+        if isinstance(self.engine, FromReplica) and self.objective.longest_thought > 0:
+            model = self.engine.whole(model)
         held_out = self.held_out.to(module.device)
         # Evaluation samples with a key of its own: the same at every step, and none of training's.
         rng = Rng(module.seed, 2**32 - 1)
@@ -264,7 +269,7 @@ class HeldOutEvaluation(lightning.Callback):
 
         try:
             scores = score_held_out(
-                *(self.objective, module.model, held_out, rng, self.rows_at_once, self.test, self.engine, stop_if_asked)
+                *(self.objective, model, held_out, rng, self.rows_at_once, self.test, self.engine, stop_if_asked)
             )
         except _Interrupted:
             self.interrupted = trainer.should_stop = True

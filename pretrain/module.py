@@ -24,7 +24,7 @@ from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives import Objective, Step, ThoughtRecord
 from pretrain.recipe import OptimizerConfig
-from pretrain.sharding import full, reshard, shard
+from pretrain.sharding import before_backward, finish_gradients, full, mesh_to_shard_over, reshard, shard
 from pretrain.spikes import Spike, SpikeGuard
 
 
@@ -83,7 +83,8 @@ class PretrainModule(lightning.LightningModule):
     After `max_skipped` skipped steps in a row it asks the trainer to stop, and `gave_up` is true.
 
     unloaded: the model, and the further models of its objective, which get their weights once they are sharded.
-    rows_at_once: rows that go through the model at once; None: all of the rank's.
+    rows_at_once: rows that go through the model at once; None: all of the rank's. sync_each_backward: whether ranks of
+    a sharded model sum gradients in each backward, and not once per update. sampled_rows: as `Step` has it.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class PretrainModule(lightning.LightningModule):
         seed: int,
         unloaded: Sequence[UnloadedModel],
         rows_at_once: int | None = None,
+        sync_each_backward: bool = False,
+        sampled_rows: int | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -103,6 +106,7 @@ class PretrainModule(lightning.LightningModule):
         self.objective = objective
         self.engine = engine
         self.config, self.steps, self.seed, self.rows_at_once = config, steps, seed, rows_at_once
+        self.sync_each_backward, self.sampled_rows = sync_each_backward, sampled_rows
         self.optimizer: torch.optim.AdamW | None = None
         # Called once the optimizer exists, to restore it from a checkpoint.
         self.on_optimizer: Callable[[PretrainModule], None] | None = None
@@ -118,10 +122,11 @@ class PretrainModule(lightning.LightningModule):
     def configure_model(self) -> None:
         # Lightning calls it again for each of its stages.
         unloaded, self._unloaded = self._unloaded, ()
-        if unloaded and self.device_mesh is not None:
+        mesh = mesh_to_shard_over(self.device_mesh)
+        if unloaded and mesh is not None:
             # Copies first: a sharded model cannot be copied.
             for other in (*self.objective.other_models(self.model), self.model):
-                shard(other, self.device_mesh["data_parallel"])
+                shard(other, mesh)
         for model in unloaded:
             model.load(self.trainer.strategy.root_device)
         self.objective.other_models(self.model)
@@ -147,20 +152,20 @@ class PretrainModule(lightning.LightningModule):
         record: ThoughtRecord | None = None
         metrics: dict[str, Tensor] = {}
         with Ledger() as ledger:
-            step = Step(self.objective, self.model, parts, rng, self.engine)
+            step = Step(self.objective, self.model, parts, rng, self.engine, self.sampled_rows)
             counts = {name: self._sum(count) for name, count in step.counts.items()}
             for update in range(step.updates):
                 optimizer.zero_grad()
                 loss = torch.zeros((), dtype=torch.float64, device=self.device)
                 for output in step.losses(counts):
-                    # Sharding averages gradients over ranks, but losses are already divided by the global counts.
-                    self.manual_backward(output.loss * self.trainer.world_size)
+                    before_backward(self.model, sync=output.last or self.sync_each_backward)
+                    self.manual_backward(output.loss)
                     loss = loss + output.loss.detach().double()
                     record = record or output.record
                     for name, mean in output.metrics.items():
                         pair = torch.stack([mean.sum, mean.count])
                         metrics[name] = metrics[name] + pair if name in metrics else pair
-                reshard(self.model)
+                finish_gradients(self.model)
                 losses.append(self._sum(loss).item())
                 norms.append(full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item())
                 # Both are sums over ranks, and so all ranks skip alike.

@@ -162,12 +162,18 @@ class Recipe(Part):
         description="rows that go through the model at once; default: all of a device's; auto: as many as fit",
         json_schema_extra=FREE,
     )
+    sampled_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows whose thoughts are sampled at once, in whole micro-batches; default: micro_batch_rows",
+        json_schema_extra=FREE,
+    )
     compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where the hardware multiplies it, else fp32"
     )
     compile: bool = Field(
         default=False,
-        description="a single CPU: sample at a few anchors by a compiled kernel; not needed on CUDA",
+        description="on CPU: sample at a few anchors by a compiled kernel; not needed on CUDA",
     )
     activation_checkpointing: bool = Field(
         default=False,
@@ -175,12 +181,34 @@ class Recipe(Part):
         json_schema_extra=FREE,
     )
     cuda_graphs: bool = Field(
-        default=False, description="sample at a few anchors by replaying one recorded step; not when sharded"
+        default=False, description="on CUDA: sample at a few anchors by replaying one recorded step"
     )
-    devices: int = Field(
-        default=1, ge=1, description="of each node; the model is sharded over all of them", json_schema_extra=FREE
-    )
+    devices: int = Field(default=1, ge=1, description="of each node", json_schema_extra=FREE)
     nodes: int = Field(default=1, ge=1, description="machines", json_schema_extra=FREE)
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        default="auto",
+        description="of several devices: the model whole on each (ddp), in shards over all (fsdp, which auto takes), "
+        "or in shards over each group of shard_size (hsdp)",
+        json_schema_extra=FREE,
+    )
+    shard_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="for hsdp, neighbouring devices that hold one model together; default: those of a node",
+        json_schema_extra=FREE,
+    )
+    gradient_sync: Literal["update", "backward"] = Field(
+        default="update",
+        description="when devices sum the gradients of a sharded model: once per update, for which each holds all of "
+        "them in fp32, or in every backward pass",
+        json_schema_extra=FREE,
+    )
+    rollout_weights: Literal["replica", "gathered"] = Field(
+        default="replica",
+        description="what devices sample from while the model is sharded: a copy of it in the compute dtype, or, where "
+        "that does not fit, blocks that are gathered whenever thoughts are sampled",
+        json_schema_extra=FREE,
+    )
     data_changed: Literal["refuse", "begin"] = Field(
         default="refuse",
         description="what a continued run does if its data is not what it began with: begin reads the new data, of a "
@@ -202,6 +230,13 @@ class Recipe(Part):
     @property
     def ranks(self) -> int:
         return self.devices * self.nodes
+
+    @property
+    def shards(self) -> int:
+        """Devices that hold one model together."""
+        if self.strategy == "hsdp":
+            return self.shard_size or self.devices
+        return 1 if self.strategy == "ddp" else self.ranks
 
     @property
     def objectives(self) -> dict[str, ObjectiveConfig]:
@@ -241,6 +276,13 @@ class Recipe(Part):
                 f"rows_per_step {self.rows_per_step} must be a multiple of the {self.ranks} devices; "
                 f"use {-(-self.rows_per_step // self.ranks) * self.ranks}"
             )
+        found += self._sharding_problems()
+        rows, sampled = self.micro_batch_rows, self.sampled_rows
+        if sampled is not None and (rows is None or sampled < rows):
+            found.append(
+                f"sampled_rows {sampled} is less than the {rows or 'rows'} of a micro-batch, which are sampled at once "
+                "anyway; lower micro_batch_rows, or objective.sampled_at_once for fewer anchors of each"
+            )
         for key, config in self.objectives.items():
             found += [f"{key}: {problem}" for problem in config.problems()]
             if self.data.length < config.shortest_row:
@@ -249,6 +291,21 @@ class Recipe(Part):
                     f"use at least {config.shortest_row}"
                 )
         return found
+
+    def _sharding_problems(self) -> list[str]:
+        if self.strategy != "hsdp":
+            return ["shard_size is for strategy hsdp; leave it out"] if self.shard_size is not None else []
+        ranks, shards = self.ranks, self.shards
+        if ranks == 1:
+            return ["strategy hsdp takes several devices and there is one; leave it out"]
+        if ranks % shards:
+            return [f"shard_size {shards} does not divide the {ranks} devices; use one that does"]
+        if shards in (1, ranks):
+            wanted = [size for size in range(2, ranks) if ranks % size == 0]
+            way = f"set shard_size to one of {', '.join(map(str, wanted))}, or use" if wanted else "use"
+            same = "ddp" if shards == 1 else "fsdp"
+            return [f"strategy hsdp with groups of {shards} of {ranks} devices is {same}; {way} strategy {same}"]
+        return []
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -132,6 +132,8 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         recipe.seed,
         run.unloaded,
         rows_at_once=recipe.micro_batch_rows,
+        sync_each_backward=recipe.gradient_sync == "backward",
+        sampled_rows=recipe.sampled_rows,
     )
     difficulty_E = None
     if run.checkpoint is not None:
@@ -204,7 +206,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         accelerator="auto",
         devices=recipe.devices,
         num_nodes=recipe.nodes,
-        strategy=make_strategy(recipe.ranks),
+        strategy=make_strategy(recipe.ranks, recipe.shards),
         plugins=[cluster_environment()],
         max_epochs=1,
         logger=False,

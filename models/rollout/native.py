@@ -101,7 +101,7 @@ def _run(compiler: str, *arguments: str) -> None:
 class Native(Eager):
     """Steps of a compiled kernel, at a few anchors on a CPU, where no attention backend was asked for.
 
-    Not for sharded models, whose weights no rank has: whoever shards leaves this engine out.
+    Not for sharded models, whose weights no rank has: whoever shards lets it sample from a plain copy.
     """
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:

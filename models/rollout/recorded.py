@@ -27,7 +27,7 @@ WORTH_RECORDING = 16
 class Recorded(Eager):
     """The prompt layer by layer, then one recorded step that is replayed for every token.
 
-    Not for sharded models, which gather their weights at every step: whoever shards leaves this engine out.
+    Not for sharded models, which gather their weights at every step: whoever shards lets it sample from a plain copy.
     """
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:

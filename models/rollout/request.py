@@ -88,6 +88,11 @@ class Rollout:
         sliced = {name: x[..., cut] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, thoughts=self.thoughts.part(cut), **sliced)  # type: ignore[arg-type]
 
+    def rows(self, part: slice) -> Rollout:
+        """The thoughts of some rows."""
+        sliced = {name: x[part] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, thoughts=self.thoughts.rows(part), **sliced)  # type: ignore[arg-type]
+
     def slots(self, S: int) -> Rollout:
         """The same with S slots for tokens: the first, or empty ones behind."""
         more = S - self.sampled_BKSM.shape[2]

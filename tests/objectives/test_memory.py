@@ -17,7 +17,7 @@ from models.decoder import Block, Trunk
 from models.flops import Ledger
 from models.philox import Rng
 from models.rollout import eager
-from models.thoughts import Anchors, Text
+from models.thoughts import PAD, Anchors, Text, Thoughts
 from objectives import NextToken, Objective, QuietStar, QuietStarConfig, Rlp, RlpConfig, Rpt, RptConfig, Step, Template
 from tests.helpers import LiveBytes, packed_text, relative_error, step_of, tiny_model
 
@@ -262,7 +262,7 @@ def test_ranks_agree_on_how_many_parts_there_are():
 
     def all_agree(here) -> bool:
         agreements.append(bool(here))
-        # Another rank has ten anchors and samples to the end.
+        # Another rank has ten anchors.
         return len(agreements) >= 5 and bool(here)
 
     model.all_agree = all_agree
@@ -297,6 +297,41 @@ def test_how_many_are_sampled_at_once_changes_no_thought(config, monkeypatch):
         assert torch.equal(got[3].thoughts.tokens_BKSM, whole[3].thoughts.tokens_BKSM)
         assert got[-1] == (1 if at_once is None else math.ceil(M / at_once) + 1)
         assert max(relative_error(got[4][n], whole[4][n]) for n in whole[4]) <= 1e-10
+
+
+def spoken(thoughts: Thoughts):
+    """(sample id, anchor) and the tokens of its thoughts, of each anchor."""
+    for row, m in (thoughts.anchors.index_BM >= 0).nonzero().tolist():
+        ids_KS = thoughts.tokens_BKSM[row, :, :, m].tolist()
+        place = int(thoughts.anchors.text.sample_id_B[row]), int(thoughts.anchors.index_BM[row, m])
+        yield place, [[token for token in ids if token != PAD] for ids in ids_KS]
+
+
+@pytest.mark.parametrize("config", [None, QUIET, RLP, RPT, dataclasses.replace(RLP, updates=2, anchors_at_once=2)])
+@pytest.mark.parametrize("rows", [2, 3, 50])
+def test_micro_batches_sampled_together_are_a_step(config, rows, monkeypatch):
+    """Rows that hold different numbers of anchors, one in each micro-batch."""
+    source, sizes, sample = text(), [], eager.sample_thoughts
+    monkeypatch.setattr(
+        eager, "sample_thoughts", lambda request, *x: sizes.append(request.state.text.shape[0]) or sample(request, *x)
+    )
+
+    def taken(parts: list[Text], sampled_rows: int | None):
+        model, found = thinker(), []
+        step = Step(make(config), model, parts, RNG, sampled_rows=sampled_rows)
+        for _ in range(step.updates):
+            outputs = [(output.loss.backward(), output)[1] for output in step.losses()]
+            said = {place: ids for o in outputs if o.record is not None for place, ids in spoken(o.record.thoughts)}
+            found.append((sum(o.loss.detach() for o in outputs), gradients(model), said))
+        return found
+
+    whole, sizes[:] = taken([source], None), []
+    apart = taken([source.rows(slice(row, row + 1)) for row in range(3)], rows)
+    assert set(sizes) == (set() if config is None else {2, 1} if rows == 2 else {3})
+    for (loss, grads, said), (truth_loss, truth, truly_said) in zip(apart, whole, strict=True):
+        assert loss.item() == pytest.approx(truth_loss.item(), rel=1e-10, abs=1e-12)
+        assert max(relative_error(grads[name], truth[name]) for name in truth) <= 1e-10
+        assert said == truly_said and bool(said) == (config is not None)
 
 
 # How much memory it is

@@ -1,8 +1,9 @@
-"""One process of a step of Quiet-STaR and one of RLP on a sharded model in bf16:
+"""One process of a step of Quiet-STaR and one of RLP on a sharded model in bf16, and of sampling from it:
 
     python -m tests.pretrain.sharded_step RANK RANKS STORE OUT
 
-Rank 0 writes losses and whole gradients to OUT.
+Rank 0 writes losses and whole gradients to OUT, and every rank its thoughts, and how many collective calls they took,
+to OUT-RANK.
 """
 
 from __future__ import annotations
@@ -13,21 +14,36 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.philox import Rng
+from models.rollout import EAGER
 from models.thinking import ThinkingModel
+from models.thoughts import Anchors
 from objectives.driver import Step
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
 from objectives.template import Template
-from pretrain.sharding import full, reshard, shard
-from tests.helpers import packed_text, tiny_model
+from pretrain.sampling import FromReplica, Gathered, replica_bytes
+from pretrain.sharding import before_backward, finish_gradients, full, shard
+from tests.helpers import packed_text, rollout, tiny_model
 
 QUIET = QuietStarConfig(length=3, lookahead=2, thoughts=2, policy_weight=1.0, anchors_at_once=4)
 RLP = RlpConfig(
     length=6, thoughts=4, anchors_per_document=3, next_token_weight=0.5, train_predictor=0.5, anchors_at_once=2
 )
 RNG = Rng(0, 0)
+
+
+class CollectiveCalls(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        collective = func.namespace in ("c10d", "_c10d_functional")
+        self.count += collective and "_tensor_autograd" not in func.name() and "wait_tensor" not in func.name()
+        return func(*args, **(kwargs or {}))
 
 
 def model_and_objectives() -> tuple[ThinkingModel, dict]:
@@ -56,18 +72,51 @@ def results(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
         counts = {key: summed(count, ranks) for key, count in step.counts.items()}
         loss, mixing = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for output in step.losses(counts):
-            (output.loss * ranks).backward()  # sharding averages gradients
+            before_backward(model, sync=output.last)
+            output.loss.backward()
             loss += output.loss.detach()
             if "mixing_weight" in output.metrics:
                 mean = output.metrics["mixing_weight"]
                 mixing += torch.stack([mean.sum, mean.count])
-        reshard(model)
+        finish_gradients(model)
         found[f"{name}/loss"] = summed(loss, ranks)
         if name == "quiet_star":
             total, count = summed(mixing, ranks)
             found[f"{name}/mixing_weight"] = total / count
         gradients = {key: full(p.grad) for key, p in model.named_parameters() if p.grad is not None}
         found |= {f"{name}/{key}": gradient.clone() for key, gradient in gradients.items()}
+    return found
+
+
+def sampled(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
+    """Thoughts of one of four rows per rank: by length, before and after an update; collective calls of the first, the
+    second (there is no update in between), and the third; bytes of the replica."""
+    found = {}
+    text = packed_text([[12, 8], [20], [9, 11], [6, 14]], 20)
+    rows = text.rows(slice(rank * 4 // ranks, (rank + 1) * 4 // ranks))
+    for name, make in {"replica": lambda: FromReplica(EAGER), "gathered": Gathered}.items():
+        model, _ = model_and_objectives()
+        model.ban(12, ())
+        if ranks > 1:
+            shard(model, init_device_mesh("cpu", (ranks,)))
+        engine = make() if ranks > 1 else EAGER
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        anchors = Anchors(rows, torch.tensor([[2, 4, 15], [7, 11, -1], [8, -1, -1], [3, -1, -1]])[rows.sample_id_B - 7])
+        for i, length in enumerate((24, 4, 24)):
+            with torch.no_grad():
+                state = model.read(rows)
+            with CollectiveCalls() as calls:
+                drawn = rollout(model, state, anchors, 2, length, Rng(1, 0), prompt=(7,), close=(9,), engine=engine)
+            found[f"{name}/{i}"] = drawn.thoughts.slots(25).tokens_BKSM
+            found[f"{name}/{i} calls"] = torch.tensor(calls.count)
+            if i == 1:  # the same to the bit on any number of ranks
+                finish_gradients(model)
+                for parameter in model.parameters():
+                    parameter.grad = parameter.detach().clone()
+                optimizer.step()
+        if name == "replica" and ranks > 1:
+            weights = engine.whole(model).state_dict().values()
+            found["bytes"] = torch.tensor([sum(w.untyped_storage().nbytes() for w in weights), replica_bytes(model)])
     return found
 
 
@@ -84,4 +133,5 @@ if __name__ == "__main__":
     found = results(ranks, rank)
     if rank == 0:
         save_file(found, out)
+    save_file(sampled(ranks, rank), f"{out}-{rank}")
     dist.destroy_process_group()

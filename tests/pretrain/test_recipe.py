@@ -183,6 +183,40 @@ def test_ten_mistakes_are_ten_lines_with_the_way_out():
     ]
 
 
+@pytest.mark.parametrize(
+    ("devices", "nodes", "strategy", "shard_size", "problem"),
+    [
+        (4, 1, "hsdp", 2, None),
+        (2, 4, "hsdp", None, None),
+        (1, 1, "fsdp", None, None),
+        (4, 1, "fsdp", 2, "shard_size is for strategy hsdp; leave it out"),
+        (1, 1, "hsdp", None, "strategy hsdp takes several devices and there is one; leave it out"),
+        (4, 1, "hsdp", 3, "shard_size 3 does not divide the 4 devices; use one that does"),
+        (
+            *(8, 1, "hsdp", None),
+            "strategy hsdp with groups of 8 of 8 devices is fsdp; set shard_size to one of 2, 4, or use strategy fsdp",
+        ),
+        (1, 2, "hsdp", None, "strategy hsdp with groups of 1 of 2 devices is ddp; use strategy ddp"),
+    ],
+)
+def test_devices_that_hold_a_model_together(devices, nodes, strategy, shard_size, problem):
+    arguments = ["--devices", str(devices), "--nodes", str(nodes), "--strategy", strategy]
+    arguments += ["--rows-per-step", "8"]
+    arguments += [] if shard_size is None else ["--shard_size", str(shard_size)]
+    if problem is None:
+        recipe = load_recipe("smollm2-next-token", arguments)
+        assert recipe.shards == (shard_size or devices)
+    else:
+        assert mistakes(*arguments) == [problem]
+
+
+@pytest.mark.parametrize("rows", [None, "4"])
+def test_rows_sampled_at_once_are_at_least_a_micro_batch(rows):
+    (found,) = mistakes("--sampled_rows", "2", *(() if rows is None else ("--micro_batch_rows", rows)))
+    assert found.startswith(f"sampled_rows 2 is less than the {rows or 'rows'} of a micro-batch, which are sampled at")
+    assert load_recipe("smollm2-next-token", ["--sampled_rows", "2", "--micro_batch_rows", "2"]).sampled_rows == 2
+
+
 def test_a_message_repeats_no_huge_value():
     (found,) = mistakes("--logging", str(list(range(1000))))
     assert found.startswith("logging must be a mapping of keys to values, got [0, 1, 2")

@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.rollout.eager import LOOK_EVERY
+from models.thoughts import PAD
 from tests.helpers import relative_error
-from tests.pretrain.sharded_step import results
+from tests.pretrain.sharded_step import results, sampled
+from tests.pretrain.strategies import OBJECTIVES as ALL
+from tests.pretrain.strategies import TOLERANCE, compare
 from tests.pretrain.test_fit import OBJECTIVES, lines, weights
 
 ROOT = Path(__file__).parents[2]
@@ -69,46 +73,63 @@ def test_two_processes_are_one(objective, tiny_run, tmp_path):
     assert torch.isfinite(torch.tensor(b))
 
 
-def test_two_processes_are_one_in_bf16(tmp_path):
-    """To fp32: head, norms, mixing head, delimiters, losses; to bf16: the gradients of blocks, which are that."""
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """What two processes of `sharded_step` leave behind: `out`, and `out-RANK` of each."""
+    directory = tmp_path_factory.mktemp("sharded")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.pretrain.sharded_step"]
     ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store"), str(tmp_path / "out")], env=environment)
+        subprocess.Popen([*command, str(rank), "2", str(directory / "store"), str(directory / "out")], env=environment)
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    two, one = load_file(tmp_path / "out"), results()
+    return directory
+
+
+def test_two_processes_are_one_in_bf16(sharded):
+    """To fp32: head, norms, mixing head, delimiters, losses; to bf16: the gradients of blocks, which are that."""
+    two, one = load_file(sharded / "out"), results()
     assert two.keys() == one.keys()
     assert 0 < one["quiet_star/mixing_weight"].abs() < 0.002
     errors = {name: relative_error(two[name], one[name]) for name in one}
     assert all(errors[n] <= (2**-7 if "proj" in n else 1e-5) for n in errors), errors
 
 
-@pytest.mark.parametrize(("objective", "at_once"), [("quiet_star", 12), ("rlp", 1), ("rpt", 3)])
-def test_two_processes_in_parts_are_one_in_one_piece(objective, at_once, tiny_run, tmp_path):
-    """Thoughts in parts, blocks computed again in backward, half a model each: the same update.
+@pytest.mark.parametrize("weights_of", ["replica", "gathered"])
+def test_sampling_gathers_as_often_for_long_thoughts_as_for_short_ones(weights_of, sharded):
+    """And samples the thoughts that one process does, also when one rank's end before another's."""
+    one, lengths = sampled(), []
+    for rank in (0, 1):
+        found = load_file(sharded / f"out-{rank}")
+        for i in range(3):
+            tokens_BKSM = found[f"{weights_of}/{i}"]
+            assert torch.equal(tokens_BKSM, one[f"{weights_of}/{i}"][2 * rank : 2 * rank + 2])
+        assert not torch.equal(found[f"{weights_of}/0"], found[f"{weights_of}/2"])  # the update
+        lengths.append((found[f"{weights_of}/0"] != PAD).sum(dim=2).max().item())
+        calls = [found[f"{weights_of}/{i} calls"].item() for i in range(3)]
+        # Of two blocks: a copy takes one for each weight, once per update; where blocks stay gathered it is one for
+        # the matrices and one for the norms. What is outside of them the text's reading has gathered.
+        assert calls == ([2 * 9, 0, 2 * 9] if weights_of == "replica" else [4, 4, 4])
+    assert min(lengths) + LOOK_EVERY <= max(lengths)
 
-    Documents of different lengths: rows hold different numbers of them, and so one rank has more anchors than another.
-    """
-    for number in range(12):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"This is text number {number}. " * (1 + number**2))
-    arguments = [*tiny_run, *OBJECTIVES[objective], "--optimizer.eps", "1e-3", "--steps", "3"]
-    if objective == "quiet_star":
-        arguments += ["--objective.policy_weight", "0"]
-    if objective == "rlp":
-        # Alone, the surrogate's value is a sum of advantages: 0 but for rounding.
-        arguments += ["--objective.next_token_weight", "0.5"]
-    fit(arguments, tmp_path / "one", 1)
-    memory = ["--activation_checkpointing", "true", "--objective.anchors_at_once", str(at_once)]
-    fit([*arguments, *memory], tmp_path / "two", 2)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    errors = {n: relative_error(two[n], one[n]) for n in one if n.startswith("model/")}
-    assert max(errors.values()) <= 1e-5, errors
-    for x, y in zip(*(lines(tmp_path / run / "metrics.jsonl") for run in ("one", "two")), strict=True):
-        for key in ("loss", "nll_text", "grad_norm"):
-            assert y[key] == pytest.approx(x[key], rel=1e-4), key
+
+def test_a_replica_takes_what_its_formula_says(sharded):
+    V, W, F, L, H, G, D = 61, 24, 40, 2, 4, 2, 6  # of tests.helpers
+    blocks = L * (2 * W * H * D + 2 * W * G * D + 3 * W * F)
+    outside = 2 * V * W + (2 * L + 1) * W + 2 * W + (3 * W * W + 2 * W + W)  # head, norms, delimiters, mixing head
+    assert load_file(sharded / "out-0")["bytes"].tolist() == [2 * blocks + 4 * outside] * 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "objectives", "names"),
+    [(2, list(ALL), ["ddp", "fsdp"]), (4, ["rlp"], ["hsdp", "hsdp, each backward"])],
+)
+def test_several_processes_in_parts_are_one_in_one_piece(ranks, objectives, names, tmp_path):
+    """A row of a micro-batch, thoughts in chunks, weights whole and in shards; the script has all the combinations."""
+    found = list(compare(tmp_path, "fp64", ranks, objectives, names, steps=2))
+    assert len(found) == len(objectives) * len(names)
+    assert all(max(apart) <= TOLERANCE["fp64"] for _, _, apart, _ in found), found
 
 
 POISONED = """
