@@ -43,8 +43,12 @@ from objectives import NextToken, Step
 from pretrain.sharding import shard
 
 # GPT-2 small's depth at half its width; and Qwen2.5-1.5B.
-SMALL = dict(width=512, ffn_width=1536, layers=12, heads=8, kv_heads=4, head_dim=64, vocab_size=32768)
-LARGE = dict(width=1536, ffn_width=8960, layers=28, heads=12, kv_heads=2, head_dim=128, vocab_size=151936)
+SMALL = dict(
+    width=512, ffn_width=1536, layers=12, heads=8, kv_heads=4, head_dim=64, vocab_size=32768, tie_embeddings=True
+)
+LARGE = dict(
+    width=1536, ffn_width=8960, layers=28, heads=12, kv_heads=2, head_dim=128, vocab_size=151936, tie_embeddings=True
+)
 TINY = dict(width=32, ffn_width=64, layers=2, heads=2, kv_heads=1, head_dim=16, vocab_size=512)
 CPU = torch.device("cpu")
 
