@@ -2,7 +2,8 @@
 
 A collective that one rank never joins keeps the others waiting for gloo's or NCCL's timeout, half an hour. So every
 rank holds a connection to rank 0, which the kernel closes when either process ends, however it ends; and since nobody
-closes the connections of a machine that is gone, both sides send a sign of life now and then.
+closes the connections of a machine that is gone, both sides send a sign of life now and then. Data workers inherit the
+connection, and hold it for the few seconds that they take to miss their parent.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Chaos:
         before = self.recorded()
         left = self.steps - before
         some = 2 * left // (kills - len(self.happened))
-        moment, further = rng.choice(("start", "step", "step", "save", "save")), min(rng.randint(1, some + 1), left - 2)
+        moment, further = rng.choice(("start", "step", "step", "save", "save")), min(rng.randint(1, some + 1), left - 4)
         if further < 1:
             moment = "start"
         if moment == "start":

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -240,6 +241,22 @@ def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_the_run_soon
     )
     assert 4 <= len(lines(run_directory / "metrics.jsonl")) <= 6  # the next save, at the latest, waits for it
     assert [path.name for path in (run_directory / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_on_slow_storage_a_save_waits_for_the_one_before(tiny_run, run_directory, monkeypatch):
+    """And the run's end for the last."""
+    flush, at_once = writing.flush, []
+
+    def slowly(path):
+        at_once.append(len(list((run_directory / "checkpoints").glob(".step-*"))))
+        time.sleep(0.1)
+        flush(path)
+
+    monkeypatch.setattr(writing, "flush", slowly)
+    assert fit(tiny_run, *NEXT_TOKEN, "--steps", "4", "--checkpoint.every", "1") == 0
+    assert max(at_once) == 1
+    names = sorted(path.name for path in (run_directory / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000004"]
 
 
 def test_a_run_whose_checkpoints_are_of_format_1_is_continued(tiny_run, run_directory, tmp_path):
