@@ -31,7 +31,7 @@ from pretrain.recipe_files import load_recipe
 from pretrain.sharding import full
 from tests.data_pipelines.streams import documents, write
 from tests.helpers import relative_error
-from tests.pretrain.kills import write_model
+from tests.pretrain.chaos import write_model
 
 ROOT = Path(__file__).parents[2]
 # All of every objective: Quiet-STaR's policy and mixing, RLP's KL to a sharded teacher, RPT's several updates.
