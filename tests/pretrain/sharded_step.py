@@ -68,7 +68,7 @@ def results(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
     found = {}
     for name, objective in objectives.items():
         model.zero_grad()
-        step = Step(objective, model, parts, RNG)
+        step = Step(objective, model, parts, RNG, FromReplica(EAGER))
         counts = {key: summed(count, ranks) for key, count in step.counts.items()}
         loss, mixing = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for output in step.losses(counts):
@@ -107,7 +107,7 @@ def sampled(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
                 state = model.read(rows)
             with CollectiveCalls() as calls:
                 drawn = rollout(model, state, anchors, 2, length, Rng(1, 0), prompt=(7,), close=(9,), engine=engine)
-            found[f"{name}/{i}"] = drawn.thoughts.slots(25).tokens_BKSM
+            found[f"{name}/{i}"] = drawn.thoughts.slots(25).tokens_BKSM.contiguous()
             found[f"{name}/{i} calls"] = torch.tensor(calls.count)
             if i == 1:  # the same to the bit on any number of ranks
                 finish_gradients(model)
