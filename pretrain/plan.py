@@ -87,20 +87,21 @@ def job_of(
         activations=dtype or torch.float32,
         checkpointing=recipe.activation_checkpointing,
         micro_batch_rows=recipe.micro_batch_rows,
+        sampled_rows=recipe.sampled_rows,
         anchors_at_once=getattr(of_objective, "anchors_at_once", None),
         sampled_at_once=getattr(of_objective, "sampled_at_once", None),
         thought_tokens=thought_tokens,
-        replica=getattr(recipe, "rollout_weights", "replica") == "replica",
+        replica=recipe.rollout_weights == "replica",
         graphs=recipe.cuda_graphs,
-        sync_each_backward=getattr(recipe, "gradient_sync", "update") == "backward",
+        sync_each_backward=recipe.gradient_sync == "backward",
     )
 
 
 def _shards(recipe: Recipe, ranks: int, devices: int) -> int:
     """Devices that hold one model together."""
-    if getattr(recipe, "strategy", "auto") == "hsdp":
-        return min(ranks, getattr(recipe, "shard_size", None) or devices)
-    return 1 if getattr(recipe, "strategy", "auto") == "ddp" else ranks
+    if recipe.strategy == "hsdp":
+        return min(ranks, recipe.shard_size or devices)
+    return 1 if recipe.strategy == "ddp" else ranks
 
 
 def sizes_that_fit(recipe: Recipe, keys: Sequence[str]) -> dict[str, int | None]:

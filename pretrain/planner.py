@@ -435,26 +435,30 @@ class Job:
 
 # What fits
 
-KEYS = ("micro_batch_rows", "objective.anchors_at_once", "objective.sampled_at_once")
+KEYS = ("micro_batch_rows", "sampled_rows", "objective.anchors_at_once", "objective.sampled_at_once")
 
 
 def fitting(job: Job, memory: float, keys: Iterable[str] = KEYS) -> Job | None:
     """The job with the largest of these sizes that fit together: first as few passes with gradient as can be, then as
-    few of sampling. None if none fit."""
-    keys = set(keys)
+    little time for sampling. None if none fit."""
+    keys, deep = set(keys), job.anchors > 0
     rows = _parts(job.rank_rows) if "micro_batch_rows" in keys else [job.micro_batch_rows]
-    held = (
-        [None, *_parts(job.anchors)] if job.anchors and "objective.anchors_at_once" in keys else [job.anchors_at_once]
-    )
-    sampled = _parts(job.anchors) if job.anchors and "objective.sampled_at_once" in keys else [job.sampled_at_once]
+    held = [job.anchors_at_once]
+    if deep and "objective.anchors_at_once" in keys:
+        held = [None, *_parts(job.anchors)]
+    sampled = _parts(job.anchors) if deep and "objective.sampled_at_once" in keys else [job.sampled_at_once]
     found: list[Job] = []
     for micro in rows:
-        cut = (replace(job, micro_batch_rows=micro, anchors_at_once=n, sampled_at_once=sampled[-1]) for n in held)
-        if (most := next((j for j in cut if j.fits(memory)), None)) is None:
-            continue
-        cut = (replace(most, sampled_at_once=n) for n in sampled)
-        found.append(next(j for j in cut if j.fits(memory)))
-    return min(found, key=lambda j: (j.losses, j.decoding["steps"], -j.micro_rows), default=None)
+        one = replace(job, micro_batch_rows=micro, sampled_at_once=sampled[-1])
+        together = [job.sampled_rows]
+        if "sampled_rows" in keys:
+            several = deep and one.micro_batches > 1
+            together = [n * one.micro_rows for n in _parts(one.micro_batches)] if several else [None]
+        cut = (replace(one, anchors_at_once=n, sampled_rows=together[-1]) for n in held)
+        if (most := next((j for j in cut if j.fits(memory)), None)) is not None:
+            ways = (replace(most, sampled_rows=r, sampled_at_once=n) for r in together for n in sampled)
+            found.append(min((j for j in ways if j.fits(memory)), key=lambda j: j.decoding["seconds"]))
+    return min(found, key=lambda j: (j.losses, j.decoding["seconds"], -j.micro_rows), default=None)
 
 
 def _parts(count: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from models.philox import Rng
 from objectives import QuietStarConfig, RlpConfig, RptConfig, Step
 from pretrain.cli import main
 from pretrain.module import make_optimizer, micro_batches
-from pretrain.planner import HARDWARE, Job, Parameters, fitting
+from pretrain.planner import HARDWARE, KEYS, Job, Parameters, fitting
 from pretrain.recipe import OptimizerConfig
 from pretrain.recipe_files import load_recipe
 from tests.helpers import LiveBytes, packed_text, tiny_model
@@ -95,8 +94,9 @@ def test_sizes_that_fit_are_the_largest():
             for anchors in (None, *range(1, 97))
         ]
         assert best.losses == min(other.losses for other in others if other.fits(memory))
-        more = (n for n in range(best.sampled + 1, 97) if math.ceil(96 / n) < math.ceil(96 / best.sampled))
-        assert not any(replace(best, sampled_at_once=n).fits(memory) for n in more)
+        together = range(best.micro_rows, 12 + best.micro_rows, best.micro_rows)
+        ways = [replace(best, sampled_rows=rows, sampled_at_once=n) for rows in together for n in range(1, 97)]
+        assert best.decoding["seconds"] <= 1.01 * min(way.decoding["seconds"] for way in ways if way.fits(memory))
     assert fitting(job, 4e9).losses == 1
     assert fitting(job, 1e6) is None
     # What is not to be chosen stays.
@@ -154,7 +154,7 @@ def test_plan_refuses_what_nobody_knows(tiny_run, tmp_path, monkeypatch, capsys)
 
 def test_auto_takes_the_sizes_that_fit(tiny_run, run_directory, monkeypatch, capsys):
     """And says so where nothing fits; the run's recipe has the numbers."""
-    keys = ("micro_batch_rows", "objective.anchors_at_once", "objective.sampled_at_once")
+    keys = KEYS
     automatic = [f"--{key}=auto" for key in keys]
     arguments = ["fit", "smollm2-quiet-star", *tiny_run, *RLP, "--steps", "1", *automatic]
     small, smaller = (replace(HARDWARE["cpu"], memory=memory) for memory in (1.1e6, 1e5))
