@@ -165,7 +165,8 @@ class Recipe(Part):
     sampled_rows: int | None = Field(
         default=None,
         ge=1,
-        description="rows whose thoughts are sampled at once, in whole micro-batches; default: micro_batch_rows",
+        description="rows whose thoughts are sampled at once, in whole micro-batches; default: micro_batch_rows; "
+        "auto: as many as fit",
         json_schema_extra=FREE,
     )
     compute_dtype: Literal["auto", "bf16", "fp32"] = Field(
