@@ -256,7 +256,7 @@ def _assumptions(job: Job, documents: float) -> list[str]:
         length = w.sampled if job.thought_tokens is None else job.thought_tokens
         launch = planner.REPLAYED if job.graphs else planner.LAUNCHED
         lines.append(
-            f"assumed: {documents:g} documents a row; thoughts of {length:.0f} sampled tokens, each decoded until the "
+            f"assumed: {documents:g} documents a row; thoughts of {length:.0f} sampled tokens, decoding until the "
             f"longest, of {w.sampled:.0f}, has ended"
             + (f"; {planner.KERNELS} kernels a block and token, {1e6 * launch:.1f} µs each" if h.cuda else "")
         )

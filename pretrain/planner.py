@@ -253,7 +253,8 @@ class Job:
             found["sampling"] = before | {
                 "text": state,
                 "text, read by the teacher": w.teacher * read,
-                "keys and values of thoughts": sampling * slots * keys_and_values(c, act)
+                # Copied once half of the thoughts have ended, where they can.
+                "keys and values of thoughts": sampling * slots * keys_and_values(c, act) * (1 if w.everywhere else 1.5)
                 + copied * read_tokens * keys_and_values(c, act),
                 "gathered blocks": element * p.blocks * (self.sharded and not self.replica),
                 "activations": sampling * kept_by_block(c, act),
@@ -379,9 +380,13 @@ class Job:
         weights = self.activations.itemsize * p.blocks + (self.activations.itemsize if h.cuda else FP32) * p.head
         # The thoughts of an anchor share what it sees of the text. At every position a tile of queries does.
         seen = w.prefix * at_once / (64 if w.everywhere else 1)
-        cache = keys_and_values(c, self.activations) * (rows * (w.prompt + w.sampled / 2) + seen)
-        # Thoughts that have ended are decoded on until the longest has.
-        products = self.rank_rows * w.flops(c)["rollout"] / steps
+        # Thoughts that have ended leave the batch, and steps go on until the longest has. Of lengths without memory the
+        # mean square is twice the square of the mean.
+        early = self.thought_tokens is not None and self.thought_tokens < w.sampled
+        length = self.thought_tokens if early and self.thought_tokens is not None else w.sampled
+        own, share = w.prompt + length * (1 if early else 0.5), length / w.sampled
+        cache = keys_and_values(c, self.activations) * share * (rows * own + seen)
+        products = self.flops["rollout"] / self.ranks / steps
         launches = c.layers * KERNELS * (REPLAYED if self.graphs else LAUNCHED) if h.cuda else 0.0
         token = max((weights + cache) / bandwidth, products / (h.flops * ATTAINED)) + launches
         figures = steps * token, steps, rows, token, weights / bandwidth, cache / bandwidth, launches
