@@ -155,3 +155,17 @@ def test_a_model_that_becomes_nan_samples_and_its_steps_are_skipped(kind, device
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     assert "3 steps in a row, up to step 4, had a non-finite loss or gradient" in done.stderr
     assert [record["skipped"] for record in lines(tmp_path / "run" / "metrics.jsonl")][:3] == [0, 1, 2]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_strategy(tiny_run, tmp_path):
+    """Four in shards of two, then two whole ones, then one: the weights, teacher and moments of one process alone."""
+    arguments = [*tiny_run, *OBJECTIVES["rlp"], "--optimizer.eps", "1e-3"]
+    fit([*arguments, "--steps", "3"], tmp_path / "one", 1)
+    parts = ["--optimizer.schedule_steps", "3", "--steps"]
+    fit([*arguments, "--strategy", "hsdp", "--shard_size", "2", *parts, "1"], tmp_path / "many", 4)
+    fit([*arguments, "--strategy", "ddp", *parts, "2"], tmp_path / "many", 2)
+    fit([*arguments, *parts, "3"], tmp_path / "many", 1)
+    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
+    assert one.keys() == many.keys()
+    errors = {name: relative_error(many[name], one[name]) for name in one if not name.startswith("optimizer/")}
+    assert max(errors.values()) <= 1e-5, errors
