@@ -1,4 +1,4 @@
-"""Updates that spike are skipped, and a continued run judges as one that was not interrupted."""
+"""Updates that spike are skipped, and a continued run judges as one that was not interrupted; ranks skip together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from objectives import Step
 from pretrain.spikes import SpikeGuard
-from tests.pretrain.test_fit import OBJECTIVES, fit, lines, weights
+from tests.pretrain.test_fit import OBJECTIVES, fit, lines, start, weights
 
 WINDOW = 16
 
@@ -72,3 +72,33 @@ def test_a_spike_is_skipped_and_told_of_also_in_a_continued_run(spiking, tiny_ru
     assert [(w["step"], w["metric"]) for w in warnings] == [(10, "grad_norm"), (14, "grad_norm")]
     assert "robust standard deviations above the median" in warnings[0]["message"]
     assert parted["optimizer/decoder.norm.weight/step"] == 13  # Adam has not seen the two
+
+
+ONE_RANK = """
+import torch.distributed as dist
+
+from objectives import NextToken
+
+
+class OneRank(NextToken):
+    texts = 0
+
+    def text_terms(self, model, state, batch):
+        part = super().text_terms(model, state, batch)
+        OneRank.texts += 1
+        if dist.get_rank() == 1 and OneRank.texts in (2, 3):
+            for term in part.terms:
+                object.__setattr__(term, "sum", term.sum * float("nan"))
+        return part
+"""
+
+
+def test_what_one_rank_cannot_use_all_skip(tiny_run, run_directory, tmp_path):
+    (tmp_path / "one_rank.py").write_text(ONE_RANK)
+    arguments = ["--objective", "one_rank:OneRank", "--devices", "2", "--strategy", "ddp", "--data.held_out", "0"]
+    process = start([*tiny_run, *arguments, "--steps", "5"], tmp_path)
+    errors = process.communicate(timeout=200)[1].decode()
+    assert process.returncode == 0, errors
+    metrics = lines(run_directory / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [0, 1, 2, 2, 2]
+    assert [m["loss"] is None for m in metrics] == [False, True, True, False, False]

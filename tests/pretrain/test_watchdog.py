@@ -72,6 +72,7 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "INTERVAL", 0.1)
+    monkeypatch.setattr(watchdog, "SILENT", 10)
     monkeypatch.setattr(watchdog, "CLOSE", 0.5)
     started = Ranks(tmp_path)
     yield started
@@ -90,7 +91,7 @@ def test_a_rank_is_killed(dead, speaks, silent, ranks):
 @pytest.mark.parametrize(("hung", "speaks", "silent"), [(0, 1, 2), (2, 0, 1)])
 def test_a_rank_hangs(hung, speaks, silent, ranks):
     os.kill(ranks.processes[hung].pid, signal.SIGSTOP)
-    said = f"forethought: {ranks.name(hung)} has not answered for 3 seconds; the same command continues\n"
+    said = f"forethought: {ranks.name(hung)} has not answered for 1 seconds; the same command continues\n"
     assert ranks.ended(speaks, silent) == [(1, said), (1, "")]
 
 
