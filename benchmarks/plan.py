@@ -42,10 +42,9 @@ MODEL = DecoderConfig(
 LENGTH, SHORT, STEPS = 256, 64, 2
 CASES: dict[str, dict[str, Any]] = {
     "next_token, fp32": {"objective": {"name": "next_token"}, "rows_per_step": 4, "micro_batch_rows": 2},
-    "quiet_star in parts, bf16": {
+    "quiet_star in parts, fp32": {
         "objective": {"name": "quiet_star", "length": 4, "lookahead": 3, "thoughts": 2, "anchors_at_once": 64},
         "rows_per_step": 1,
-        "compute_dtype": "bf16",
     },
     "rlp with checkpointing, fp32": {
         "objective": {"name": "rlp", "length": 48, "thoughts": 16, "anchors_per_document": 2, "close": "=+=+=+"},

@@ -33,12 +33,13 @@ class UnloadedModel:
     weights: Mapping[str, StoredTensor | Tensor]
 
     def load(self, device: torch.device = torch.device("cpu")) -> ThinkingModel:  # noqa: B008
-        """The model with its weights, one tensor after the other; of a model that was sharded, this rank's shards.
+        """The model with its weights, one tensor after the other; of a model that was sharded, this rank's shards. Once.
 
         Raises CheckpointError for files that cannot be read.
         """
         self.model.allocate(device)
         fill_parameters(self.model, self.weights)
+        self.weights = {}  # else weights that were in memory are there twice for as long as anybody holds this
         return self.model
 
     def row(self, name: str, index: int) -> Tensor:
