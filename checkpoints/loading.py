@@ -33,7 +33,7 @@ class UnloadedModel:
     weights: Mapping[str, StoredTensor | Tensor]
 
     def load(self, device: torch.device = torch.device("cpu")) -> ThinkingModel:  # noqa: B008
-        """The model with its weights, one tensor after the other; of a model that was sharded, this rank's shards. Once.
+        """The model with its weights, one tensor after the other; of a model that was sharded, its own shards. Once.
 
         Raises CheckpointError for files that cannot be read.
         """
