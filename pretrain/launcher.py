@@ -19,6 +19,9 @@ from lightning.pytorch.plugins.environments import (
 
 from pretrain.recipe import Recipe, RecipeError
 
+# A store ends with its object; these last as long as the process.
+_stores: list[dist.TCPStore] = []
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -65,6 +68,7 @@ def cluster_environment() -> ClusterEnvironment:
     if launch is None:
         return LightningEnvironment()
     if launch.by == "torchrun":
+        _use_fresh_store()
         return TorchElasticEnvironment()
     # Lightning reads what the job has asked for. A step may have asked for less, and by other options.
     os.environ |= {
@@ -75,3 +79,22 @@ def cluster_environment() -> ClusterEnvironment:
     }
     # Signals and requeueing are ours.
     return SLURMEnvironment(auto_requeue=False)
+
+
+def _use_fresh_store() -> None:
+    """Has the processes meet in a store of rank 0's, not in torchrun's.
+
+    torchrun (seen in torch 2.13) keeps its store when it starts them again, and in it the addresses of those that have
+    died, by which the new ones look for each other: connections refused, and some hang.
+    """
+    environ = os.environ
+    if _stores or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, key = environ["MASTER_ADDR"], f"forethought/{environ['TORCHELASTIC_RESTART_COUNT']}/port"
+    torchruns = dist.TCPStore(host, int(environ["MASTER_PORT"]), is_master=False)
+    _stores.append(torchruns)
+    if environ["RANK"] == "0":
+        own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        _stores.append(own)
+        torchruns.set(key, str(own.port))
+    environ["MASTER_PORT"] = torchruns.get(key).decode()
