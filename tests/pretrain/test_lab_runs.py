@@ -92,7 +92,7 @@ def test_a_control_that_does_not_think_is_scored_with_thoughts_as_well(tmp_path)
 def test_a_compiled_run_learns_the_same(tmp_path, monkeypatch):
     """On CPU its thoughts are sampled by the compiled step, whose numbers differ by rounding."""
     steps, step = [], NativeStep.__call__
-    monkeypatch.setattr(NativeStep, "__call__", lambda self, tokens: steps.append(1) or step(self, tokens))
+    monkeypatch.setattr(NativeStep, "__call__", lambda self, *row: steps.append(1) or step(self, *row))
     found = {}
     for compiled in ("false", "true"):
         assert fit("quickstart", tmp_path / compiled, "--compile", compiled, "--control", "null") == 0
