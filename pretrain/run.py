@@ -169,6 +169,8 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         directory.create(recipe, run.tokenizer_directory)
         directory.rewind(module.step if run.checkpoint is not None else -1)
 
+    if recipe.rollout.engine == "vllm" and not torch.cuda.is_available():
+        say("vLLM cannot sleep on this device: its weights and its cache stay in memory while the model trains")
     if recipe.data.held_out == 0:
         say("data.held_out is 0: nothing is evaluated")
     loggers = _loggers(recipe.logging, directory)

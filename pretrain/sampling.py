@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from checkpoints.hugging_face import language_model_tensors
 from checkpoints.loading import empty_model
 from models.decoder import RMSNorm
 from models.precision import optimizer_steps
@@ -34,6 +35,14 @@ class FromReplica:
     @property
     def reproducible(self) -> bool:
         return self.engine.reproducible
+
+    @property
+    def name(self) -> str:
+        return self.engine.name
+
+    @property
+    def lag(self) -> int:
+        return self.engine.lag
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         return self.engine.supports(request)
@@ -54,7 +63,7 @@ class Gathered:
     """An engine that samples layer by layer from a sharded model whose blocks stay gathered meanwhile; all ranks must
     call it."""
 
-    reproducible = EAGER.reproducible
+    reproducible, name, lag = EAGER.reproducible, EAGER.name, EAGER.lag
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         return EAGER.supports(request)
@@ -62,6 +71,16 @@ class Gathered:
     def sample(self, request: RolloutRequest) -> Rollout:
         with _blocks_stay_gathered(request.model):
             return EAGER.sample(request)
+
+
+def language_model_weights(model: ThinkingModel) -> Iterator[tuple[str, Tensor]]:
+    """The language model's tensors by their names in transformers, in the order of the layers, and at last the head,
+    also where it is tied; all ranks of a sharded model must take them, each of which is gathered as it is taken."""
+    tensors = language_model_tensors(model.decoder)
+    for name, tensor in tensors.items():
+        yield name, full(tensor.detach())
+    if "lm_head.weight" not in tensors:
+        yield "lm_head.weight", full(model.head_weight_VW.detach())
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from checkpoints.references import resolve
 from models.decoder import Decoder
 from models.thinking import ThinkingModel
 from tests.helpers import tiny_config
+from tests.vllm_double import vllm_double  # noqa: F401 - a fixture
 
 PROSE = """The reader thinks while it reads. A thought is a few words long, and nobody sees it but the reader.
 Was it worth thinking? The next words of the text will tell: they come as less of a surprise after a good thought.

@@ -59,6 +59,8 @@ class Eager:
     """One pass of the decoder for each token."""
 
     reproducible: ClassVar[bool] = True
+    name: ClassVar[str] = "eager"
+    lag: ClassVar[int] = 0
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         return True, ""

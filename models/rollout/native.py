@@ -104,6 +104,8 @@ class Native(Eager):
     Not for sharded models, whose weights no rank has: whoever shards lets it sample from a plain copy.
     """
 
+    name = "native"
+
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         config, hidden = request.model.decoder.config, request.state.hidden_BNW
         backend = asked_backend(request.model.decoder.attention_backend)

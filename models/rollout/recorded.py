@@ -30,6 +30,8 @@ class Recorded(Eager):
     Not for sharded models, which gather their weights at every step: whoever shards lets it sample from a plain copy.
     """
 
+    name = "recorded"
+
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         if request.anchors.window is not None:
             return False, "thoughts at every position are not recorded"

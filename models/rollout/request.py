@@ -119,10 +119,18 @@ class Engine(Protocol):
 
     reproducible: the draw of a token is keyed by the run's seed, the step and the token's place (sample id, anchor,
     thought, token), so that a thought is the same in whatever batch, chunk or rank it is sampled.
+    name: of what samples; of several engines, of the one that last did. lag: optimizer steps that its weights are
+    behind the model's.
     """
 
     @property
     def reproducible(self) -> bool: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lag(self) -> int: ...
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         """Whether the request can be sampled, and if not, why."""
@@ -138,10 +146,19 @@ class Preferred:
 
     def __init__(self, *engines: Engine):
         self.engines = engines
+        self._last = engines[0]
 
     @property
     def reproducible(self) -> bool:
         return all(engine.reproducible for engine in self.engines)
+
+    @property
+    def name(self) -> str:
+        return self._last.name
+
+    @property
+    def lag(self) -> int:
+        return self._last.lag
 
     def _choose(self, request: RolloutRequest) -> tuple[Engine | None, str]:
         reasons = []
@@ -160,4 +177,5 @@ class Preferred:
         engine, reason = self._choose(request)
         if engine is None:
             raise ValueError(f"no rollout engine supports this request ({reason})")
+        self._last = engine
         return engine.sample(request)
