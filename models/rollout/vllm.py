@@ -144,8 +144,8 @@ class Vllm:
         if not gap <= self.tolerance:
             raise EngineError(
                 f"vLLM does not sample from the weights that are trained: its log-probs of {len(own_J)} tokens are "
-                f"{gap:.2g} nats from the model's own in the mean, where rounding explains {self.tolerance:g}; use another "
-                "version of vLLM, or rollout.engine auto"
+                f"{gap:.2g} nats from the model's own in the mean, where rounding explains {self.tolerance:g}; use "
+                "another version of vLLM, or rollout.engine auto"
             )
 
 
