@@ -203,7 +203,7 @@ def test_what_may_change_within_a_run():
     recipe = Recipe(steps=3, objective=RptConfig(), control=NextTokenConfig())
     assert free_keys(recipe) == {
         *("steps", "control", "run_dir", "continue_from", "micro_batch_rows", "activation_checkpointing"),
-        *("strategy", "shard_size", "gradient_sync", "rollout_weights", "sampled_rows"),
+        *("strategy", "shard_size", "gradient_sync", "rollout_weights", "rollout.cache_gib", "sampled_rows"),
         *("devices", "nodes", "data_workers", "data_changed", "evaluation", "checkpoint", "logging"),
         *(f"data.{key}" for key in ("reference", "config", "split", "revision", "patience")),  # by what it contains
         *("objective.anchors_at_once", "objective.sampled_at_once"),
