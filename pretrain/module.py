@@ -189,9 +189,9 @@ class PretrainModule(lightning.LightningModule):
         self.seconds += time.perf_counter() - started
         sums = {name: self._sum(pair).tolist() for name, pair in metrics.items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
-        sampled_by = (
-            {} if record is None else {"engine": self.engine.name, "weights_step": self.step - 1 - self.engine.lag}
-        )
+        sampled_by: dict[str, str | int] = {}
+        if record is not None:
+            sampled_by = {"engine": self.engine.name, "weights_step": self.step - 1 - self.engine.lag}
         self.report = StepReport(
             self.step,
             self.tokens,
