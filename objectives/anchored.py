@@ -33,7 +33,7 @@ from objectives.base import (
     setting,
 )
 from objectives.counterfactuals import Bodies
-from objectives.credit import ADVANTAGES, clipped_surrogate, shuffled_in_groups, truncated_importance
+from objectives.credit import ADVANTAGES, CONTROLS, clipped_surrogate, truncated_importance
 from objectives.metrics import Mean
 from objectives.template import Template, checked_tag, encode_tag
 from objectives.workload import Workload
@@ -72,7 +72,9 @@ class AnchoredConfig(ThinkingConfig):
         gt=0,
     )
     updates: int = setting(1, "optimizer steps on the same thoughts, all with the first one's rewards", ge=1)
-    shuffle_rewards: bool = setting(False, "a control: rewards are dealt out at random within their group")
+    rewards: Literal["earned", "shuffled", "random", "constant"] = setting(
+        "earned", "controls: rewards dealt out at random within their group, 0 or 1 at random, 1 for all"
+    )
 
     @property
     def thought_length(self) -> tuple[str, int]:
@@ -240,8 +242,8 @@ class Anchored(Objective):
 
     def advantages(self, reward_BKM: Tensor, counts_BKM: Tensor, batch: AnchoredBatch) -> Tensor:
         """The advantage of each thought over its group, 0 where bool `counts_BKM` says that it does not count."""
-        if self.config.shuffle_rewards:
-            reward_BKM = shuffled_in_groups(reward_BKM, batch.anchors, batch.rng)
+        if (control := CONTROLS.get(self.config.rewards)) is not None:
+            reward_BKM = control(reward_BKM, batch.anchors, batch.rng)
         return ADVANTAGES[self.config.advantage](reward_BKM) * counts_BKM
 
     def policy(

@@ -334,11 +334,6 @@ class Objective(ABC):
         `text_terms` gave."""
         raise TypeError(f"{type(self).__name__} samples thoughts but has no thought_terms")
 
-    def step_flops(self, model: ThinkingModel, text: Text) -> int | None:
-        """What a step on a text costs, by the ledger, where that is known without taking it: not where thoughts are
-        sampled, which end when they end."""
-        return None
-
     def workload(self, length: int, documents: float) -> Workload | None:
         """What a step does with a row of so many tokens in so many documents, for plans; None where nobody knows."""
         return None

@@ -22,6 +22,12 @@ def information_gain(predicted: Tensor, baseline: Tensor) -> Tensor:
     return (predicted - baseline).detach()
 
 
+def probability_gain(predicted: Tensor, baseline: Tensor) -> Tensor:
+    """p_θ(x_t | x_<t, c) − p̄_φ(x_t | x_<t) from log-probs, without gradient. An ablation: unlike the logarithm it goes
+    flat where the target is unlikely either way (2602.03979)."""
+    return (predicted.exp() - baseline.exp()).detach()
+
+
 def discounted(gain_BKHM: Tensor, discount: float) -> Tensor:
     """R = Σ_h γ^h gain_h over the horizon [B, K, H, M] → [B, K, M]; h = 0 is the first token."""
     weight_H = discount ** torch.arange(gain_BKHM.shape[2], device=gain_BKHM.device, dtype=gain_BKHM.dtype)
@@ -102,10 +108,28 @@ REWARD_ORDER_DRAW = 2**31 + 1
 
 def shuffled_in_groups(reward_BKM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
     """A control: the rewards of each group, dealt out at random within it."""
+    return reward_BKM.gather(1, _draws(reward_BKM, anchors, rng).argsort(dim=1))
+
+
+def coin_flips(reward_BKM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
+    """A control: 0 or 1 for each thought, whatever it says (Shao et al., "Spurious rewards", 2506.10947)."""
+    return (_draws(reward_BKM, anchors, rng) >= 0.5).to(reward_BKM.dtype)
+
+
+def constant(reward_BKM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
+    """A control: 1 for every thought, and so no advantage for any."""
+    return torch.ones_like(reward_BKM)
+
+
+def _draws(reward_BKM: Tensor, anchors: Anchors, rng: Rng) -> Tensor:
+    """One in [0, 1) for each thought."""
     K = torch.arange(reward_BKM.shape[1], device=reward_BKM.device)[:, None]
     sample_id_B11 = anchors.text.sample_id_B[:, None, None]
-    order_BKM = rng.uniform(sample_id_B11, anchors.index_BM[:, None], K + REWARD_ORDER_DRAW, 0).argsort(dim=1)
-    return reward_BKM.gather(1, order_BKM)
+    return rng.uniform(sample_id_B11, anchors.index_BM[:, None], K + REWARD_ORDER_DRAW, 0)
+
+
+# What is paid instead of what was earned.
+CONTROLS = {"shuffled": shuffled_in_groups, "random": coin_flips, "constant": constant}
 
 
 # Losses: sums, to be divided by a count.

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 
 from models.decoder import TextState
-from models.flops import Ledger, count_read, count_vocabulary
 from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
 from models.rollout import EAGER, Engine
@@ -50,12 +49,6 @@ class NextToken(Objective):
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any = None) -> TextPart:
         return next_token_part(model, state)
-
-    def step_flops(self, model: ThinkingModel, text: Text) -> int:
-        with torch.enable_grad(), Ledger() as ledger:
-            count_read(model.decoder, text)
-            count_vocabulary(text.tokens_BN.numel(), model.head_weight_VW)
-        return ledger.total
 
     def workload(self, length: int, documents: float) -> Workload:
         return Workload(length, documents, text_predicted=length)

@@ -74,6 +74,9 @@ class QuietStarConfig(ThinkingConfig):
     policy_weight: float = setting(1e6, "of the policy loss", ge=0)
     text_nll_weight: float = setting(0.5, "of the text's own cross-entropy", ge=0)
     thought_nll_weight: float = setting(0.5, "of the mixed predictions' cross-entropy", ge=0)
+    mixing_head: bool = setting(
+        True, "mix the predictions with and without a thought; false, an ablation: those after it take the whole weight"
+    )
     variant: Literal["paper", "public_code"] = setting("paper", "whom to follow where paper and public code differ")
     start_from: str = setting(
         "---", "text whose first token's embedding the start of a thought begins as (appendix A)", min_length=1
@@ -104,7 +107,12 @@ class QuietStarConfig(ThinkingConfig):
         # The paper's evaluation is greedy, the code's samples.
         variant: Literal["paper", "public_code"] = "paper" if temperature == 0 else "public_code"
         return QuietStarConfig(
-            length=length or self.L, lookahead=1, thoughts=1, temperature=temperature, variant=variant
+            length=length or self.L,
+            lookahead=1,
+            thoughts=1,
+            temperature=temperature,
+            mixing_head=self.mixing_head,
+            variant=variant,
         )
 
     def problems(self) -> list[str]:
@@ -136,15 +144,16 @@ class QuietStar(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(delimiters=(self.config.start_from, self.config.end_from), mixing_head=True)
+        return Needs((self.config.start_from, self.config.end_from), self.config.mixing_head)
 
     @property
     def longest_thought(self) -> int:
         return self.config.L + 1 + self.config.A
 
     @property
-    def thinking(self) -> TrainedThinking:
-        return TrainedThinking("every-token", self.config.L)
+    def thinking(self) -> TrainedThinking | None:
+        """A model without a mixing head thinks in training alone."""
+        return TrainedThinking("every-token", self.config.L) if self.config.mixing_head else None
 
     @property
     def anchors_at_once(self) -> int | None:
@@ -240,14 +249,15 @@ class QuietStar(Objective):
         }
         return ThoughtPart(terms, metrics, ThoughtRecord(thoughts, reward_BKM, advantage_BKM))
 
-    @staticmethod
     def _mix(
-        model: ThinkingModel, text_BNW: Tensor, thought_BKAMW: Tensor, here: slice = slice(None)
+        self, model: ThinkingModel, text_BNW: Tensor, thought_BKAMW: Tensor, here: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Mixed hidden states (1 − w)·h_text + w·h_thought [B, K, A, M, W] and w [B, K, A, M], at positions `here`.
 
         The text hidden state for lookahead s is that of position j + s, and w is its own for each s.
         """
+        if not self.config.mixing_head:
+            return thought_BKAMW, thought_BKAMW.new_ones(thought_BKAMW.shape[:-1])
         assert model.mixing_head is not None
         text_BAMW = _ahead(text_BNW, thought_BKAMW.shape[2], here)[:, None]
         w_BKAM = model.mixing_head(text_BAMW, thought_BKAMW)
@@ -270,7 +280,7 @@ class QuietStar(Objective):
             text_predicted=length,
             predicted=c.A,
             rewarded=0.5,
-            mixed=c.A,
+            mixed=c.A * c.mixing_head,
         )
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,14 @@ from objectives.anchored import (
     predicting,
 )
 from objectives.base import Term, TextPart, ThoughtPart, ThoughtRecord, ThoughtState, setting
-from objectives.credit import discounted, has_variance, information_gain, kl_to_reference, positive_part
+from objectives.credit import (
+    discounted,
+    has_variance,
+    information_gain,
+    kl_to_reference,
+    positive_part,
+    probability_gain,
+)
 from objectives.metrics import Mean, policy_metrics, thought_metrics
 from objectives.next_token import next_token_part
 from objectives.teacher import EmaTeacher
@@ -57,9 +64,12 @@ class RlpConfig(AnchoredConfig):
     name: str = "rlp"
     horizon: int = setting(1, "H, true tokens predicted after a thought", ge=1)
     discount: float = setting(1.0, "of their gains", ge=0, le=1)
-    reward_clip: float | None = setting(None, "rewards are clipped to ± this many nats", ge=0)
+    gain: Literal["log_probability", "probability"] = setting(
+        "log_probability", "what rewards are the gain in; probability is an ablation"
+    )
+    reward_clip: float | None = setting(None, "rewards are clipped to ± this much", ge=0)
     reward_positive: bool = setting(False, "rewards below 0 count as 0")
-    ema_decay: float = setting(0.999, "τ, of the teacher", ge=0, le=1)
+    ema_decay: float = setting(0.999, "τ, of the teacher; 1: stays as it began; 0: the model as it is", ge=0, le=1)
     kl_weight: float = setting(0.0, "of KL(π ‖ teacher's π)", ge=0)
     next_token_weight: float = setting(0.0, "of plain cross-entropy on the text", ge=0)
     train_predictor: float = setting(0.0, "of −S_pred with gradient, the term that the published gradient drops", ge=0)
@@ -174,7 +184,8 @@ class Rlp(Anchored):
         predicted_BKHM = token_logprobs_where(
             real_BKHM, hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM
         )
-        gain_BKM = discounted(information_gain(predicted_BKHM, batch.base_BHM[:, None]), c.discount)
+        gain = probability_gain if c.gain == "probability" else information_gain
+        gain_BKM = discounted(gain(predicted_BKHM, batch.base_BHM[:, None]), c.discount)
 
         counts_BKM = self.rewardable(batch)
         if batch.reward_BKM is None or batch.advantage_BKM is None:

@@ -209,6 +209,10 @@ def _rename(tree: Tree) -> list[str]:
         if parent is not None and last in parent and new not in parent:
             parent[new] = parent.pop(last)
             found.append(old)
+    for key in ("objective", "control", "evaluation.objective"):
+        parent, last = _parent(tree, f"{key}.shuffle_rewards")
+        if parent is not None and isinstance(parent.get(last), bool):
+            parent["rewards"] = "shuffled" if parent.pop(last) else "earned"
     return found
 
 

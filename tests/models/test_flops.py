@@ -54,7 +54,6 @@ def test_next_token(changes):
     model.decoder.attention_backend = "reference"
     seen, reported = counted(NextToken(), model, text)
     assert reported + wasted(model, text, []) == seen
-    assert NextToken().step_flops(model, text) == reported  # known without taking the step
 
 
 @pytest.mark.parametrize("policy", [True, False])

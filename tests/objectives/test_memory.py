@@ -155,7 +155,7 @@ ANCHORED = {
     "rlp, all terms": dataclasses.replace(
         RLP, horizon=3, discount=0.9, kl_weight=0.3, next_token_weight=0.5, train_predictor=0.2
     ),
-    "rlp, controls": dataclasses.replace(RLP, shuffle_rewards=True, unclosed="drop", reward_clip=0.5),
+    "rlp, controls": dataclasses.replace(RLP, rewards="shuffled", unclosed="drop", reward_clip=0.5),
     "rlp, two updates": dataclasses.replace(RLP, updates=2, kl_weight=0.3),
     "rpt": RPT,
     "rpt, zero-variance groups": dataclasses.replace(

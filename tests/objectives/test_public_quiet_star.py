@@ -113,7 +113,7 @@ def test_cross_entropies(case):
     end_and_true = [torch.full_like(case.thoughts.tokens_BKSM[:, :, 0], -2)]
     end_and_true += [case.text.targets(s)[0][:, None].expand(-1, case.K, -1) for s in range(1, c.A)]
     hidden = model.think(case.thoughts.followed_by(torch.stack(end_and_true, dim=2)), state)
-    mixed, w = QuietStar._mix(model, state.hidden_BNW, hidden[:, :, c.L + 1 :])
+    mixed, w = case.objective._mix(model, state.hidden_BNW, hidden[:, :, c.L + 1 :])
     for s in range(c.A):
         target_BN, valid_BN = case.text.targets(s + 1)
         targets = target_BN[:, None].expand(-1, case.K, -1)

@@ -14,7 +14,7 @@ from models.philox import Rng
 from models.thoughts import Anchors, Text, Thoughts
 from objectives import Batch, QuietStar, QuietStarConfig
 from objectives.next_token import NextToken
-from tests.helpers import packed_text, relative_error, rollout, scored, step_of, tiny_model
+from tests.helpers import explicit_hidden, packed_text, relative_error, rollout, scored, step_of, tiny_model
 
 RNG = Rng(seed=5, step=2)
 SMALL = QuietStarConfig(length=3, lookahead=2, thoughts=2, policy_weight=10.0)
@@ -98,6 +98,20 @@ def test_reward_by_hand():
     single = step_of(QuietStar(dataclasses.replace(SMALL, thoughts=1)), model, text, RNG)
     assert relative_error(single.record.reward_BKM, reward[:, :1]) <= 1e-13
     assert relative_error(single.record.advantage_BKM, reward[:, :1].clamp(min=0) * has_target[:, None]) <= 1e-13
+
+
+def test_without_a_mixing_head_the_thought_has_the_whole_weight():
+    model, text = tiny_model(), packed_text([[12]], 12)
+    model.mixing_head = None
+    objective = QuietStar(dataclasses.replace(SMALL, mixing_head=False))
+    assert not objective.needs.mixing_head
+    scores = objective.evaluate(model, text, RNG)
+    for n in range(11):
+        logits = explicit_hidden(model, text, scores.thoughts, 0, 0, n)[-1] @ model.head_weight_VW.T
+        assert relative_error(scores.thought_nll_BN[0, n], -logits.log_softmax(-1)[text.tokens_BN[0, n + 1]]) <= 1e-12
+    output = step_of(objective, model, text, RNG)
+    assert output.metrics["mixing_weight"].sum == output.metrics["mixing_weight"].count
+    assert output.record.advantage_BKM.any()
 
 
 def test_two_ways_of_counting():

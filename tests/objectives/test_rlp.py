@@ -21,7 +21,7 @@ from models.philox import Rng
 from models.thoughts import PAD, Text, Thoughts
 from objectives.base import SettingError
 from objectives.driver import Step
-from objectives.rlp import Rlp, RlpConfig
+from objectives.rlp import Rlp, RlpConfig, without_thought
 from objectives.teacher import EmaTeacher
 from objectives.template import Template
 from tests.helpers import explicit_hidden, packed_text, relative_error, sampled, scored, step_of, tiny_model
@@ -344,12 +344,55 @@ def test_an_instruction_stands_before_the_thought_alone():
 def test_shuffled_rewards_are_the_same_rewards():
     model, source = likely_to_close(), text()
     plain, shuffled = (
-        step_of(objective(dataclasses.replace(SMALL, shuffle_rewards=s)), model, source, RNG) for s in (False, True)
+        step_of(objective(dataclasses.replace(SMALL, rewards=r)), model, source, RNG) for r in ("earned", "shuffled")
     )
     assert torch.equal(plain.record.reward_BKM, shuffled.record.reward_BKM)
     a, b = plain.record.advantage_BKM, shuffled.record.advantage_BKM
     assert not torch.equal(a, b)
     assert relative_error(b.sort(dim=1).values, a.sort(dim=1).values) <= 1e-12
+
+
+def test_random_and_constant_rewards_know_nothing_of_thoughts():
+    """The same coins whatever is thought and predicted; and nothing to learn where all thoughts earn alike."""
+    models, source = [likely_to_close(seed) for seed in (0, 1)], text()
+    coins = objective(dataclasses.replace(SMALL, rewards="random", advantage="mean"))
+    a, b = (step_of(coins, model, source, RNG).record for model in models)
+    assert torch.equal(a.advantage_BKM, b.advantage_BKM) and not torch.equal(a.reward_BKM, b.reward_BKM)
+    paid_BKM = a.advantage_BKM - a.advantage_BKM.amin(dim=1, keepdim=True)
+    assert {0.0, 1.0} == set(paid_BKM.unique().tolist())
+    flat = step_of(objective(dataclasses.replace(SMALL, rewards="constant")), models[0], source, RNG)
+    assert torch.equal(flat.record.reward_BKM, a.reward_BKM)
+    assert not flat.record.advantage_BKM.any()
+
+
+def test_gains_in_probability():
+    model, source = likely_to_close(), text()
+    logs, shares = (
+        step_of(objective(dataclasses.replace(SMALL, gain=g)), model, source, RNG).record
+        for g in ("log_probability", "probability")
+    )
+    rlp = objective(SMALL)
+    base_BM = sampled(rlp, model, source, RNG).base_BHM[:, 0]
+    expected = (logs.reward_BKM + base_BM[:, None]).exp() - base_BM[:, None].exp()
+    assert relative_error(shares.reward_BKM, expected) <= 1e-10
+    assert shares.reward_BKM.abs().max() <= 1 < logs.reward_BKM.abs().max()
+
+
+def test_teachers_that_stay_and_teachers_that_follow():
+    """τ = 1 and τ = 0: what a reward is measured against after an update, the base model or the model itself."""
+    for decay, same in ((1.0, "base"), (0.0, "live")):
+        model, source = likely_to_close(), text()
+        rlp = objective(dataclasses.replace(SMALL, ema_decay=decay))
+        base_BHM = sampled(rlp, model, source, RNG).base_BHM
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        rlp.after_step(model)
+        batch = sampled(rlp, model, source, RNG)
+        with torch.no_grad():
+            live_BHM = without_thought(model, model.read(source), batch.anchors, batch.target_BHM)
+        assert torch.equal(batch.base_BHM, base_BHM if same == "base" else live_BHM)
+        assert not torch.equal(base_BHM, live_BHM)
 
 
 def test_unclosed_thoughts_are_paid_by_the_same_rule_or_dropped():

@@ -247,6 +247,8 @@ def test_old_names_of_keys_are_read_and_said_once(tmp_path, caplog):
     assert (recipe.objective.drop_zero_variance_from, recipe.evaluation.counterfactuals) == (5, True)
     new = load_recipe("smollm2-rpt", ["--objective.drop_flat_from", "null", "--control", "rpt"])
     assert new.objective.drop_zero_variance_from is None
+    shuffled = load_recipe("smollm2-rlp", ["--objective.shuffle_rewards", "true", "--control", "rpt"])
+    assert (shuffled.objective.rewards, shuffled.control.rewards) == ("shuffled", "earned")
     caplog.clear()
     load_recipe("smollm2-rpt", ["--objective.drop_zero_variance_from", "5"])
     assert not caplog.records
