@@ -37,7 +37,7 @@ from pretrain.evaluation.held_out import HeldOut, score_held_out, summarise
 from pretrain.opening import open_model
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import load_recipe
-from pretrain.run import equal_flops_steps, fit
+from pretrain.run import fit
 from pretrain.run_directory import RunDirectory
 
 RESULTS = Path(__file__).parent / "results" / "lab.json"
@@ -75,9 +75,10 @@ def train(seed: int, work: Path) -> dict[str, Path]:
     at = {name: str(work / f"lab-{name}-{seed}") for name in ("rlp", "next_token", "shuffled", "rpt", "quiet_star")}
     rlp, _ = run(quickstart, run_dir=at["rlp"])
     controlled = quickstart.replaced(control=load_recipe("smollm2-next-token").objective)
-    steps = equal_flops_steps(controlled, RunDirectory(rlp))
-    next_token, _ = run(controlled.control_recipe(steps, at["next_token"]))
-    shuffled, _ = run(quickstart, run_dir=at["shuffled"], objective=quickstart.objective.replaced(shuffle_rewards=True))
+    spent = cost(rlp)
+    control = controlled.control_recipe(int(spent["step"]), spent["flops"], at["next_token"])
+    next_token, _ = run(control)
+    shuffled, _ = run(quickstart, run_dir=at["shuffled"], objective=quickstart.objective.replaced(rewards="shuffled"))
     rpt, _ = run(load_recipe("lab-rpt"), seed=seed, run_dir=at["rpt"])
     quiet_star, _ = run(load_recipe("lab-quiet-star"), seed=seed, run_dir=at["quiet_star"])
     return {"rlp": rlp, "next_token": next_token, "shuffled": shuffled, "rpt": rpt, "quiet_star": quiet_star}

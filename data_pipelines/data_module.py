@@ -55,6 +55,18 @@ class _Steps(Dataset[dict[str, Tensor]]):
         return self.packed.rows((self.start + index) * self.rows_per_step + self.rank * rows, rows)
 
 
+class _InOrder(DistributedSampler[int]):
+    """In a distributed run Lightning would replace any other sampler with one that splits the steps among ranks. The
+    range of them is not listed, which may be of billions."""
+
+    def __init__(self, steps: _Steps):
+        super().__init__(steps, num_replicas=1, rank=0, shuffle=False)
+        self.steps = range(len(steps))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+
 NumberedRow = tuple[int, int, PackedRow]  # with its number and its lane's
 
 
@@ -180,8 +192,7 @@ class TextDataModule(LightningDataModule):
         return DataLoader(
             steps,
             batch_size=None,
-            # In a distributed run Lightning would replace any other sampler with one that splits the steps among ranks.
-            sampler=DistributedSampler(steps, num_replicas=1, rank=0, shuffle=False),
+            sampler=_InOrder(steps),
             num_workers=self.num_workers,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each iterator takes a seed from the global generator

@@ -29,7 +29,7 @@ from objectives import CounterfactualTest, Objective
 from pretrain.diagnostics import WINDOW, Diagnostics, RunWarning, length_trend
 from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS, HeldOut, score_held_out, summarise
 from pretrain.module import PretrainModule, StepReport
-from pretrain.recipe import CheckpointConfig, LoggingConfig
+from pretrain.recipe import MOST_STEPS, CheckpointConfig, EvaluationConfig, LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.sampling import FromReplica
@@ -103,11 +103,13 @@ class Records(lightning.Callback):
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
             self.progress.start()
-            self._task = self.progress.add_task("step", total=module.steps, completed=module.step, status="")
+            total = None if module.last_step == MOST_STEPS else module.last_step
+            self._task = self.progress.add_task("step", total=total, completed=module.step, status="")
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         report: StepReport = module.report
-        logged = report.step % self.config.every == 0 or report.step == module.steps
+        steps = module.last_step
+        logged = report.step % self.config.every == 0 or report.step == steps
         if logged:
             self.counts = {f"data/{name}": count for name, count in self.data.counts().items()}
         if not trainer.is_global_zero:
@@ -117,8 +119,7 @@ class Records(lightning.Callback):
         self._last = (report.tokens, report.seconds)
         status = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
         if self.progress is not None:
-            self.progress.update(self._task, completed=report.step, status=status)
-        steps = module.steps
+            self.progress.update(self._task, completed=report.step, total=steps, status=status)
         if report.spike is not None:
             why = f"{report.spike}; its update was skipped"
             self._warn([RunWarning(report.step, "spike", why, report.spike.metric)])
@@ -219,7 +220,7 @@ class HeldOutEvaluation(lightning.Callback):
     def __init__(
         self,
         directory: RunDirectory,
-        every: int | None,
+        config: EvaluationConfig,
         objective: Objective,
         held_out: HeldOut,
         rows_at_once: int,
@@ -232,7 +233,8 @@ class HeldOutEvaluation(lightning.Callback):
         self.signals = signals
         self.interrupted = False
         self.directory = directory
-        self.every = every
+        self.config = config
+        self._evaluated_at = 0  # FLOPs
         self.objective = objective
         self.held_out = held_out
         self.rows_at_once = rows_at_once
@@ -242,6 +244,8 @@ class HeldOutEvaluation(lightning.Callback):
         self.engine = engine
 
     def on_fit_start(self, trainer, module) -> None:
+        if records := self.directory.read(self.directory.evaluations):
+            self._evaluated_at = records[-1]["flops"]
         # A run that ended between a step's checkpoint and its evaluation continues with the evaluation.
         if self.difficulty_E is None or (self._is_due(module) and not self.directory.is_evaluated(module.step)):
             self._evaluate(trainer, module)
@@ -251,7 +255,9 @@ class HeldOutEvaluation(lightning.Callback):
             self._evaluate(trainer, module)
 
     def _is_due(self, module: PretrainModule) -> bool:
-        return module.step == module.steps or (self.every is not None and module.step % self.every == 0)
+        every, flops = self.config.every, self.config.every_flops
+        due = module.finished or (every is not None and module.step % every == 0)
+        return due or (flops is not None and module.flops // flops > self._evaluated_at // flops)
 
     def _evaluate(self, trainer: lightning.Trainer, module: PretrainModule) -> None:
         if not self.held_out.text.shape[0]:
@@ -278,6 +284,7 @@ class HeldOutEvaluation(lightning.Callback):
             return
         if self.difficulty_E is None:
             self.difficulty_E = scores.text_nll_E
+        self._evaluated_at = module.flops
         summary = summarise(scores, self.difficulty_E)
         if trainer.is_global_zero:
             at = {"step": module.step, "tokens": module.tokens, "flops": module.flops}
@@ -336,7 +343,7 @@ class Checkpoints(lightning.Callback):
         self.signals.deferred = True
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        config, last = self.config, module.step == module.steps
+        config, last = self.config, module.finished
         # One decision for both, to be told apart only where it is to stop.
         stop = trainer.strategy.reduce_boolean_decision(self.signals.asked or self.writer.failed, all=False)
         if stop:

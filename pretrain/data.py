@@ -44,7 +44,7 @@ def global_batches(recipe: Recipe, text: PackedText, step: int, workers: int, ra
     if start < step:
         say(f"reading from step {start} to get to step {step}")
     loaders = [
-        TextDataModule(text, recipe.steps, recipe.rows_per_step, start, workers, states).batches(rank, ranks)
+        TextDataModule(text, recipe.budget.steps, recipe.rows_per_step, start, workers, states).batches(rank, ranks)
         for rank in range(ranks)
     ]
     for parts in itertools.islice(zip(*loaders, strict=True), step - start, None):
@@ -74,7 +74,7 @@ def print_data(recipe: Recipe, steps: int, step: int, workers: int, rows: int) -
     tokenizer, text = open_text(recipe)
     opened = time.perf_counter() - started
     say(f"data: {text.about()}, opened in {opened:.1f} s; fingerprint {text.fingerprint[:16]}")
-    module = TextDataModule(text, recipe.steps, recipe.rows_per_step, step, workers)
+    module = TextDataModule(text, recipe.budget.steps, recipe.rows_per_step, step, workers)
     lengths, tokens, padding, seconds = [], 0, 0, []
     last = time.perf_counter()
     for number, batch in zip(range(step, step + steps), module.batches(0, 1), strict=False):

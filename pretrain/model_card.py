@@ -76,7 +76,7 @@ def model_card(opened: OpenedModel, thinking: bool = False) -> str | None:
         "objective": f"{objective}. {find_objective(objective).sentence}".removesuffix(" "),
         "base model": recipe.model,
         "data": ", ".join(source.reference for source in recipe.data.sources.values()),
-        "steps": f"{step:,} of {recipe.steps:,}",
+        "steps": f"{step:,}" if recipe.steps is None else f"{step:,} of {recipe.steps:,}",
         "text": f"{state['tokens']:,} tokens",
         "compute": f"{state['flops']:.3g} FLOPs",
         "trained with": f"forethought {__version__}",

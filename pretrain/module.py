@@ -23,7 +23,7 @@ from models.rollout import Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives import Objective, Step, ThoughtRecord
-from pretrain.recipe import OptimizerConfig
+from pretrain.recipe import Budget, OptimizerConfig
 from pretrain.sharding import before_backward, finish_gradients, full, mesh_to_shard_over, reshard, shard
 from pretrain.spikes import Spike, SpikeGuard
 
@@ -50,15 +50,16 @@ class StepReport:
     sampled_by: Mapping[str, str | int]
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+def learning_rate(config: OptimizerConfig, step: int, steps: int, progress: float | None = None) -> float:
     """The rate of the update that completes step `step` (from 1) of `steps`, which the schedule takes unless it has a
-    length of its own."""
+    length of its own. progress: the share of the schedule that is spent, in a run that ends by something else."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    steps = config.schedule_steps or steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if progress is None:
+        steps = config.schedule_steps or steps
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -95,7 +96,7 @@ class PretrainModule(lightning.LightningModule):
         objective: Objective,
         engine: Engine,
         config: OptimizerConfig,
-        steps: int,
+        budget: Budget,
         seed: int,
         unloaded: Sequence[UnloadedModel],
         rows_at_once: int | None = None,
@@ -107,7 +108,7 @@ class PretrainModule(lightning.LightningModule):
         self.model = model
         self.objective = objective
         self.engine = engine
-        self.config, self.steps, self.seed, self.rows_at_once = config, steps, seed, rows_at_once
+        self.config, self.budget, self.seed, self.rows_at_once = config, budget, seed, rows_at_once
         self.sync_each_backward, self.sampled_rows = sync_each_backward, sampled_rows
         self.optimizer: torch.optim.AdamW | None = None
         # Called once the optimizer exists, to restore it from a checkpoint.
@@ -143,7 +144,7 @@ class PretrainModule(lightning.LightningModule):
         started = time.perf_counter()
         config, text = self.config, Text(**batch)
         rng = Rng(self.seed, self.step)
-        lr = learning_rate(config, self.step + 1, self.steps)
+        lr = learning_rate(config, self.step + 1, self.budget.steps, self._progress())
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         for group in optimizer.param_groups:
@@ -186,7 +187,9 @@ class PretrainModule(lightning.LightningModule):
         self.step += 1
         self.tokens += int(self._sum((text.document_BN >= 0).sum()))
         self.flops += int(self._sum(torch.tensor(ledger.total, device=self.device)))
-        self.seconds += time.perf_counter() - started
+        # The mean over ranks, which must agree on the last step.
+        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=self.device)
+        self.seconds += self._sum(seconds).item() / self.trainer.world_size
         sums = {name: self._sum(pair).tolist() for name, pair in metrics.items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
         sampled_by: dict[str, str | int] = {}
@@ -206,11 +209,32 @@ class PretrainModule(lightning.LightningModule):
             spike,
             sampled_by,
         )
-        self.trainer.should_stop = self.trainer.should_stop or self.gave_up
+        self.trainer.should_stop = self.trainer.should_stop or self.gave_up or self.finished
+
+    @property
+    def spent(self) -> tuple[int, int, float]:
+        """Steps, FLOPs and seconds."""
+        return self.step, self.flops, self.seconds
+
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run, by what it has spent so far."""
+        return self.budget.last_step(*self.spent)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.last_step
 
     @property
     def gave_up(self) -> bool:
         return self.skipped_in_a_row >= self.config.max_skipped
+
+    def _progress(self) -> float | None:
+        """The share of the schedule that is spent; None where the schedule is of steps."""
+        if self.budget.unit == "steps":
+            return None
+        spent = self.flops if self.budget.unit == "flops" else self.seconds
+        return spent / (self.config.schedule_length(self.budget.unit) or self.budget.amount)
 
     def _sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

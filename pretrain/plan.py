@@ -169,7 +169,7 @@ def plan(
         say(f"The largest that fit (auto): {sizes}; {best.peak / 1e9:.1f} GB, {best.step_seconds:.3g} s a step.")
     say(f"A snapshot is staged in {_gb(job.staged)} GB of the host's memory for each.")
     console.print(_time_table(job))
-    for line in _rates(job, recipe.steps):
+    for line in _rates(job, recipe.budget.last_step(1, sum(job.flops.values()), job.step_seconds)):
         say(line)
     say("By number of GPUs, each with the largest sizes that fit (!: none do):")
     console.print(_scale_table([fitting(s, device.memory) or s for s in scaled], device.memory))

@@ -23,6 +23,10 @@ FREE: dict[str, Any] = {"free": True}
 
 # Integers of this size do not fit into int64, and squares of such floats not into fp32.
 TOO_LARGE = 2**63
+# Evaluation samples by the key of step 2**32 - 1.
+MOST_STEPS = 2**32 - 2
+# What a run may end by.
+UNITS = ("steps", "flops", "seconds")
 
 
 class RecipeError(ValueError):
@@ -77,10 +81,16 @@ class OptimizerConfig(Part):
     lr: float = Field(default=1e-6, ge=0, description="peak learning rate")
     warmup_steps: int = Field(default=20, ge=0, description="linear from 0")
     schedule: Literal["constant", "cosine"] = Field(
-        default="constant", description="after the warm-up; cosine falls to 0 at step schedule_steps"
+        default="constant", description="after the warm-up; cosine falls to 0 at the end of the schedule"
     )
     schedule_steps: int | None = Field(
         default=None, ge=1, description="length of the schedule; default: what steps was when the run began"
+    )
+    schedule_flops: float | None = Field(
+        default=None, gt=0, description="the same for a run that ends by flops; default: what flops was when it began"
+    )
+    schedule_seconds: float | None = Field(
+        default=None, gt=0, description="the same for one that ends by seconds; default: what seconds was when it began"
     )
     weight_decay: float = Field(
         default=1e-3, ge=0, description="on matrices; not on norms, biases, embeddings or delimiters"
@@ -99,11 +109,16 @@ class OptimizerConfig(Part):
     )
     spike_window: int = Field(default=128, ge=4, description="steps before that a spike is measured by")
 
+    def schedule_length(self, unit: str) -> float | None:
+        """Of a run that ends by steps, flops or seconds; None: not said."""
+        return getattr(self, f"schedule_{unit}")
+
 
 class EvaluationConfig(Part):
     """Held-out evaluation inside the run: at its start, at its end, and every so often."""
 
     every: int | None = Field(default=None, ge=1, description="steps; default: only at start and end")
+    every_flops: float | None = Field(default=None, gt=0, description="also whenever so many FLOPs have been spent")
     rows: int = Field(default=8, ge=1, description="held-out rows that are scored")
     objective: AnyObjective | None = Field(
         default=None, description="whose evaluation; default: that of the objective that is trained"
@@ -151,11 +166,43 @@ class RolloutConfig(Part):
     )
 
 
+@dataclass(frozen=True)
+class Budget:
+    """When a run ends: once it has spent `amount` of `unit`, and at step `steps` at the latest."""
+
+    steps: int
+    unit: Literal["steps", "flops", "seconds"]
+    amount: float
+
+    def last_step(self, step: int, flops: float, seconds: float) -> int:
+        """The step that ends a run which has come to `step` and spent so much: that at which it will have spent nearest
+        to the amount, by what steps have cost so far."""
+        spent = {"steps": step, "flops": flops, "seconds": seconds}[self.unit]
+        return min(self.steps, max(step, round(step * self.amount / spent))) if spent else self.steps
+
+
 class Recipe(Part):
     """A run. `rows_per_step` rows of `data.length` tokens make a step, whatever the devices or micro-batches."""
 
-    # Evaluation samples by the key of step 2**32 - 1.
-    steps: int = Field(ge=1, lt=2**32 - 1, description="of rows_per_step rows each", json_schema_extra=FREE)
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_STEPS,
+        description="of rows_per_step rows each; where flops or seconds end the run, at most: default there no limit",
+        json_schema_extra=FREE,
+    )
+    flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="what the run may spend: it ends at the step that brings all devices' FLOPs nearest to this",
+        json_schema_extra=FREE,
+    )
+    seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="the same in seconds of training, evaluation apart; no two such runs are the same",
+        json_schema_extra=FREE,
+    )
     objective: AnyObjective = Field(description="what is trained")
     control: AnyObjective | None = Field(
         default=None, description="trained afterwards into <run_dir>/control, at equal FLOPs", json_schema_extra=FREE
@@ -257,6 +304,13 @@ class Recipe(Part):
         return 1 if self.strategy == "ddp" else self.ranks
 
     @property
+    def budget(self) -> Budget:
+        steps = self.steps or MOST_STEPS
+        if self.flops is not None:
+            return Budget(steps, "flops", self.flops)
+        return Budget(steps, "steps", steps) if self.seconds is None else Budget(steps, "seconds", self.seconds)
+
+    @property
     def objectives(self) -> dict[str, ObjectiveConfig]:
         """All that it names, by key."""
         named = {
@@ -266,17 +320,25 @@ class Recipe(Part):
         }
         return {key: config for key, config in named.items() if config is not None}
 
-    def control_recipe(self, steps: int, run_dir: str) -> Recipe:
-        """The control run: all the same but the objective and its steps, evaluated as often and in the same way."""
+    def control_recipe(self, steps: int, flops: float, run_dir: str) -> Recipe:
+        """The control of a run that took so many steps and FLOPs: all the same but the objective, for the same FLOPs,
+        evaluated as often and in the same way."""
         assert self.control is not None
-        every = self.evaluation.every and max(1, round(self.evaluation.every * steps / self.steps))
-        evaluation = self.evaluation.replaced(every=every, objective=self.evaluation.objective or self.objective)
-        length = self.optimizer.schedule_steps
-        optimizer = self.optimizer.replaced(schedule_steps=length and max(1, round(length * steps / self.steps)))
+        every = self.evaluation.every and self.evaluation.every * flops / steps
+        evaluation = self.evaluation.replaced(
+            every=None,
+            every_flops=every or self.evaluation.every_flops,
+            objective=self.evaluation.objective or self.objective,
+        )
+        length = self.optimizer.schedule_length(self.budget.unit)
+        schedule = {"schedule_steps": None, "schedule_seconds": None}
+        optimizer = self.optimizer.replaced(**schedule, schedule_flops=length and flops * length / self.budget.amount)
         return self.replaced(
             objective=self.control,
             control=None,
-            steps=steps,
+            steps=None,
+            flops=flops,
+            seconds=None,
             run_dir=run_dir,
             continue_from=None,
             optimizer=optimizer,
@@ -287,7 +349,16 @@ class Recipe(Part):
         found = [
             f"{path} must be within ±2**63, got {value}"
             for path, value in _leaves(self.model_dump(mode="json"))
-            if isinstance(value, (int, float)) and abs(value) >= TOO_LARGE
+            if isinstance(value, (int, float)) and abs(value) >= TOO_LARGE and not path.endswith("flops")
+        ]
+        if self.flops is not None and self.seconds is not None:
+            found.append("flops and seconds are two ways of ending a run; give one of them, with steps or without")
+        unit = self.budget.unit
+        found += [
+            f"optimizer.schedule_{other} is of runs that end by {other}, and this one ends by {unit}; give "
+            f"optimizer.schedule_{unit}, or leave it out for the whole run"
+            for other in UNITS
+            if other != unit and self.optimizer.schedule_length(other) is not None
         ]
         if self.rows_per_step % self.ranks:
             found.append(

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from objectives import OBJECTIVES, find_objective
-from pretrain.recipe import ACCEPTED, Key, Recipe, RecipeError, bare, keys
+from pretrain.recipe import ACCEPTED, UNITS, Key, Recipe, RecipeError, bare, keys
 
 log = logging.getLogger(__name__)
 Tree = dict[str, Any]
@@ -40,7 +40,7 @@ AUTOMATIC = ("micro_batch_rows", "sampled_rows", "objective.anchors_at_once", "o
 # Given a recipe and some of AUTOMATIC, their values.
 Sizes = Callable[[Recipe, Sequence[str]], Mapping[str, int | None]]
 # Stand in for required keys that are wrong or missing, so that everything else is still checked.
-STAND_INS: Tree = {"steps": 1, "objective": {"name": "next_token"}}
+STAND_INS: Tree = {"objective": {"name": "next_token"}}
 # Characters of a wrong value that a message repeats.
 SHOWN = 80
 
@@ -152,6 +152,10 @@ def recipe_from_tree(tree: Tree, problems: Sequence[str] = ()) -> Recipe:
         parent, last = _parent(tree, key)
         if parent is not None and isinstance(parent.get(last), str):
             parent[last] = {name: parent[last]}
+    if all(tree.get(unit) is None for unit in UNITS):
+        found.append(
+            "steps is missing; write it into the recipe or give --steps, or what a run may spend: --flops or --seconds"
+        )
     recipe = None
     try:
         recipe = Recipe.model_validate_json(json.dumps(tree))

@@ -129,9 +129,9 @@ class RunRecords:
         self.control: RunRecords | None = None
         control = RunDirectory(directory.control)
         if control.recipe.exists():
-            records = RunRecords(control, control.load_recipe())
-            if records.metrics and records.evaluations and records.last["step"] >= records.recipe.steps:
-                self.control = records
+            its_recipe = control.load_recipe()
+            if recipe.data.held_out and control.is_finished(its_recipe):
+                self.control = RunRecords(control, its_recipe)
 
     @property
     def before(self) -> Record:
@@ -528,9 +528,10 @@ def _page(
 
 def _what_it_is(run: RunRecords) -> str:
     recipe = run.recipe
-    tokens = recipe.steps * recipe.rows_per_step * recipe.data.length
+    steps = run.last["step"]
+    tokens = steps * recipe.rows_per_step * recipe.data.length
     found = (
-        f"{recipe.model} trained with {run.name} on {recipe.data.reference}: {recipe.steps:,} steps of "
+        f"{recipe.model} trained with {run.name} on {recipe.data.reference}: {steps:,} steps of "
         f"{recipe.rows_per_step} × {recipe.data.length:,} tokens, {tokens:,} in all. "
         f"{find_objective(run.name).sentence}".rstrip()
         + " "

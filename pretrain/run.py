@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -32,8 +33,8 @@ from pretrain.assembly import assemble, lane_states
 from pretrain.callbacks import Checkpoints, HeldOutEvaluation, Records, is_rank_zero, say, scalars
 from pretrain.diagnostics import Diagnostics, at_start
 from pretrain.launcher import cluster_environment, launched
-from pretrain.module import PretrainModule, micro_batches
-from pretrain.recipe import LoggingConfig, Recipe, RecipeError
+from pretrain.module import PretrainModule
+from pretrain.recipe import MOST_STEPS, LoggingConfig, Recipe, RecipeError
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.report import print_report, write_report
 from pretrain.run_directory import RunDirectory, writing
@@ -51,10 +52,10 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
 logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
 
 
-def fit(recipe: Recipe, restart: bool = False) -> Path:
+def fit(recipe: Recipe, restart: bool = False, report: bool = True) -> Path:
     """Runs a recipe to its end, then its control if it has one, continuing what its directory holds; returns that.
 
-    restart: begins anew, and removes what the directory holds of a run.
+    restart: begins anew, and removes what the directory holds of a run. report: also print what report.html has.
     Raises RecipeError, DataError, CheckpointError or RunDirectoryError for what the user can fix, TrainingStopped if it
     gave up, and Stopped if a signal asked it to stop: then the same call continues.
     """
@@ -76,12 +77,13 @@ def fit(recipe: Recipe, restart: bool = False) -> Path:
         if recipe.control is not None:
             if signals.asked:
                 raise Stopped(f"{directory.path} is finished, its control not begun; the same command goes on")
-            steps = equal_flops_steps(recipe, directory)
-            say(f"control: {recipe.control.name} on the same data for the same FLOPs, {steps} steps")
+            last = directory.read(directory.metrics)[-1]
+            say(f"control: {recipe.control.name} on the same data for the same {last['flops']:.4g} FLOPs")
             control = RunDirectory(directory.control)
             try:
                 with _locked(control):
-                    _train(recipe.control_recipe(steps, str(directory.control)), control, signals)
+                    its_recipe = recipe.control_recipe(last["step"], last["flops"], str(directory.control))
+                    _train(its_recipe, control, signals)
             except TrainingStopped as stopped:
                 raise TrainingStopped(
                     f"the control: {stopped}; look at the data, or begin another --run-dir with a lower optimizer.lr"
@@ -90,31 +92,14 @@ def fit(recipe: Recipe, restart: bool = False) -> Path:
             seconds = time.perf_counter() - started
             with writing(directory.path):
                 write_report(directory, recipe, seconds)
-            print_report(directory, recipe, seconds)
+            if report:
+                print_report(directory, recipe, seconds)
     return directory.path
 
 
 def _locked(directory: RunDirectory) -> contextlib.AbstractContextManager[None]:
     """The lock, which rank 0 holds for all ranks."""
     return directory.locked() if is_rank_zero() else contextlib.nullcontext()
-
-
-def equal_flops_steps(recipe: Recipe, directory: RunDirectory) -> int:
-    """Steps of the control that cost as many FLOPs as the run, by the cost of its first step."""
-    control = assemble(recipe.control_recipe(1, str(directory.control)))
-    control.load(torch.device("cpu"))
-    text = Text(**control.data.rows(0, recipe.rows_per_step))
-    cost: float | None = control.objective.step_flops(control.model, text)
-    if cost is None:
-        part = micro_batches(text, recipe.micro_batch_rows)[0]
-        # With grad enabled, since only then the ledger counts the backward, which is not run.
-        with Ledger() as ledger:
-            step = Step(control.objective, control.model, [part], Rng(recipe.seed, 0), control.engine)
-            for _ in range(step.updates):
-                for _ in step.losses():
-                    pass
-        cost = ledger.total * text.shape[0] / part.shape[0]
-    return max(1, round(directory.read(directory.metrics)[-1]["flops"] / cost))
 
 
 def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restart: bool = False) -> None:
@@ -128,7 +113,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         run.objective,
         run.engine,
         recipe.optimizer,
-        recipe.steps,
+        recipe.budget,
         recipe.seed,
         run.unloaded,
         rows_at_once=recipe.micro_batch_rows,
@@ -146,20 +131,19 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         elif difficulty is not None:
             say("other tokens are evaluated than before, or in another way: their difficulty is measured anew")
     evaluated = not run.held_out.text.shape[0] or directory.is_evaluated(module.step)
-    if module.step > recipe.steps or (module.step == recipe.steps and evaluated):
-        say(f"{directory.path} is already at step {module.step} of {recipe.steps}; raise --steps to go on")
+    if module.step > module.last_step or (module.finished and evaluated):
+        say(f"{directory.path} is already at {_place(module)}; raise --{recipe.budget.unit} to go on")
         return
     if run.checkpoint is not None:
         changes = directory.changes(recipe)
+        say(f"continuing {directory.path} at {_place(module)}" + (f"; it changes {changes}" if changes else ""))
+    unit, amount = recipe.budget.unit, recipe.budget.amount
+    length = recipe.optimizer.schedule_length(unit)
+    if length is not None and length < amount:
+        at = f"step {length}" if unit == "steps" else f"{length:.4g} {unit}"
         say(
-            f"continuing {directory.path} at step {module.step} of {recipe.steps}"
-            + (f"; it changes {changes}" if changes else "")
-        )
-    length = recipe.optimizer.schedule_steps
-    if length is not None and length < recipe.steps:
-        say(
-            f"the schedule ends at step {length} (optimizer.schedule_steps), and the learning rate is 0 after it; to "
-            f"stretch it from a checkpoint on: --continue-from STEP --optimizer.schedule_steps {recipe.steps}"
+            f"the schedule ends at {at} (optimizer.schedule_{unit}), and the learning rate is 0 after it; to "
+            f"stretch it from a checkpoint on: --continue-from STEP --optimizer.schedule_{unit} {amount}"
         )
     if is_rank_zero():
         if restart:
@@ -176,7 +160,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
     loggers = _loggers(recipe.logging, directory)
     evaluation = HeldOutEvaluation(
         directory,
-        recipe.evaluation.every,
+        recipe.evaluation,
         run.evaluator,
         run.held_out,
         recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks,
@@ -192,7 +176,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         constants["data_contents"] = run.data.contents
     data_module = TextDataModule(
         run.data,
-        recipe.steps,
+        module.step if module.finished else recipe.budget.steps,
         recipe.rows_per_step,
         start_step=module.step,
         num_workers=recipe.data_workers,
@@ -228,12 +212,23 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         raise
     for logger in loggers:
         logger.finalize("success")
-    if module.step < recipe.steps and not module.gave_up:
-        raise Stopped(f"stopped at step {module.step} of {recipe.steps}; the same command continues")
+    if not module.finished and not module.gave_up:
+        raise Stopped(f"stopped at {_place(module)}; the same command continues")
     if evaluation.interrupted:
         raise Stopped(f"stopped at the last step, {module.step}, before its evaluation; the same command continues")
     if checkpoints.refused is not None:
         raise TrainingStopped(checkpoints.refused)
+    if unit != "steps" and replace(recipe.budget, steps=MOST_STEPS).last_step(*module.spent) > module.step:
+        share = getattr(module, unit) / amount
+        say(f"the run ends at --steps {recipe.steps} with {share:.0%} of its {unit} spent; raise --steps for the rest")
+
+
+def _place(module: PretrainModule) -> str:
+    """Where a run is, and of how many steps, as far as that is known."""
+    last = module.last_step
+    if last == MOST_STEPS:
+        return f"step {module.step}"
+    return f"step {module.step} of {'' if module.finished or module.budget.unit == 'steps' else 'about '}{last}"
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -257,17 +252,18 @@ def dry_run(recipe: Recipe) -> None:
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters())
     passes = recipe.rows_per_step // rows
+    steps = recipe.budget.last_step(1, ledger.total * passes, seconds * passes / recipe.ranks)
     say(
         f"{recipe.model}: {parameters / 1e6:.1f}M parameters; weights, gradients and AdamW states take "
         f"{parameters * 16 / 2**30:.1f} GiB in fp32"
     )
     say(
-        f"data: {run.data.about()}; {recipe.steps} steps of {recipe.rows_per_step} × "
-        f"{recipe.data.length} tokens are {recipe.steps * recipe.rows_per_step * recipe.data.length:,}"
+        f"data: {run.data.about()}; {steps} steps of {recipe.rows_per_step} × "
+        f"{recipe.data.length} tokens are {steps * recipe.rows_per_step * recipe.data.length:,}"
     )
     say(
         f"{recipe.objective.name}: one pass over {rows} rows took {seconds:.1f} s and {ledger.total / 1e12:.2f} TFLOP; "
-        f"about {seconds * passes / recipe.ranks * recipe.steps / 60:.0f} minutes for the run"
+        f"about {seconds * passes / recipe.ranks * steps / 60:.0f} minutes for the run"
     )
     for warning in at_start(recipe.model, recipe.objective):
         say(f"warning, {warning.name}: {warning.message}")

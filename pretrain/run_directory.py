@@ -103,8 +103,10 @@ class RunDirectory:
         """The recipe with what it leaves to the run: the schedule's length, and where the run last went on from."""
         run = self.load_recipe() if self.recipe.exists() and not restart else recipe
         optimizer = recipe.optimizer
-        if optimizer.schedule != "constant" and optimizer.schedule_steps is None:
-            optimizer = optimizer.replaced(schedule_steps=run.optimizer.schedule_steps or run.steps)
+        unit = recipe.budget.unit
+        if optimizer.schedule != "constant" and optimizer.schedule_length(unit) is None:
+            length = run.optimizer.schedule_length(unit) or getattr(run, unit)
+            optimizer = optimizer.replaced(**{f"schedule_{unit}": length})
         # Only a command that names a step goes back to it; the next one, without, continues.
         step = recipe.continue_from or (run.continue_from if optimizer == run.optimizer else None)
         return recipe.replaced(optimizer=optimizer, continue_from=step)
@@ -172,8 +174,8 @@ class RunDirectory:
             self.tokenizer.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (tokenizer_directory / name).exists():
-                _write_durably(self.tokenizer / name, (tokenizer_directory / name).read_text(encoding="utf-8"))
-        _write_durably(self.recipe, recipe_to_yaml(recipe))
+                write_durably(self.tokenizer / name, (tokenizer_directory / name).read_text(encoding="utf-8"))
+        write_durably(self.recipe, recipe_to_yaml(recipe))
 
     def load_recipe(self) -> Recipe:
         """Raises RecipeError, in one line, for a recipe that cannot be read."""
@@ -191,7 +193,16 @@ class RunDirectory:
         for path in self.records:
             if path.exists():
                 kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
-                _write_durably(path, "".join(line + "\n" for line in kept))
+                write_durably(path, "".join(line + "\n" for line in kept))
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether the records are those of a whole run of the recipe, its last evaluation included."""
+        records = self.read(self.metrics)
+        if not records:
+            return False
+        step, flops, seconds = (records[-1][name] for name in ("step", "flops", "seconds"))
+        evaluated = recipe.data.held_out == 0 or self.is_evaluated(step)
+        return evaluated and step >= recipe.budget.last_step(step, flops, seconds)
 
     def is_evaluated(self, step: int) -> bool:
         return any(record["step"] == step for record in self.read(self.evaluations))
@@ -222,7 +233,7 @@ def _complete_lines(path: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:

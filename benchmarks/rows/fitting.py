@@ -84,11 +84,11 @@ def fitting_row(settings: Settings, objective: dict[str, Any]) -> Row:
         parts.load(settings.device)
         model, config = parts.model, recipe.optimizer
         optimizer, begun, found = make_optimizer(model, config), [], []
-        for number in range(recipe.steps):
+        for number in range(recipe.budget.steps):
             begun.append(time.perf_counter())
             text = Text(**parts.data.batch(number, recipe.rows_per_step)).to(settings.device)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, number + 1, recipe.steps)
+                group["lr"] = learning_rate(config, number + 1, recipe.budget.steps)
             pieces = micro_batches(text, recipe.micro_batch_rows)
             step = Step(parts.objective, model, pieces, Rng(recipe.seed, number), parts.engine)
             optimizer.zero_grad()

@@ -51,7 +51,7 @@ def test_all_controls_are_there_and_matched(results):
             if name != "base"
         }
         assert {recipe.seed for recipe in recipes.values()} == {seed}
-        assert recipes["shuffled"].objective == recipes["rlp"].objective.replaced(shuffle_rewards=True)
+        assert recipes["shuffled"].objective == recipes["rlp"].objective.replaced(rewards="shuffled")
         assert all(recipe.data == recipes["rlp"].data for recipe in recipes.values())
         ends = {name: lines(work / f"lab-{name}-{seed}" / "metrics.jsonl")[-1] for name in recipes}
         first = lines(work / f"lab-next_token-{seed}" / "metrics.jsonl")[0]["flops"]

@@ -285,7 +285,7 @@ def test_non_finite_steps_are_skipped_and_too_many_stop_the_run(tiny_run, run_di
 @pytest.fixture
 def explosive(monkeypatch):
     """Rates of 1 and more are infinite, as a recipe's may not be."""
-    rate = lambda config, step, steps: config.lr if config.lr < 1 else math.inf  # noqa: E731
+    rate = lambda config, *rest: config.lr if config.lr < 1 else math.inf  # noqa: E731
     monkeypatch.setattr("pretrain.module.learning_rate", rate)
 
 
@@ -407,10 +407,11 @@ def test_a_longer_run_keeps_its_schedule_and_says_what_it_changes(tiny_run, run_
 
 def test_a_control_has_a_schedule_of_its_own():
     recipe = load_recipe("quickstart", ["--continue-from", "4"])
-    assert recipe.control_recipe(400, "x").optimizer.schedule_steps is None
+    assert recipe.control_recipe(100, 4e9, "x").optimizer.schedule_flops is None
     half = load_recipe("quickstart", ["--continue-from", "4", "--optimizer.schedule_steps", str(recipe.steps // 2)])
-    control = half.control_recipe(400, "x")
-    assert (control.optimizer.schedule_steps, control.continue_from) == (200, None)
+    control = half.control_recipe(100, 4e9, "x")
+    assert (control.optimizer.schedule_steps, control.optimizer.schedule_flops) == (None, 2e9)
+    assert control.continue_from is None
 
 
 def test_fewer_steps_than_are_done_change_nothing(tiny_run, run_directory, capsys):
