@@ -1,6 +1,6 @@
-"""The command line: `forethought fit | data | plan | evaluate | export | sample`, the same as `python -m pretrain`, and
-what is installed beside it: an entry point of the group COMMANDS is a pair of the function to run and what adds its
-arguments to a parser.
+"""The command line: `forethought fit | study | data | plan | evaluate | export | sample`, the same as `python -m
+pretrain`, and what is installed beside it: an entry point of the group COMMANDS is a pair of the function to run and
+what adds its arguments to a parser.
 
 Ours is imported where it is needed: --help is quick, and signals are handled before anything large is imported.
 """
@@ -90,6 +90,18 @@ def plan(recipe: str, overrides: Sequence[str], **rest: Any) -> None:
     from pretrain.recipe_files import load_recipe
 
     planning.plan(load_recipe(recipe, overrides), recipe, **rest)
+
+
+def study(study: str, overrides: Sequence[str], run_dir: str | None, dry_run: bool) -> None:
+    """Train the arms of a study with every seed, and compare them on the same held-out documents.
+
+    STUDY is a YAML file: a base recipe, arms that change it, a matrix of further values, seeds, what all runs spend
+    alike, and controls; --key value changes the base. Runs are ordinary run directories, <run-dir>/<arm>/seed-<n>, one
+    after the other; the same command continues. Ends with a table, also as results.md and results.json.
+    """
+    from pretrain.study.running import run_study
+
+    run_study(study, overrides, run_dir, dry_run)
 
 
 def export(checkpoint: str, out: str, thinking: bool) -> None:
@@ -208,6 +220,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     planning.add_argument("--json", dest="as_json", action="store_true", help="print all figures as JSON instead")
 
+    studying = command(study)
+    studying.add_argument("study", metavar="STUDY", help="YAML file; --key value as for fit, for all runs")
+    studying.add_argument("--run-dir", metavar="DIR", help="default: runs/<name of the study>")
+    studying.add_argument("--dry-run", action="store_true", help="validate every recipe, and stop")
+
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
     exporting.add_argument("out", metavar="OUT", help="directory to write; must not exist or be empty")
@@ -298,7 +315,7 @@ def _main(argv: Sequence[str]) -> int:
     arguments, rest = parser.parse_known_args(argv)
     options = vars(arguments)
     function = options.pop("function")
-    if options.pop("command") in ("fit", "data", "plan"):
+    if options.pop("command") in ("fit", "data", "plan", "study"):
         options["overrides"] = rest
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")

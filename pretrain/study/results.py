@@ -1,0 +1,159 @@
+"""What a study found: each arm's held-out NLL and what it spent, and how it differs from the controls.
+
+Shapes: S seeds, D documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.study.definition import Cell
+from pretrain.study.scores import Scores
+from pretrain.study.statistics import holm, over_seeds, paired_differences
+
+# What arms are compared by: the first condition's NLL, minus the second's.
+METRICS = {
+    "without a thought": ("none", None),
+    "after its own thought": ("own", None),
+    "own minus shuffled": ("own", "shuffled"),
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end. spent: step, tokens, flops and seconds. missed: the share by which that is not its
+    budget."""
+
+    cell: Cell
+    seed: int
+    spent: Mapping[str, float]
+    missed: float
+    scores: Scores
+
+
+def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -> dict[str, Any]:
+    """JSON-able. before: of the model that training starts from."""
+    cells = list(dict.fromkeys(run.cell for run in runs))
+    of = {cell: [run for run in runs if run.cell == cell] for cell in cells}
+    comparisons = [
+        (cell, control, metric)
+        for cell in cells
+        if cell.arm not in controls
+        for control in (Cell(name, cell.values) for name in controls)
+        if control in of
+        for metric in METRICS
+        if _of(before, metric) is not None
+    ]
+    differences = [_difference(of[cell], of[control], metric) for cell, control, metric in comparisons]
+    adjusted = holm([found["p"] for found in differences])
+    return {
+        "documents": len(before.documents_D),
+        "tokens": int(before.tokens_D.sum()),
+        "before": {metric: _mean(before, metric) for metric in METRICS} | {"right thoughts": before.right},
+        "missed": max(run.missed for run in runs),
+        "arms": {cell.name: _arm(of[cell]) for cell in cells},
+        "comparisons": [
+            {"arm": cell.name, "control": control.name, "metric": metric, **found, "p_holm": p}
+            for (cell, control, metric), found, p in zip(comparisons, differences, adjusted, strict=True)
+        ],
+    }
+
+
+def _of(scores: Scores, metric: str) -> Tensor | None:
+    """[D] of a metric; None where it is not scored."""
+    first, second = METRICS[metric]
+    if first not in scores.nll or (second is not None and second not in scores.nll):
+        return None
+    return scores.nll[first] - (scores.nll[second] if second is not None else 0)
+
+
+def _mean(scores: Scores, metric: str) -> float | None:
+    """Over tokens."""
+    value_D = _of(scores, metric)
+    return None if value_D is None else ((value_D * scores.tokens_D).sum() / scores.tokens_D.sum()).item()
+
+
+def _arm(runs: Sequence[Finished]) -> dict[str, Any]:
+    values = {metric: [_mean(run.scores, metric) for run in runs] for metric in METRICS}
+    values["right thoughts"] = [run.scores.right for run in runs]
+    spent = {name: [run.spent[name] for run in runs] for name in ("step", "tokens", "flops", "seconds")}
+    known = {name: [x for x in of if x is not None] for name, of in values.items()}
+    return {
+        "seeds": [run.seed for run in runs],
+        **{name: _json(vars(over_seeds(of))) for name, of in known.items() if of},
+        "by_seed": values,
+        "spent": spent,
+    }
+
+
+def _json(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """What is not finite is not JSON."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _difference(arm: Sequence[Finished], control: Sequence[Finished], metric: str) -> dict[str, Any]:
+    """Over the seeds that both have."""
+    by_seed = {run.seed: run.scores for run in control}
+    pairs = [(run.scores, by_seed[run.seed]) for run in arm if run.seed in by_seed]
+    difference_SD = torch.stack([_of(a, metric) - _of(b, metric) for a, b in pairs])  # type: ignore[operator]
+    found = paired_differences(difference_SD, pairs[0][0].tokens_D)
+    return {"seeds": len(pairs), **_json({name: value.item() for name, value in vars(found).items()})}
+
+
+def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
+    """Two tables. match: what the runs spent alike, in words."""
+    shown = [metric for metric in (*METRICS, "right thoughts") if found["before"][metric] is not None]
+    unit = {metric: "" if metric == "right thoughts" else ", nats" for metric in shown}
+    rows = [["the model before", "", *(f"{found['before'][metric]:.3f}" for metric in shown), "", ""]]
+    for cell, arm in found["arms"].items():
+        spent = {key: sum(values) / len(values) for key, values in arm["spent"].items()}
+        metrics = [_shown(arm[metric]) for metric in shown]
+        seeds = ", ".join(map(str, arm["seeds"]))
+        rows.append([cell, seeds, *metrics, f"{spent['flops']:.4g}", f"{spent['seconds']:.0f}"])
+    head = ["arm", "seeds", *(metric + unit[metric] for metric in shown), "FLOPs", "seconds"]
+    lines = [
+        f"# {name}",
+        "",
+        f"{match} No run missed its budget by more than {found['missed']:.1%}. Held-out NLL, in nats per token, of "
+        f"{found['tokens']:,} tokens of {found['documents']:,} documents: the lower, the better. Own minus shuffled "
+        "is what the words of a thought are worth. Means over seeds with 95% intervals (Student's t).",
+        "",
+        *_table(head, rows),
+    ]
+    comparisons = found["comparisons"]
+    if comparisons:
+        head = ["arm", "minus control", "of", "difference, nats", "p", "p, Holm", "Cohen's d"]
+        rows = [
+            [
+                *(c["arm"], c["control"], c["metric"], f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"),
+                *(f"{c['p']:.3f}", f"{c['p_holm']:.3f}", "" if c["effect"] is None else f"{c['effect']:+.2f}"),
+            ]
+            for c in comparisons
+        ]
+        seeds = min(c["seeds"] for c in comparisons)
+        of_one = (
+            " With one seed they hold for these models alone, not for other runs of the recipes." if seeds < 2 else ""
+        )
+        lines += [
+            "",
+            f"Differences on the same documents, paired by seed, with 95% intervals over seeds and documents; "
+            f"{len(comparisons)} comparisons were made, which the column Holm allows for.{of_one}",
+            "",
+            *_table(head, rows),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(interval: Mapping[str, Any]) -> str:
+    mean = f"{interval['mean']:.3f}"
+    return mean if interval["low"] is None else f"{mean} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]

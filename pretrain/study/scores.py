@@ -1,0 +1,86 @@
+"""The final scores of a run's model: of every document, kept as JSON beside the run, so that nothing is scored twice.
+
+All runs of a study are scored alike: on the same documents at the same anchors, whatever they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.snapshots import newest_snapshot
+from models.philox import Rng
+from pretrain.assembly import assemble
+from pretrain.evaluation.held_out import HeldOutScores, score_held_out
+from pretrain.recipe import Recipe
+from pretrain.recipe_files import recipe_to_tree
+from pretrain.run_directory import RunDirectory, write_durably
+
+# None of training's steps, and not that of evaluations in it.
+STEP = 2**32 - 2
+
+
+@dataclass(frozen=True)
+class Scores:
+    """nll: by condition of the counterfactual test, and "none" for that without a thought, the mean of each document's
+    scored tokens [D]. tokens_D: how many. right: share of right thoughts, where right ones are known."""
+
+    documents_D: Tensor
+    tokens_D: Tensor
+    nll: Mapping[str, Tensor]
+    right: float | None
+
+
+def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None) -> Scores:
+    """The scores of a run's newest model, or, for None, of the one that training starts from; read from `path`, if
+    they are there.
+
+    recipe: of the run. scoring: whose data and evaluation are used.
+    """
+    step = 0 if run is None else run.read(run.metrics)[-1]["step"]
+    alike = recipe_to_tree(scoring)
+    how = {"step": step, "model": recipe.model, "data": alike["data"], "evaluation": alike["evaluation"]}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("how") != how:
+        found = {"how": how, **_scored(recipe, scoring, run)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(found) + "\n")
+    nll = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["nll"].items()}
+    return Scores(torch.tensor(found["documents"]), torch.tensor(found["tokens"]), nll, found["right"])
+
+
+def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
+    changes = {"data": scoring.data, "evaluation": scoring.evaluation, "data_changed": "begin", "seed": scoring.seed}
+    parts = assemble(recipe.replaced(**changes), None if run is None else newest_snapshot(run.checkpoints))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts.load(device)
+    rows = recipe.micro_batch_rows or recipe.rows_per_step
+    held_out = parts.held_out.to(device)
+    found = score_held_out(
+        parts.evaluator, parts.model, held_out, Rng(scoring.seed, STEP), rows, parts.test, parts.engine
+    )
+    return by_document(found)
+
+
+def by_document(scores: HeldOutScores) -> dict[str, Any]:
+    """JSON-able: documents, their scored tokens, mean NLL of these by condition, and the share of right thoughts."""
+    documents_D, index_E, tokens_D = scores.document_E.unique(return_inverse=True, return_counts=True)
+    nll_E = {"none": scores.text_nll_E, **scores.counterfactual_E}
+    if scores.thought_nll_E is not None:
+        nll_E["own"] = scores.thought_nll_E
+    known_E = torch.zeros(0) if scores.right_E is None else scores.right_E[~scores.right_E.isnan()]
+    if len(known_E) < len(index_E):
+        nll_E.pop("right", None)  # of some tokens it says nothing
+    zeros_D = torch.zeros(len(documents_D), dtype=torch.float64)
+    return {
+        "documents": documents_D.tolist(),
+        "tokens": tokens_D.tolist(),
+        "nll": {name: (zeros_D.index_add(0, index_E, x_E) / tokens_D).tolist() for name, x_E in nll_E.items()},
+        "right": known_E.mean().item() if len(known_E) else None,
+    }

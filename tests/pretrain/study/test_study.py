@@ -1,0 +1,208 @@
+"""Studies of a tiny model: what they train, that nothing is done twice, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from objectives import Step
+from pretrain.cli import main
+from pretrain.recipe import RecipeError
+from pretrain.run_directory import RunDirectory
+from pretrain.study import running, scores
+from pretrain.study.definition import load_study
+from tests.pretrain.test_fit import lines
+
+ROOT = Path(__file__).parents[3]
+STUDY = {
+    "base": "base.yaml",
+    "arms": {"next-token": {"objective": "next_token"}, "rlp": None},
+    "seeds": [0, 1],
+    "match": "flops",
+    "budget": "rlp",
+    "controls": ["next-token"],
+    "held_out_rows": 24,
+}
+
+
+@pytest.fixture
+def study(tiny_run, tmp_path, monkeypatch):
+    """Writes a study of the tiny model with changes, and gives the arguments of the command."""
+    monkeypatch.chdir(tmp_path)
+    keys = dict(zip((key.removeprefix("--") for key in tiny_run[::2]), tiny_run[1::2], strict=True))
+    del keys["run-dir"]
+    base = [f"--{key}={value}" for key, value in keys.items()]
+    objective = {"name": "rlp", "length": 3, "thoughts": 2, "min_prefix": 4}
+    Path("base.yaml").write_text(yaml.safe_dump({"steps": 2, "objective": objective, "rows_per_step": 2}))
+
+    def write(changes: dict | None = None, out: str = "out") -> list[str]:
+        Path("study.yaml").write_text(yaml.safe_dump(STUDY | (changes or {}), sort_keys=False))
+        return ["study", "study.yaml", "--run-dir", out, *base, "--rows_per_step=2", "--data.held_out=0.4"]
+
+    return write
+
+
+def test_a_study_killed_in_the_middle_of_a_run(study, monkeypatch, capsys):
+    class Stopping(Step):
+        def __init__(self, *rest):
+            super().__init__(*rest)
+            made.append(self)
+            if len(made) == 5:
+                raise InterruptedError
+
+    made: list[Step] = []
+    monkeypatch.setattr("pretrain.module.Step", Stopping)
+    with pytest.raises(InterruptedError):
+        main(study())
+    assert not Path("out/results.md").exists()
+    first = lines(Path("out/rlp/seed-0/metrics.jsonl"))
+    assert main(study()) == 0
+    said = capsys.readouterr()
+    assert lines(Path("out/rlp/seed-0/metrics.jsonl")) == first  # to the second: it was not run again
+    assert "run 3 of 4: out/rlp/seed-1, about " in said.err and "run 4 of 4: out/next-token/seed-1" in said.err
+
+    # Runs are those of the arms, matched seed by seed.
+    spent = {}
+    for path in Path("out").glob("*/seed-?"):
+        directory = RunDirectory(path)
+        recipe, records = directory.load_recipe(), lines(directory.metrics)
+        assert path.name == f"seed-{recipe.seed}" and (path / "report.html").exists()
+        assert recipe.objective.name == {"rlp": "rlp", "next-token": "next_token"}[path.parent.name]
+        assert recipe.evaluation.objective.name == "rlp"
+        spent[path.parent.name, recipe.seed] = [record["flops"] for record in records]
+    assert len(spent) == 4
+    for seed in (0, 1):
+        cost, budget = spent["next-token", seed], spent["rlp", seed][-1]
+        assert len(spent["rlp", seed]) == 2 < len(cost)
+        assert abs(cost[-1] - budget) <= cost[0] / 2
+
+    # The table says what the documents' scores say.
+    found = json.loads(Path("out/results.json").read_text())
+    of_documents = {}
+    for arm in ("rlp", "next-token"):
+        of_seeds = [json.loads(Path(f"out/{arm}/seed-{seed}.scores.json").read_text()) for seed in (0, 1)]
+        tokens = of_seeds[0]["tokens"]
+        means = [
+            sum(n * (a - b) for n, a, b in zip(tokens, s["nll"]["own"], s["nll"]["shuffled"], strict=True))
+            / sum(tokens)
+            for s in of_seeds
+        ]
+        assert found["arms"][arm]["own minus shuffled"]["mean"] == pytest.approx(sum(means) / 2)
+        assert found["arms"][arm]["by_seed"]["own minus shuffled"] == pytest.approx(means)
+        of_documents[arm] = [s["nll"]["own"] for s in of_seeds]
+    assert found["tokens"] == sum(tokens) and found["documents"] == len(tokens) > 1
+    (own,) = [c for c in found["comparisons"] if c["metric"] == "after its own thought"]
+    assert (own["arm"], own["control"], own["seeds"]) == ("rlp", "next-token", 2)
+    expected = [
+        sum(n * (a - b) for n, a, b in zip(tokens, *of, strict=True)) / sum(tokens)
+        for of in zip(of_documents["rlp"], of_documents["next-token"], strict=True)
+    ]
+    assert own["mean"] == pytest.approx(sum(expected) / 2) and own["low"] <= own["mean"] <= own["high"]
+    assert len(found["comparisons"]) == 3 and "3 comparisons were made" in said.out
+    assert said.out.strip().endswith(Path("out/results.md").read_text().strip())
+
+    # Once more: nothing is trained and nothing scored.
+    monkeypatch.setattr(running, "fit", None)
+    monkeypatch.setattr(scores, "score_held_out", None)
+    assert main(study()) == 0
+    assert json.loads(Path("out/results.json").read_text()) == found
+
+    # It may grow, and nothing else may change.
+    assert main(study({"budget": "next-token", "arms": STUDY["arms"] | {"rlp": {"objective.length": 2}}})) == 1
+    message = capsys.readouterr().err
+    assert "out belongs to another study (budget, arms.rlp differ); choose another --run-dir" in message
+    grown = {"arms": STUDY["arms"] | {"coin": {"objective.rewards": "random"}}, "seeds": [0, 1, 2]}
+    assert main([*study(grown), "--dry-run"]) == 0
+    assert "the study can be run: 9 runs" in capsys.readouterr().err
+
+
+def test_the_grid_of_a_study(study):
+    arguments = study({"matrix": {"optimizer.lr": [1e-3, 1e-4], "data.length": [16, 32]}, "match": "tokens"})
+    planned = load_study("study.yaml", arguments[4:], "out")
+    names = [cell.name for cell in planned.cells]
+    assert names[:3] == ["rlp,optimizer.lr=0.001,data.length=16", names[0].replace("rlp", "next-token"), names[2]]
+    assert len(names) == 8 and len({run.recipe.run_dir for run in planned.runs}) == 16
+    for run in planned.runs:
+        recipe = planned.recipe(run)
+        assert (recipe.steps, recipe.flops) == (2, None)
+        assert ("optimizer.lr", recipe.optimizer.lr) in run.cell.values
+        assert ("data.length", recipe.data.length) in run.cell.values
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"matrix": {"optimizer.lrr": [1]}}, ["unknown key 'optimizer.lrr'; did you mean 'lr'?"]),
+        (
+            {"arms": STUDY["arms"] | {"short": {"objective.length": 0}}},
+            ["objective.length must be at least 1, got 0 (L, sampled tokens of a thought at most) (in short)"],
+        ),
+        ({"budget": "rpl"}, ["budget 'rpl' is neither a number nor an arm; arms: next-token, rlp"]),
+        ({"budget": -1.0}, ["budget must be above 0, got -1.0"]),
+        ({"budget": None}, ["match and budget go together: what all runs spend alike, and how much or as which arm"]),
+        (
+            {"match": "tokens", "budget": 100},
+            ["100 tokens are no whole number of steps of 64; change the budget or rows_per_step"],
+        ),
+        (
+            {"arms": {"rlp": {}, "next-token": {"objective": "next_token", "steps": 7}}},
+            ["arms.next-token cannot set steps: match flops says how long; leave it out"],
+        ),
+        (
+            {"changes": {"optimizer.schedule_steps": 5}},
+            [
+                "optimizer.schedule_steps is of runs that end by steps, and this one ends by flops; give "
+                "optimizer.schedule_flops, or leave it out for the whole run (in next-token)"
+            ],
+        ),
+        (
+            {"controls": ["sft"], "seeds": [1, 1], "arms": STUDY["arms"] | {"a/b": {"evaluation.rows": 3}}},
+            [
+                "controls: 'sft' is no arm; arms: next-token, rlp, a/b",
+                "arm 'a/b' names a folder; use letters, digits, ., _ and -",
+                "seeds [1, 1] are not all different; give each once",
+                "arms.a/b cannot set evaluation.rows: all arms are scored alike; set it in changes",
+            ],
+        ),
+        ({"sed": 3}, ["unknown key 'sed'; known: base, changes, arms, matrix, seeds, match, budget, controls, "]),
+        ({"base": "nowhere"}, ["no recipe 'nowhere': give a YAML file or one of "]),
+        ({"changes": {"devices": 2}}, ["a study's runs take one device each; set devices and nodes to 1"]),
+        ({"changes": {"model": "nowhere at all"}}, ["no model 'nowhere at all'; give a local Hugging Face directory"]),
+    ],
+)
+def test_mistakes_are_a_line_each_before_anything_runs(changes, expected, study, capsys):
+    arguments = study(changes)
+    if "model" in changes.get("changes", {}):
+        arguments = [a for a in arguments if not a.startswith("--model")]
+    assert main(arguments) == 1
+    first, *found = capsys.readouterr().err.splitlines()
+    assert first == "forethought: the study cannot be run:"
+    assert len(found) == len(expected)
+    assert all(line.removeprefix("  - ").startswith(part) for line, part in zip(found, expected, strict=True)), found
+    assert not Path("out").exists()
+
+
+def test_a_directory_that_is_no_study_s(study, capsys):
+    Path("out/rlp").mkdir(parents=True)
+    assert main(study()) == 1
+    assert "  - out is not empty and no study's; choose another --run-dir" in capsys.readouterr().err.splitlines()
+    with pytest.raises(RecipeError, match=r"^no study 'nowhere.yaml' \(No such file or directory\); give a YAML file"):
+        load_study("nowhere.yaml", [], None)
+
+
+def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
+    """Two steps of each arm with random weights, of one seed; all the rest as it is."""
+    monkeypatch.chdir(tmp_path)
+    tree = yaml.safe_load((ROOT / "studies" / "lab.yaml").read_text()) | {"seeds": [0], "held_out_rows": 2}
+    Path("lab.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    small = ["--model", "random:lab", "--steps", "2", "--rows_per_step", "1", "--data.length", "64"]
+    assert main(["study", "lab.yaml", *small, "--objective.length", "4", "--evaluation.rows", "1"]) == 0
+    found = json.loads(Path("runs/lab/results.json").read_text())
+    assert set(found["arms"]) == {"rlp", "next-token", "shuffled"}
+    assert found["arms"]["rlp"]["right thoughts"]["n"] == 1
+    assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 6
+    assert "With one seed they hold for these models" in capsys.readouterr().out
