@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from checkpoints.snapshots import all_checkpoints, name_of
 from pretrain.callbacks import say
 from pretrain.plan import sizes_that_fit
+from pretrain.recipe import Recipe
 from pretrain.run import fit
 from pretrain.run_directory import RunDirectory, write_durably
 from pretrain.stopping import TrainingStopped
@@ -42,7 +44,7 @@ def _train(planned: Planned) -> None:
     took: dict[str, list[float]] = {}  # seconds, by cell
     for number, run in enumerate(planned.runs):
         recipe, directory, started = planned.recipe(run), run.directory, time.perf_counter()
-        if directory.is_finished(recipe):
+        if _is_whole(directory, recipe):
             seconds = directory.read(directory.metrics)[-1]["seconds"]
         else:
             say(f"run {number + 1} of {len(planned.runs)}: {recipe.run_dir}{_left(planned.runs[number:], took)}")
@@ -52,6 +54,12 @@ def _train(planned: Planned) -> None:
                 raise TrainingStopped(f"{recipe.run_dir}, and the study with it: {stopped}") from None
             seconds = time.perf_counter() - started
         took.setdefault(run.cell.name, []).append(seconds)
+
+
+def _is_whole(directory: RunDirectory, recipe: Recipe) -> bool:
+    """Whether the run came to its end, and its last snapshot was written before anything killed it."""
+    written = {path.name for path in all_checkpoints(directory.checkpoints)}
+    return directory.is_finished(recipe) and name_of(directory.read(directory.metrics)[-1]["step"]) in written
 
 
 def _left(runs: Sequence[Run], took: Mapping[str, Sequence[float]]) -> str:

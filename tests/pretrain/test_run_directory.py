@@ -202,7 +202,8 @@ def test_a_recipe_that_cannot_be_read_is_refused_in_one_line(tmp_path):
 def test_what_may_change_within_a_run():
     recipe = Recipe(steps=3, objective=RptConfig(), control=NextTokenConfig())
     assert free_keys(recipe) == {
-        *("steps", "control", "run_dir", "continue_from", "micro_batch_rows", "activation_checkpointing"),
+        *("steps", "flops", "seconds", "control", "run_dir", "continue_from"),
+        *("micro_batch_rows", "activation_checkpointing"),
         *("strategy", "shard_size", "gradient_sync", "rollout_weights", "rollout.cache_gib", "sampled_rows"),
         *("devices", "nodes", "data_workers", "data_changed", "evaluation", "checkpoint", "logging"),
         *(f"data.{key}" for key in ("reference", "config", "split", "revision", "patience")),  # by what it contains

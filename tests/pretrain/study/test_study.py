@@ -105,11 +105,16 @@ def test_a_study_killed_in_the_middle_of_a_run(study, monkeypatch, capsys):
     assert len(found["comparisons"]) == 3 and "3 comparisons were made" in said.out
     assert said.out.strip().endswith(Path("out/results.md").read_text().strip())
 
-    # Once more: nothing is trained and nothing scored.
-    monkeypatch.setattr(running, "fit", None)
+    # Once more: nothing is trained and nothing scored; but a run whose end was not saved is taken up again.
+    trained: list[str] = []
+    monkeypatch.setattr(running, "fit", lambda recipe, report: trained.append(recipe.run_dir))
     monkeypatch.setattr(scores, "score_held_out", None)
     assert main(study()) == 0
-    assert json.loads(Path("out/results.json").read_text()) == found
+    assert json.loads(Path("out/results.json").read_text()) == found and not trained
+    (last,) = Path("out/rlp/seed-1/checkpoints").iterdir()
+    last.rename("elsewhere")
+    assert main(study()) == 0 and trained == ["out/rlp/seed-1"]
+    Path("elsewhere").rename(last)
 
     # It may grow, and nothing else may change.
     assert main(study({"budget": "next-token", "arms": STUDY["arms"] | {"rlp": {"objective.length": 2}}})) == 1
