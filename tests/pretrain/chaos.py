@@ -319,11 +319,12 @@ def other_ranks(process: int) -> list[int]:
 
 
 def alive(group: int) -> bool:
-    """Whether a process group has processes that have not ended."""
+    """Whether a process group has processes that have not ended. One whose main thread is a zombie still has its files,
+    and the run's lock, while another of its threads waits for the disk."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state != "Z":
+            fields = path.read_text().rpartition(")")[2].split()  # proc_pid_stat(5), from the third on
+            if int(fields[2]) == group and (fields[0] != "Z" or int(fields[17]) > 1):
                 return True
     return False
 
