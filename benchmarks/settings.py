@@ -72,6 +72,7 @@ class Settings:
     large_model: DecoderConfig | None = None
     large: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=8, A=4, K=2, next_token_rows=8))
     deep: Mapping[str, int] = field(default_factory=lambda: dict(P=1024, G=16, T=128))
+    ragged: Mapping[str, int] = field(default_factory=lambda: dict(B=8, P=256, K=8, mean=30, longest=128))
     memory: Mapping[str, int] = field(default_factory=lambda: dict(N=512, L=16, A=4, K=2, at_once=2))
     curve_model: DecoderConfig = CURVE_26M
     data: Mapping[str, int] = field(default_factory=lambda: dict(documents=4800, length=1024, rows=8))
@@ -156,6 +157,7 @@ def quick(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Sett
         rlp=dict(P=256, G=4, T=16),
         public=dict(N=128, L=4, A=2, K=2, at_once=32),
         deep=dict(P=256, G=8, T=16),
+        ragged=dict(B=4, P=128, K=4, mean=16, longest=64),
         memory=dict(N=128, L=8, A=2, K=2, at_once=32),
         data=dict(documents=320, length=1024, rows=8),
         data_steps=dict(documents=80, length=128, rows=2, steps=6),
@@ -193,6 +195,7 @@ def tiny(device: torch.device, dtype: torch.dtype, repeats: int | None) -> Setti
         large_model=TINY,
         large=dict(N=16, L=2, A=2, K=2, next_token_rows=2),
         deep=dict(P=32, G=2, T=18),
+        ragged=dict(B=2, P=24, K=3, mean=20, longest=40),
         memory=dict(N=16, L=3, A=2, K=2, at_once=5),
         curve_model=TINY,
         data=dict(documents=20, length=64, rows=2),

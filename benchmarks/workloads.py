@@ -19,6 +19,7 @@ from models.decoder import Decoder, DecoderConfig
 from models.flops import Ledger
 from models.philox import Rng
 from models.precision import COPIES
+from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Text
 from objectives import NextToken, Objective, QuietStar, QuietStarConfig, Rlp, RlpConfig, Step, Template
@@ -125,7 +126,7 @@ def next_token() -> NextToken:
     return NextToken()
 
 
-def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dict[str, float]:
+def training_step(objective: Objective, model: ThinkingModel, text: Text, engine: Engine = EAGER) -> dict[str, float]:
     """Loss and gradients of one step, without the optimizer update. Returns the FLOPs in the project's ledger, and how
     many of them recompute.
 
@@ -134,7 +135,7 @@ def training_step(objective: Objective, model: ThinkingModel, text: Text) -> dic
     and so matters most for the cheapest.
     """
     with Ledger() as ledger:
-        for output in Step(objective, model, [text], Rng(0, 0)).losses():
+        for output in Step(objective, model, [text], Rng(0, 0), engine).losses():
             output.loss.backward()
     model.zero_grad(set_to_none=True)
     return {"flops": ledger.total, "recomputed_flops": ledger.recomputed}
@@ -158,12 +159,20 @@ def optimizer_step(model: ThinkingModel) -> dict[str, float]:
     return {"seconds": seconds}
 
 
-def model_bytes(model: ThinkingModel, samples: bool = True) -> int:
+def model_bytes(model: ThinkingModel, samples: bool = True, compiled: bool = False) -> int:
     """Bytes of a model's weights: masters and their low-precision copies; if it `samples`, also those packed for
-    sampling."""
-    names = COPIES if samples else COPIES[:1]
+    sampling, and if that is `compiled`, for the compiled step."""
+    names = COPIES[: 3 if compiled else 2] if samples else COPIES[:1]
     copies = [getattr(p, name)[1] for p in model.parameters() for name in names if hasattr(p, name)]
     return sum(x.numel() * x.element_size() for x in [*model.parameters(), *copies])
+
+
+def ending_at_random(model: ThinkingModel, mean: int) -> tuple[int, ...]:
+    """Lets thoughts sample no more than `mean` tokens, of which the one that is returned closes a thought: weights are
+    random and so is what they sample, so that lengths are geometric, with about that mean."""
+    model.banned_V.fill_(True)
+    model.banned_V[CLOSE[0] : CLOSE[0] + mean] = False
+    return CLOSE
 
 
 def last_position(text: Text) -> Anchors:

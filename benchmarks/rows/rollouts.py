@@ -1,6 +1,7 @@
-"""Sampling and scoring of thoughts at one anchor.
+"""Sampling and scoring of thoughts at one anchor of a row.
 
-Shapes: B rows, P text positions, G thoughts of an anchor, T tokens of a thought, W width.
+Shapes: B rows, P text positions, M anchors of a row, K = G thoughts of an anchor, S = T tokens of a thought, W width, R
+thoughts that are sampled now.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from benchmarks.measure import Spread, Unsupported, Variant, synchronise
 from benchmarks.rows.row import FAILURES, Row, Rows, dtype_name, race_row
 from benchmarks.rows.steps import forced, other_backends
 from benchmarks.settings import Settings
-from benchmarks.workloads import copy_bytes, last_position, make_model, make_text, transformers_model
+from benchmarks.workloads import (
+    copy_bytes,
+    ending_at_random,
+    last_position,
+    make_model,
+    make_text,
+    transformers_model,
+)
 from models.logprobs import token_logprobs
 from models.philox import Rng
-from models.rollout import EAGER, Engine, Native, Recorded, RolloutRequest
-from models.rollout.native import compiler, filled_up
+from models.rollout import EAGER, Eager, Engine, Native, Recorded, Rollout, RolloutRequest
+from models.rollout.eager import AllAtOnce, InFlight, sample_thoughts
+from models.rollout.native import InTurn, compiler, filled_up
 from models.thinking import ThinkingModel
 from models.thoughts import Text, Thoughts
 
@@ -32,6 +41,7 @@ def rollout_rows(settings: Settings) -> Rows:
     yield "scoring", partial(scoring, settings, False)
     yield "scoring, gradients", partial(scoring, settings, True)
     yield "deep", partial(deep_rollout, settings)
+    yield "ragged", partial(ragged_rollout, settings)
 
 
 def deep_rollout(settings: Settings) -> Row:
@@ -116,6 +126,85 @@ def deep_rollout(settings: Settings) -> Row:
     if "copy" in row.measured:
         bandwidth = row.seconds("rollout", "decode_bytes_per_second")
         row.compare("decode / copy, bytes/s", bandwidth, row.rate("copy", "bytes"))
+    return row
+
+
+class Together:
+    """Thoughts in flight of which none leaves before the last has ended: what sampling costs without compaction."""
+
+    def __init__(self, flight: InFlight):
+        self._flight, self.look_every = flight, flight.look_every
+
+    @property
+    def thought_R(self) -> Tensor:
+        return self._flight.thought_R
+
+    def step(self, tokens_R: Tensor) -> Tensor:
+        return self._flight.step(tokens_R)
+
+    def turn_over(self, ended_R: Tensor) -> bool:
+        return False
+
+
+def ragged_rollout(settings: Settings) -> Row:
+    """K thoughts of very different lengths after each of B texts of P tokens, by each engine: against as many tokens in
+    thoughts of one length, and against the same thoughts when none leaves the batch before all have ended.
+
+    Only sampling is timed: the texts are read before.
+    """
+    c, device = settings.ragged, settings.device
+    row = Row("rollouts", "ragged", dict(c) | {"dtype": dtype_name(settings.dtype)})
+    model = make_model(settings.model, settings.dtype, device)
+    close = ending_at_random(model, c["mean"])
+    text = make_text(settings.model, c["B"], c["P"], device)
+    anchors = last_position(text)
+    with torch.no_grad():
+        state = model.read(text)
+    engines: dict[str, Eager] = {"default": EAGER}
+    if device.type == "cuda" or settings.name == "tiny":
+        engines["recorded"] = Recorded()
+    if device.type == "cpu" and compiler() is not None:
+        engines["compiled"] = Native()
+    found: dict[str, Rollout] = {}
+
+    def sample(
+        name: str, engine: Eager, length: int, close: tuple[int, ...] = (), together: bool = False
+    ) -> dict[str, float]:
+        request = RolloutRequest(model, state, anchors, c["K"], length, Rng(0, 0), prompt=(PROMPT,), close=close)
+        supported, reason = engine.supports(request)
+        if not supported:
+            raise Unsupported(reason)
+        if together:
+            native = isinstance(engine, Native)
+            flight = InTurn(request, c["B"] * c["K"]) if native else AllAtOnce(request, engine.steps(request))
+            found[name] = sample_thoughts(request, Together(flight))
+        else:
+            found[name] = engine.sample(request)
+        return {"tokens": int(found[name].sampled_BKSM.sum())}
+
+    *_, quickest = engines.values()
+    sample("lengths", quickest, c["longest"], close)
+    length_BKM = found["lengths"].sampled_BKSM.sum(dim=2)
+    row.setting["lengths"] = length_BKM.flatten().tolist()
+    equal = round(length_BKM.double().mean().item())
+    variants: dict[str, Variant] = {}
+    for name, engine in engines.items():
+        variants[f"{name}, ragged"] = partial(sample, f"{name}, ragged", engine, c["longest"], close)
+        variants[f"{name}, equal"] = partial(sample, f"{name}, equal", engine, equal)
+        variants[f"{name}, together"] = partial(sample, f"{name}, together", engine, c["longest"], close, True)
+    race_row(row, settings, variants, repeats=min(3, settings.repeats))
+
+    for name in engines:
+        ragged, together = (row.seconds(f"{name}, {kind}") for kind in ("ragged", "together"))
+        row.compare(f"{name}: together / ragged, time", together, ragged)
+        per_token = {kind: [1 / rate for rate in row.rate(f"{name}, {kind}", "tokens")] for kind in ("ragged", "equal")}
+        row.compare(f"{name}: ragged / equal, time per token", per_token["ragged"], per_token["equal"])
+    tokens = {name: rollout.thoughts.slots(1 + c["longest"]).tokens_BKSM for name, rollout in found.items()}
+    row.setting["thoughts that differ"] = {
+        name: int((tokens[name] != tokens["default, together"]).any(dim=2).sum())
+        for name in variants
+        if name in tokens and not name.endswith("equal")
+    }
     return row
 
 

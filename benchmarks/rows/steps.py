@@ -27,6 +27,8 @@ from benchmarks.workloads import (
     unsupported_calls,
 )
 from models import attention
+from models.rollout import Native
+from models.rollout.native import compiler
 from models.thinking import ThinkingModel
 from objectives import Objective
 
@@ -89,17 +91,22 @@ def quiet_star_step(settings: Settings) -> Row:
 
 
 def rlp_step(settings: Settings) -> Row:
-    """An RLP-shaped step (one anchor, no-think teacher included) and a next-token step on the same row."""
+    """An RLP-shaped step (one anchor, no-think teacher included) and a next-token step on the same row; on a CPU the
+    former also with the compiled step of sampling."""
     c = settings.rlp
     row = Row("steps", "rlp", dict(c) | {"dtype": dtype_name(settings.dtype)})
     model = make_model(settings.model, settings.dtype, settings.device)
     text = make_text(settings.model, 1, c["P"], settings.device)
     objectives: dict[str, Objective] = {"rlp": rlp(c["P"], c["G"], c["T"]), "next_token": next_token()}
-    race_row(row, settings, {name: partial(training_step, o, model, text) for name, o in objectives.items()})
+    variants: dict[str, Variant] = {name: partial(training_step, o, model, text) for name, o in objectives.items()}
+    if settings.device.type == "cpu" and compiler() is not None:
+        variants["rlp, compiled"] = partial(training_step, objectives["rlp"], model, text, Native())
+    race_row(row, settings, variants)
     weights = row.setting["model_bytes"] = model_bytes(model)
     all_weights = weights + sum(model_bytes(other) for other in objectives["rlp"].other_models(model))
-    row.compare("rlp / next_token, FLOP/s", row.rate("rlp"), row.rate("next_token"))
-    row.compare("rlp / next_token, time", row.seconds("rlp"), row.seconds("next_token"))
+    for name in ("rlp", "rlp, compiled"):
+        row.compare(f"{name} / next_token, FLOP/s", row.rate(name), row.rate("next_token"))
+        row.compare(f"{name} / next_token, time", row.seconds(name), row.seconds("next_token"))
     row.compare(
         "rlp / next_token, memory",
         row.added("rlp", all_weights),

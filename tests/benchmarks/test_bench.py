@@ -33,12 +33,14 @@ from benchmarks.measure import (
     race,
 )
 from benchmarks.rows import ROWS, steps
-from benchmarks.rows.rollouts import _generate, deep_rollout
+from benchmarks.rows.rollouts import Together, _generate, deep_rollout
 from benchmarks.rows.row import Row
 from benchmarks.settings import SIZES
 from benchmarks.targets import TARGETS, judge
 from benchmarks.workloads import (
     TINY,
+    ending_at_random,
+    last_position,
     make_model,
     make_text,
     next_token,
@@ -46,6 +48,10 @@ from benchmarks.workloads import (
     training_step,
     transformers_model,
 )
+from models.philox import Rng
+from models.rollout import EAGER, RolloutRequest
+from models.rollout.eager import AllAtOnce, sample_thoughts
+from models.rollout.native import InTurn, compiler
 from pretrain import cli
 from tests.helpers import relative_error
 
@@ -238,6 +244,47 @@ def test_keys_and_values_are_counted(dry_run):
         text, own = (-(-tokens // 16) * 16 for tokens in (P, 1 + T))
         assert deep["measured"]["rollout, compiled"]["kv_bytes"]["median"] == token * (P + text + G * own)
     assert deep["measured"]["generate, dynamic cache"]["kv_bytes"]["median"] == token * G * (P + T)
+
+
+def test_ragged_thoughts_are_compared_with_equal_ones_and_with_those_that_stay(dry_run):
+    rows = json.loads((dry_run[0] / "results" / "cpu.json").read_text())["rows"]
+    ragged = next(row for row in rows if (row["part"], row["name"]) == ("rollouts", "ragged"))
+    lengths, measured = ragged["setting"]["lengths"], ragged["measured"]
+    assert len(lengths) == ragged["setting"]["B"] * ragged["setting"]["K"]
+    assert min(lengths) < max(lengths) / 3
+    engines = {name.partition(", ")[0] for name in measured}
+    assert engines >= {"default", "recorded"}
+    for name in engines:
+        for kind in ("ragged", "together"):
+            assert measured[f"{name}, {kind}"]["tokens"]["median"] == sum(lengths)
+        equal = measured[f"{name}, equal"]
+        if "unsupported" not in equal:  # by the recorded step, which takes more tokens
+            assert equal["tokens"]["median"] == len(lengths) * round(sum(lengths) / len(lengths))
+    differ = ragged["setting"]["thoughts that differ"]
+    assert len(differ) == 2 * len(engines) and not any(differ.values())
+
+
+@pytest.mark.parametrize("flight", [InTurn, AllAtOnce])
+def test_thoughts_that_stay_together_are_computed_until_the_last_has_ended(flight):
+    model, text = make_model(TINY, torch.float32, CPU), make_text(TINY, 2, 16, CPU)
+    close = ending_at_random(model, 8)
+    with torch.no_grad():
+        state = model.read(text)
+    rows = []
+
+    class Counted(Together):
+        def step(self, tokens_R):
+            rows.append(len(tokens_R))
+            return super().step(tokens_R)
+
+    request = RolloutRequest(model, state, last_position(text), 4, 30, Rng(0, 0), prompt=(3,), close=close)
+    if flight is InTurn and compiler() is None:
+        pytest.skip("no C++ compiler")
+    found = sample_thoughts(
+        request, Counted(InTurn(request, 8) if flight is InTurn else flight(request, EAGER.steps(request)))
+    )
+    lengths = found.sampled_BKSM.sum(2)
+    assert rows == [8] * int(lengths.max()) and lengths.min() < lengths.max() / 2
 
 
 def test_an_engine_that_does_not_support_a_rollout_has_not_failed():

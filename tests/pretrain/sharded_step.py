@@ -27,6 +27,7 @@ from objectives.template import Template
 from pretrain.sampling import FromReplica, Gathered, replica_bytes
 from pretrain.sharding import before_backward, finish_gradients, full, shard
 from tests.helpers import packed_text, rollout, tiny_model
+from tests.models.test_rollout import Watched
 
 QUIET = QuietStarConfig(length=3, lookahead=2, thoughts=2, policy_weight=1.0, anchors_at_once=4)
 RLP = RlpConfig(
@@ -90,7 +91,8 @@ def results(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
 
 def sampled(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
     """Thoughts of one of four rows per rank: by length, before and after an update; collective calls of the first, the
-    second (there is no update in between), and the third; bytes of the replica."""
+    second (there is no update in between), and the third; how many are sampled at its beginning and at its end; bytes
+    of the replica."""
     found = {}
     text = packed_text([[12, 8], [20], [9, 11], [6, 14]], 20)
     rows = text.rows(slice(rank * 4 // ranks, (rank + 1) * 4 // ranks))
@@ -105,8 +107,10 @@ def sampled(ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
         for i, length in enumerate((24, 4, 24)):
             with torch.no_grad():
                 state = model.read(rows)
+            Watched.rows.clear()
             with CollectiveCalls() as calls:
-                drawn = rollout(model, state, anchors, 2, length, Rng(1, 0), prompt=(7,), close=(9,), engine=engine)
+                drawn = rollout(model, state, anchors, 2, length, Watched(1, 0), prompt=(7,), close=(9,), engine=engine)
+            found[f"{name}/{i} rows"] = torch.tensor([Watched.rows[0], Watched.rows[-1]])
             found[f"{name}/{i}"] = drawn.thoughts.slots(25).tokens_BKSM.contiguous()
             found[f"{name}/{i} calls"] = torch.tensor(calls.count)
             if i == 1:  # the same to the bit on any number of ranks

@@ -105,6 +105,8 @@ def test_sampling_gathers_as_often_for_long_thoughts_as_for_short_ones(weights_o
         for i in range(3):
             tokens_BKSM = found[f"{weights_of}/{i}"]
             assert torch.equal(tokens_BKSM, one[f"{weights_of}/{i}"][2 * rank : 2 * rank + 2])
+            begins, ends = found[f"{weights_of}/{i} rows"].tolist()
+            assert ends < begins or i == 1  # the short ones end together
         assert not torch.equal(found[f"{weights_of}/0"], found[f"{weights_of}/2"])  # the update
         lengths.append((found[f"{weights_of}/0"] != PAD).sum(dim=2).max().item())
         calls = [found[f"{weights_of}/{i} calls"].item() for i in range(3)]
