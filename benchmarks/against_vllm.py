@@ -171,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.tiny,
             arguments.compiled,
         )
-    columns = ["dtype", "thoughts", "tokens", "ours, tokens/s", "vLLM, tokens/s", "ratio", "reading, s", "vLLM's"]
+    columns = ["dtype", "thoughts", "tokens", "ours, tokens/s", "vLLM, tokens/s", "ratio"]
     rows = [
-        [dtype, case, number(f["tokens"]), *(spread(f[name]) for name in list(f)[1:])]
+        [dtype, case, number(f["tokens"]), *(spread(f[name]) for name in list(f)[1:4])]
         for dtype in arguments.dtypes
         for case, f in found[dtype].items()
         if case in cases
