@@ -97,7 +97,7 @@ class AnchoredBatch(Batch):
 
     target_BHM: int64, the H true tokens behind each anchor. base_BHM: their log-probs without a thought.
     real_BM: bool, whether there is an anchor at all. rng: of the step. reward_BKM, advantage_BKM, old_BKSM (the sampled
-    tokens' log-probs): of the first update's pass, kept for the others.
+    tokens' log-probs): of the first update's pass, kept for the others. gain_BKM: where it is measured elsewhere.
     """
 
     rollout: Rollout
@@ -108,6 +108,7 @@ class AnchoredBatch(Batch):
     reward_BKM: Tensor | None = None
     advantage_BKM: Tensor | None = None
     old_BKSM: Tensor | None = None
+    gain_BKM: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

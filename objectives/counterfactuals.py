@@ -90,6 +90,19 @@ class CounterfactualTest:
         return torch.tensor(padded, device=anchors.index_BM.device).transpose(1, 2).contiguous()
 
 
+def elsewhere(document_E: Sequence[int]) -> list[int] | None:
+    """For each anchor the first of another document from half the list of all further on; None if all are of one."""
+    if len(set(document_E)) < 2:
+        return None
+    E, found = len(document_E), []
+    for i, document in enumerate(document_E):
+        j = (i + E // 2) % E
+        while document_E[j] == document:
+            j = (j + 1) % E
+        found.append(j)
+    return found
+
+
 def _others(own: Sequence[Bodies], document_BN: Sequence[Tensor]) -> list[Tensor] | None:
     """Each real anchor gets the body of the first one of another document from half the list of all further on."""
     longest = max(part.tokens_BLM.shape[1] for part in own)
@@ -99,15 +112,10 @@ def _others(own: Sequence[Bodies], document_BN: Sequence[Tensor]) -> list[Tensor
         document_BN[i].to(part.real_BM.device).gather(1, part.anchors.index_BM.clamp(min=0))
         for i, part in enumerate(own)
     ]
-    document_E = torch.cat([x_BM[part.real_BM] for x_BM, part in zip(numbers_BM, own, strict=True)]).tolist()
-    if len(set(document_E)) < 2:
+    document_E = torch.cat([x_BM[part.real_BM] for x_BM, part in zip(numbers_BM, own, strict=True)])
+    giver_E = elsewhere(document_E.tolist())
+    if giver_E is None:
         return None
-    E, giver_E = len(document_E), []
-    for i, document in enumerate(document_E):
-        j = (i + E // 2) % E
-        while document_E[j] == document:
-            j = (j + 1) % E
-        giver_E.append(j)
     given = body_EL[giver_E].split([int(part.real_BM.sum()) for part in own])
     found = []
     for x_BLM, part, given_EL in zip(padded, own, given, strict=True):

@@ -42,6 +42,7 @@ from objectives.anchored import (
     predicting,
 )
 from objectives.base import Term, TextPart, ThoughtPart, ThoughtRecord, ThoughtState, setting
+from objectives.counterfactuals import elsewhere
 from objectives.credit import (
     discounted,
     has_variance,
@@ -64,6 +65,10 @@ class RlpConfig(AnchoredConfig):
     name: str = "rlp"
     horizon: int = setting(1, "H, true tokens predicted after a thought", ge=1)
     discount: float = setting(1.0, "of their gains", ge=0, le=1)
+    scored: Literal["own", "other"] = setting(
+        "own",
+        "where a thought's gain is measured; other, a control: in another document of its row, 0 if there is none",
+    )
     gain: Literal["log_probability", "probability"] = setting(
         "log_probability", "what rewards are the gain in; probability is an ablation"
     )
@@ -118,15 +123,16 @@ class Rlp(Anchored):
     def workload(self, length: int, documents: float) -> Workload:
         """With the closing tag appended to every thought."""
         c, w = self.config, super().workload(length, documents)
-        compared = c.updates * bool(c.kl_weight)
+        compared, moved = c.updates * bool(c.kl_weight), int(c.scored == "other")
         return replace(
             w,
             other_readings=1 + compared,
             appended=len(self.template.close) + c.horizon - 1,
             other_thinkings=compared,
+            moved=moved,
             text_predicted=length if c.next_token_weight else 0,
             predicted=c.horizon,
-            looked_up=w.looked_up + w.anchors * c.horizon * (1 + c.updates),
+            looked_up=w.looked_up + w.anchors * c.horizon * (1 + c.updates + moved * c.thoughts),
             teacher=True,
         )
 
@@ -151,7 +157,14 @@ class Rlp(Anchored):
         at_BM = anchors.index_BM.clamp(min=0)
         target_BHM = torch.stack([text.targets(h + 1)[0].gather(1, at_BM) for h in range(c.horizon)], dim=1)
         base_BHM = without_thought(teacher, no_think, anchors, target_BHM)
-        return AnchoredBatch(rollout.thoughts, rollout, target_BHM, base_BHM, anchors.index_BM >= 0, rng)
+        batch = AnchoredBatch(rollout.thoughts, rollout, target_BHM, base_BHM, anchors.index_BM >= 0, rng)
+        if c.scored == "own":
+            return batch
+        moved, there = _moved(batch), []
+        for cut in anchors.cuts(self.anchors_at_once):
+            thoughts = self.thoughts_to_score(moved.part(cut)).trimmed()
+            there.append(self._gain(model, moved.part(cut), thoughts, model.think(thoughts, state))[1])
+        return replace(batch, gain_BKM=torch.cat(there, dim=-1) * moved.real_BM[:, None])
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> RlpTextPart:
         """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
@@ -174,18 +187,9 @@ class Rlp(Anchored):
     ) -> ThoughtPart:
         """S_pred and the policy's log-probs from a single pass, rewards, advantages, loss."""
         c, thoughts, hidden_BKSMW = self.config, thought.thoughts, thought.hidden_BKSMW
-
-        # S_pred(c): the hidden states behind the close and behind each true token but the last.
-        first_BKM = thoughts.lengths_BKM - c.horizon
-        slots_BKHM = first_BKM[:, :, None] + torch.arange(c.horizon, device=first_BKM.device)[:, None]
-        index = slots_BKHM[..., None].expand(*slots_BKHM.shape, hidden_BKSMW.shape[-1])
-        target_BKHM = batch.target_BHM[:, None].expand_as(slots_BKHM)
-        real_BKHM = batch.real_BM[:, None, None].expand_as(slots_BKHM)
-        predicted_BKHM = token_logprobs_where(
-            real_BKHM, hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM
-        )
-        gain = probability_gain if c.gain == "probability" else information_gain
-        gain_BKM = discounted(gain(predicted_BKHM, batch.base_BHM[:, None]), c.discount)
+        predicted_BKHM, gain_BKM = self._gain(model, batch, thoughts, hidden_BKSMW)
+        if batch.gain_BKM is not None:
+            gain_BKM = batch.gain_BKM
 
         counts_BKM = self.rewardable(batch)
         if batch.reward_BKM is None or batch.advantage_BKM is None:
@@ -216,12 +220,53 @@ class Rlp(Anchored):
         }
         return ThoughtPart(terms, metrics, ThoughtRecord(b.rollout.thoughts, gain_BKM, batch.advantage_BKM))
 
+    def _gain(
+        self, model: ThinkingModel, batch: AnchoredBatch, thoughts: Thoughts, hidden_BKSMW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """S_pred(c) of each true token [B, K, H, M], with gradient, and the gain over S_base [B, K, M]."""
+        c = self.config
+        # The hidden states behind the close and behind each true token but the last.
+        first_BKM = thoughts.lengths_BKM - c.horizon
+        slots_BKHM = first_BKM[:, :, None] + torch.arange(c.horizon, device=first_BKM.device)[:, None]
+        index = slots_BKHM[..., None].expand(*slots_BKHM.shape, hidden_BKSMW.shape[-1])
+        target_BKHM = batch.target_BHM[:, None].expand_as(slots_BKHM)
+        real_BKHM = batch.real_BM[:, None, None].expand_as(slots_BKHM)
+        predicted_BKHM = token_logprobs_where(
+            real_BKHM, hidden_BKSMW.gather(2, index), model.head_weight_VW, target_BKHM
+        )
+        gain = probability_gain if c.gain == "probability" else information_gain
+        return predicted_BKHM, discounted(gain(predicted_BKHM, batch.base_BHM[:, None]), c.discount)
+
     def reward(self, gain_BKM: Tensor) -> Tensor:
         """r, clipped where the settings say so."""
         c, reward_BKM = self.config, gain_BKM
         if c.reward_clip is not None:
             reward_BKM = reward_BKM.clamp(-c.reward_clip, c.reward_clip)
         return positive_part(reward_BKM) if c.reward_positive else reward_BKM
+
+
+def _moved(batch: AnchoredBatch) -> AnchoredBatch:
+    """The same thoughts, each put at another anchor of its row, in another document; none where there is none."""
+    anchors, rollout = batch.anchors, batch.rollout
+    at_BM = anchors.index_BM.clamp(min=0)
+    rows = zip(batch.real_BM.tolist(), anchors.text.document_BN.gather(1, at_BM).tolist(), strict=True)
+    place_BM = torch.tensor([_places(real, document) for real, document in rows], device=at_BM.device)
+    from_BM, real_BM = place_BM.clamp(min=0), place_BM >= 0
+    there = Anchors(anchors.text, anchors.index_BM.gather(1, from_BM).masked_fill(~real_BM, -1))
+    thoughts = replace(rollout.thoughts, anchors=there)
+    target_BHM, base_BHM = (
+        x_BHM.gather(2, from_BM[:, None].expand_as(x_BHM)) for x_BHM in (batch.target_BHM, batch.base_BHM)
+    )
+    rollout = replace(rollout, thoughts=thoughts)
+    return replace(batch, thoughts=thoughts, rollout=rollout, target_BHM=target_BHM, base_BHM=base_BHM, real_BM=real_BM)
+
+
+def _places(real: list[bool], document: list[int]) -> list[int]:
+    """For each anchor of a row the number of another one, in another document; -1 if there is none."""
+    slots = [m for m, there in enumerate(real) if there]
+    others = elsewhere([document[m] for m in slots])
+    place = dict(zip(slots, (slots[i] for i in others), strict=True)) if others is not None else {}
+    return [place.get(m, -1) for m in range(len(real))]
 
 
 @torch.no_grad()

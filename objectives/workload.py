@@ -18,7 +18,8 @@ class Workload:
     anchors, thoughts: of the row, of an anchor; everywhere: whether every position is an anchor. prefix: text tokens
     that an anchor sees.
     prompt, sampled, appended: tokens of a thought that are given, sampled at most, and appended once it has ended; all
-    of them are scored: they go through the model with gradient. other_thinkings: passes of another model over the same.
+    of them are scored: they go through the model with gradient. other_thinkings: passes of another model over the same;
+    moved: of this one, without gradient.
     text_predicted, predicted: log-probs with gradient of tokens of the text, and of those behind each thought.
     rewarded: share of the sampled tokens whose log-probs are taken with gradient. looked_up: log-probs and entropies
     without gradient.
@@ -38,6 +39,7 @@ class Workload:
     sampled: float = 0.0
     appended: int = 0
     other_thinkings: int = 0
+    moved: int = 0
     text_predicted: float = 0.0
     predicted: int = 0
     rewarded: float = 1.0
@@ -74,7 +76,7 @@ class Workload:
         return {
             "text": (passes * w.updates + w.readings + w.other_readings) * reading,
             "rollout": (thinking(w.prompt + w.sampled - 1) + head * w.sampled * thoughts) if thoughts else 0.0,
-            "thoughts": (passes * w.updates + w.other_thinkings) * thinking(w.scored),
+            "thoughts": (passes * w.updates + w.other_thinkings + w.moved) * thinking(w.scored),
             "vocabulary": head * (4 * w.updates * differentiated + w.looked_up + compared),
             "mixing": 3 * w.updates * mixing,
         }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
 from pretrain.study.definition import Cell
 from pretrain.study.scores import Scores
 from pretrain.study.statistics import holm, over_seeds, paired_differences
@@ -126,6 +127,11 @@ def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
         "",
         *_table(head, rows),
     ]
+    if found["documents"] < ENOUGH_DOCUMENTS:
+        lines += [
+            "",
+            f"Of fewer than {ENOUGH_DOCUMENTS} documents: too few for intervals over them; raise held_out_rows.",
+        ]
     comparisons = found["comparisons"]
     if comparisons:
         head = ["arm", "minus control", "of", "difference, nats", "p", "p, Holm", "Cohen's d"]

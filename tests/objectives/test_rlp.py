@@ -378,6 +378,40 @@ def test_gains_in_probability():
     assert shares.reward_BKM.abs().max() <= 1 < logs.reward_BKM.abs().max()
 
 
+def test_thoughts_are_paid_for_what_they_gain_elsewhere():
+    """Each in another document of its row, by an explicit pass there; the policy is that of where it was thought."""
+    model, source = likely_to_close(), text()
+    config = dataclasses.replace(SMALL, scored="other")
+    record = step_of(objective(config), model, source, RNG).record
+    batch = sampled(objective(SMALL), model, source, RNG)
+    index_BM, documents_BN = batch.anchors.index_BM, source.document_BN
+    thoughts = Template(OPEN, CLOSE).close_all(batch.rollout)
+    moved = 0
+    for b, m in batch.real_BM.nonzero().tolist():
+        real = batch.real_BM[b].nonzero()[:, 0].tolist()
+        document = [int(documents_BN[b, index_BM[b, i]]) for i in range(len(index_BM[b]))]
+        others = [i for i in [*real, *real][real.index(m) + len(real) // 2 :] if document[i] != document[m]]
+        if not others:
+            assert not record.reward_BKM[b, :, m].any() and not record.advantage_BKM[b, :, m].any()
+            continue
+        there, moved = others[0], moved + 1
+        swapped = thoughts.tokens_BKSM.clone()
+        swapped[b, :, :, there] = thoughts.tokens_BKSM[b, :, :, m]
+        for k in range(SMALL.thoughts):
+            length = int((swapped[b, k, :, there] != PAD).sum())
+            hidden = explicit_hidden(model, source, Thoughts(swapped[:, :, :length], batch.anchors), b, k, there)[-1]
+            logprobs = (hidden @ model.head_weight_VW.T).log_softmax(-1)
+            gain = logprobs[batch.target_BHM[b, 0, there]] - batch.base_BHM[b, 0, there]
+            assert relative_error(record.reward_BKM[b, k, m], gain) <= 1e-10
+    assert moved >= 4
+    in_chunks = step_of_chunks(dataclasses.replace(config, anchors_at_once=1), model, source)
+    assert relative_error(in_chunks.reward_BKM, record.reward_BKM) <= 1e-10
+
+
+def step_of_chunks(config: RlpConfig, model, source: Text):
+    return [output.record for output in Step(objective(config), model, [source], RNG).losses()][-1]
+
+
 def test_teachers_that_stay_and_teachers_that_follow():
     """τ = 1 and τ = 0: what a reward is measured against after an update, the base model or the model itself."""
     for decay, same in ((1.0, "base"), (0.0, "live")):

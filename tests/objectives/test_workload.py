@@ -22,6 +22,7 @@ CONFIGS = {
         RLP, horizon=3, kl_weight=0.3, next_token_weight=0.5, min_prefix=5, positions="entropy", entropy_quantile=0.0
     ),
     "rlp, two updates": dataclasses.replace(RLP, updates=2, kl_weight=0.3, anchors_per_document=3),
+    "rlp, scored elsewhere": dataclasses.replace(RLP, scored="other"),
     "rpt": RPT,
     "rpt, free": dataclasses.replace(RPT, template="free", positions="random", updates=2),
 }

@@ -210,4 +210,5 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     assert set(found["arms"]) == {"rlp", "next-token", "shuffled"}
     assert found["arms"]["rlp"]["right thoughts"]["n"] == 1
     assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 6
-    assert "With one seed they hold for these models" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "With one seed they hold for these models" in said and "Of fewer than 20 documents: too few" in said
