@@ -1,6 +1,5 @@
 """Loads exports in vLLM on a CPU: its greedy continuations of 20 prompts are those of transformers, token for token.
-With this project installed beside it, without its dependencies, answers behind thoughts are the project's own, and
-thinking exports are refused.
+With this project installed beside it, answers behind thoughts are the project's own, and thinking exports are refused.
 
     python with_vllm.py OUT [NAME ...]
 

@@ -120,8 +120,10 @@ def test_short_and_dense_rollouts_are_not_recorded(monkeypatch):
     with torch.no_grad():
         state = model.read(anchors.text)
     engine = Preferred(Recorded(), EAGER)
+    assert engine.name == "recorded"
     rollout(model, state, anchors, 1, 16, Rng(0, 0), engine=engine)
     rollout(model, state, Anchors.everywhere(anchors.text), 1, 20, Rng(0, 0), engine=engine)
+    assert engine.name == "eager"
     with pytest.raises(AttributeError, match="_run"):
         rollout(model, state, anchors, 1, 17, Rng(0, 0), engine=engine)
     with pytest.raises(ValueError, match="15 steps are too few to be worth recording, which takes 16"):
