@@ -5,13 +5,15 @@ anchor and their own thought. Parameter names are those of the families' Hugging
 `model.`, so that import and export rename nothing.
 
 Shapes: B rows, N text positions, M anchors, K thoughts, S new tokens of a thought, T all tokens of a thought so far,
-W width, H query heads, G key-value heads, D head size, V vocabulary, `_` leading axes of any number.
+R slots of several thoughts, W width, H query heads, G key-value heads, D head size, V vocabulary, `_` leading axes of
+any number.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -393,19 +395,46 @@ class Decoder(nn.Module):
         position_B1SM = anchors.position_BM[:, None, None, :] + steps_S[:, None]
         rotations = self.rotations_at(position_B1SM, x_BKSMW.dtype)
 
-        x = x_BKSMW
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            filled_1 = None
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+                filled_1 = cache.filled_1
+            text = state.keys[layer], state.values[layer]
+            return thought_attention(q, k, v, *text, anchors, self.attention_backend, filled_1)
+
+        return self._through(x_BKSMW, rotations, attend)
+
+    def think_pieces(
+        self, x_RW: Tensor, shapes: Sequence[tuple[int, int, int, int]], anchors: Anchors, state: TextState
+    ) -> Tensor:
+        """The same [R, W] of whole thoughts in several pieces [B, K, S, M] of these shapes, one behind the other: K and
+        S differ. Their tokens go through all but attention together."""
+        self.check_positions(state.text.shape[1] + max(S for _, _, S, _ in shapes))
+        sizes, positions = [math.prod(shape) for shape in shapes], []
+        for B, K, S, M in shapes:
+            steps_S1 = torch.arange(1, S + 1, device=x_RW.device)[:, None]
+            positions.append((anchors.position_BM[:, None, None, :] + steps_S1).expand(B, K, S, M).flatten())
+        rotations = self.rotations_at(torch.cat(positions), x_RW.dtype)
+
+        def pieces(x_R: Tensor) -> list[Tensor]:
+            return [piece.unflatten(0, shape) for piece, shape in zip(x_R.split(sizes), shapes, strict=True)]
+
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            text = state.keys[layer], state.values[layer]
+            out = [
+                thought_attention(q, k, v, *text, anchors, self.attention_backend)
+                for q, k, v in zip(*map(pieces, qkv), strict=True)
+            ]
+            return torch.cat([piece.flatten(0, 3) for piece in out])
+
+        return self._through(x_RW, rotations, attend)
+
+    def _through(self, x_W: Tensor, rotations: list[Rotation], attend: Callable[..., Tensor]) -> Tensor:
+        """x [_, W] through all blocks, whose attention is `attend` of the layer's number, queries, keys and values."""
         for layer, block in enumerate(self.layers):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
-                filled_1 = None
-                if cache is not None:
-                    k, v = cache.extend(layer, k, v)
-                    filled_1 = cache.filled_1
-                text = state.keys[layer], state.values[layer]
-                return thought_attention(q, k, v, *text, anchors, self.attention_backend, filled_1)
-
-            x, _, _ = self._pass(block, x, rotations[layer], attend)
-        return self.norm(x)
+            x_W, _, _ = self._pass(block, x_W, rotations[layer], functools.partial(attend, layer))
+        return self.norm(x_W)
 
     def _pass(self, block: nn.Module, x_W: Tensor, rotation: Rotation, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         if self.activation_checkpointing and torch.is_grad_enabled():

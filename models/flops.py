@@ -84,11 +84,11 @@ def mixing(width: int, text_rows: Number, thought_rows: Number) -> Number:
     return 2 * (width * width * text_rows + (2 * width * width + width) * thought_rows)
 
 
-def _passes(decoder: Decoder) -> int:
-    """Forward, backward and recomputation of a block, in units of its forward."""
+def _passes(decoder: Decoder, again: bool = False) -> int:
+    """Forward, backward and recomputation of a block, in units of its forward; `again`: of the whole pass, too."""
     if not torch.is_grad_enabled():
         return 1
-    return 4 if decoder.activation_checkpointing else 3
+    return 3 + decoder.activation_checkpointing + again
 
 
 def count_read(decoder: Decoder, text: Text) -> None:
@@ -109,10 +109,11 @@ def _thinking(config: DecoderConfig, anchors: Anchors, tokens_BKM: Tensor) -> in
     return blocks(config, tokens) + attention(config, pairs)
 
 
-def count_think(decoder: Decoder, thoughts: Thoughts) -> None:
-    """One pass over whole thoughts. Synchronises with the host."""
+def count_think(decoder: Decoder, thoughts: Thoughts, again: bool = False) -> None:
+    """One pass over whole thoughts, which backward computes `again`. Synchronises with the host."""
     if _open:
-        _spend("thoughts", _thinking(decoder.config, thoughts.anchors, thoughts.lengths_BKM), _passes(decoder))
+        forward = _thinking(decoder.config, thoughts.anchors, thoughts.lengths_BKM)
+        _spend("thoughts", forward, _passes(decoder, again))
 
 
 def count_rollout(decoder: Decoder, thoughts: Thoughts, sampled_BKSM: Tensor) -> None:

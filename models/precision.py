@@ -20,18 +20,19 @@ COPIES = ("_working_copy", "_packed_copy", "_native_copy")  # attributes of a we
 _optimizer_steps = 0
 
 
-def _count_optimizer_step(*_) -> None:
+def weights_changed(*_) -> None:
+    """To be called where weights were written by other means than an optimizer, such as from a checkpoint."""
     global _optimizer_steps
     _optimizer_steps += 1
 
 
 def optimizer_steps() -> int:
-    """How many there have been in this process."""
+    """How many there have been in this process, and other changes of weights."""
     return _optimizer_steps
 
 
 # Fused optimizers change weights without advancing their version counters, so every optimizer step counts as a change.
-register_optimizer_step_post_hook(_count_optimizer_step)
+register_optimizer_step_post_hook(weights_changed)
 
 
 def kept(weights: Sequence[Tensor], name: str, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:

@@ -1,16 +1,18 @@
 """A decoder that thinks: the language model with what thinking adds to it.
 
-Shapes: B rows, N text positions, M anchors, K thoughts, S tokens of a thought, W width, V vocabulary.
+Shapes: B rows, N text positions, M anchors, K thoughts, S tokens of a thought, R slots of thoughts end to end, W
+width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.decoder import Decoder, TextState, ThoughtCache
 from models.flops import count_mixing, count_read, count_think
@@ -125,19 +127,41 @@ class ThinkingModel(nn.Module):
         count_read(self.decoder, text)
         return self.decoder.read(text)
 
-    def embed_thoughts(self, tokens_BKSM: Tensor) -> Tensor:
-        """Embeddings [B, K, S, M, W] of thought tokens, delimiters included; PAD is embedded as id 0."""
-        x = self.decoder.embed(tokens_BKSM.clamp(min=0))
+    def embed_thoughts(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., W] of thought tokens [...], delimiters included; PAD is embedded as id 0."""
+        x = self.decoder.embed(tokens.clamp(min=0))
         if self.delimiters is None:
             return x
         for value, embedding_W in ((START, self.delimiters.start_W), (END, self.delimiters.end_W)):
-            x = torch.where((tokens_BKSM == value)[..., None], (embedding_W * Delimiters.SCALE).to(x.dtype), x)
+            x = torch.where((tokens == value)[..., None], (embedding_W * Delimiters.SCALE).to(x.dtype), x)
         return x
 
-    def think(self, thoughts: Thoughts, state: TextState) -> Tensor:
-        """Hidden states [B, K, S, M, W] of whole thoughts in one differentiable pass; see Decoder.think."""
-        count_think(self.decoder, thoughts)
-        return self.decoder.think(self.embed_thoughts(thoughts.tokens_BKSM), thoughts.anchors, state)
+    def think(self, thoughts: Thoughts, state: TextState, at_once: int | None = None) -> Tensor:
+        """Hidden states [B, K, S, M, W] of whole thoughts in one differentiable pass; see Decoder.think.
+
+        Where thoughts differ in length, little is computed behind their ends, and what is there is of another token.
+        at_once: thoughts of an anchor whose activations are held at once; backward computes each such group again.
+        """
+        K = thoughts.tokens_BKSM.shape[1]
+        groups, slot_BKSM = thoughts.pieces(at_once or K)
+        again = len(groups) > 1 and torch.is_grad_enabled()
+        count_think(self.decoder, thoughts, again)
+        if slot_BKSM is None:
+            return self.decoder.think(self.embed_thoughts(thoughts.tokens_BKSM), thoughts.anchors, state)
+        hidden = []
+        for pieces in groups:
+            if again:
+                hidden.append(checkpoint(self._think, pieces, state, use_reentrant=False, preserve_rng_state=False))
+            else:
+                hidden.append(self._think(pieces, state))
+        return torch.cat(hidden).index_select(0, slot_BKSM.flatten()).unflatten(0, slot_BKSM.shape)
+
+    def _think(self, pieces: Sequence[Thoughts], state: TextState) -> Tensor:
+        """Hidden states [R, W] of all slots of these thoughts, end to end."""
+        x_RW = self.embed_thoughts(torch.cat([piece.tokens_BKSM.flatten() for piece in pieces]))
+        B, _, _, M = pieces[0].tokens_BKSM.shape
+        shapes = [(B, *piece.tokens_BKSM.shape[1:3], M) for piece in pieces]
+        return self.decoder.think_pieces(x_RW, shapes, pieces[0].anchors, state)
 
     def continue_thoughts(self, tokens_BKSM: Tensor, anchors: Anchors, state: TextState, cache: ThoughtCache) -> Tensor:
         """Hidden states [B, K, S, M, W] of the next S tokens of the thoughts in the cache, which they join."""

@@ -9,6 +9,7 @@ The thought axis order is [B, K, S, M]: for anchors at every position, a slice o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from torch import Tensor
 
 # Values in `Thoughts.tokens_BKSM` that are not vocabulary ids.
 START, END, PAD = -1, -2, -3
+# Thoughts of a piece have at least this share of the tokens of its longest.
+EVEN = 7 / 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +247,35 @@ class Thoughts:
     def trimmed(self) -> Thoughts:
         """The same with as many slots as the longest has tokens. Synchronises with the host."""
         return self.slots(int(self.lengths_BKM.max()))
+
+    def pieces(self, at_once: int) -> tuple[list[list[Thoughts]], Tensor | None]:
+        """The thoughts of each anchor from the longest to the shortest, `at_once` of them in a group, each group in
+        pieces of about as long ones, which have as many slots as their longest needs. And int64 [B, K, S, M], which
+        slot of all pieces, end to end, each of these is, behind a thought its piece's last; None where the only piece
+        is all thoughts as they are. Synchronises with the host.
+        """
+        B, K, S, M = self.tokens_BKSM.shape
+        order_BKM = self.lengths_BKM.argsort(dim=1, descending=True, stable=True)
+        longest = self.lengths_BKM.gather(1, order_BKM).amax(dim=(0, 2)).clamp(min=1).tolist()
+        firsts = [0]
+        for k in range(1, K):
+            if k % at_once == 0 or longest[k] < EVEN * longest[firsts[-1]]:
+                firsts.append(k)
+        if len(firsts) == 1:
+            return [[self]], None
+        sorted_BKSM = self.tokens_BKSM.gather(1, order_BKM[:, :, None].expand(-1, -1, S, -1))
+        groups: list[list[Thoughts]] = []
+        slots, filled = [], 0
+        for first, end in itertools.pairwise([*firsts, K]):
+            T = longest[first]
+            piece = Thoughts(sorted_BKSM[:, first:end, :T], self.anchors)
+            groups += [[]] if first % at_once == 0 else []
+            groups[-1].append(piece)
+            slot_BkTM = torch.arange(piece.tokens_BKSM.numel(), device=order_BKM.device).view(B, -1, T, M) + filled
+            slots.append(torch.cat([slot_BkTM, slot_BkTM[:, :, -1:].expand(-1, -1, S - T, -1)], dim=2))
+            filled += slot_BkTM.numel()
+        place_BKM = order_BKM.argsort(dim=1)
+        return groups, torch.cat(slots, dim=1).gather(1, place_BKM[:, :, None].expand(-1, -1, S, -1))
 
     @staticmethod
     def joined(parts: Sequence[Thoughts], anchors: Anchors) -> Thoughts:

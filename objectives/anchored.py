@@ -155,6 +155,10 @@ class Anchored(Objective):
         return self.config.anchors_at_once
 
     @property
+    def thoughts_at_once(self) -> int | None:
+        return self.config.thoughts_at_once
+
+    @property
     def horizon(self) -> int:
         """True tokens that must follow an anchor."""
         return 1

@@ -84,11 +84,18 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkingConfig(ObjectiveConfig):
-    """Base of the settings of objectives that sample thoughts. Neither of these changes the update."""
+    """Base of the settings of objectives that sample thoughts. None of these changes the update."""
 
     anchors_at_once: int | None = setting(
         None,
         "anchors of a row whose thoughts are held with gradient at once; default: all; auto: as many as fit",
+        free=True,
+        ge=1,
+    )
+    thoughts_at_once: int | None = setting(
+        None,
+        "thoughts of an anchor whose activations are held at once, where one anchor's are too many: backward computes "
+        "each such part again; default: all; auto: as many as fit",
         free=True,
         ge=1,
     )
@@ -300,6 +307,11 @@ class Objective(ABC):
     @property
     def anchors_at_once(self) -> int | None:
         """Anchors of a row whose thoughts are held with gradient at once; None: all."""
+        return None
+
+    @property
+    def thoughts_at_once(self) -> int | None:
+        """Thoughts of an anchor whose activations are held at once; None: all."""
         return None
 
     # Whether `counts` takes the sampled batch. Such an objective samples before all counts of a step are known.

@@ -154,7 +154,7 @@ def in_chunks(
 def _think(objective: Objective, model: ThinkingModel, state: TextState, chunk: Batch) -> ThoughtState:
     # A chunk has as many slots as the longest thought of all of them.
     thoughts = objective.thoughts_to_score(chunk).trimmed()
-    return ThoughtState(thoughts, model.think(thoughts, state))
+    return ThoughtState(thoughts, model.think(thoughts, state, objective.thoughts_at_once))
 
 
 def _sum(losses: Iterable[Tensor]) -> Tensor:

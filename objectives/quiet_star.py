@@ -159,6 +159,10 @@ class QuietStar(Objective):
     def anchors_at_once(self) -> int | None:
         return self.config.anchors_at_once
 
+    @property
+    def thoughts_at_once(self) -> int | None:
+        return self.config.thoughts_at_once
+
     def counts(self, text: Text, batch: Any = None) -> Counts:
         """`text`: tokens to predict; `ahead` [A]: predictions after thoughts at each lookahead; `policy`: tokens of
         thoughts in the policy loss."""

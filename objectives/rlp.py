@@ -202,7 +202,8 @@ class Rlp(Anchored):
         if c.kl_weight:
             teacher, banned_V = self.teacher.model(model), self.template.banned(model.banned_V)
             with torch.no_grad():
-                reference_JW = predicting(teacher.think(thoughts, text.reference), policy.where_BKSM)
+                hidden_BKSMW = teacher.think(thoughts, text.reference, c.thoughts_at_once)
+                reference_JW = predicting(hidden_BKSMW, policy.where_BKSM)
                 reference_J = token_logprobs(
                     reference_JW, teacher.head_weight_VW, policy.tokens_J, c.temperature, banned_V
                 )

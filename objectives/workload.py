@@ -57,9 +57,9 @@ class Workload:
         """The same with thoughts of so many sampled tokens, if that is fewer."""
         return replace(self, sampled=min(sampled, self.sampled))
 
-    def flops(self, config: DecoderConfig, checkpointing: bool = False) -> dict[str, float]:
-        """Of a row, by what the ledger calls them."""
-        w, passes = self, 4 if checkpointing else 3
+    def flops(self, config: DecoderConfig, checkpointing: bool = False, divided: bool = False) -> dict[str, float]:
+        """Of a row, by what the ledger calls them. divided: whether backward computes thoughts in parts again."""
+        w, passes = self, 3 + checkpointing
         document = w.length / w.documents
         pairs = w.documents * document * (document + 1) / 2
         reading = flops.blocks(config, w.length) + flops.attention(config, pairs)
@@ -76,7 +76,7 @@ class Workload:
         return {
             "text": (passes * w.updates + w.readings + w.other_readings) * reading,
             "rollout": (thinking(w.prompt + w.sampled - 1) + head * w.sampled * thoughts) if thoughts else 0.0,
-            "thoughts": (passes * w.updates + w.other_thinkings + w.moved) * thinking(w.scored),
+            "thoughts": ((passes + divided) * w.updates + w.other_thinkings + w.moved) * thinking(w.scored),
             "vocabulary": head * (4 * w.updates * differentiated + w.looked_up + compared),
             "mixing": 3 * w.updates * mixing,
         }

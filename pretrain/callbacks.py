@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.snapshots import SnapshotWriter, all_checkpoints, name_of, prune
+from checkpoints.snapshots import SnapshotWriter, all_checkpoints, name_of, newest_snapshot, prune
 from data_pipelines import Tokenizer
 from data_pipelines.data_module import TextDataModule
 from data_pipelines.sources import COUNTS
@@ -33,7 +33,7 @@ from pretrain.recipe import MOST_STEPS, CheckpointConfig, EvaluationConfig, Logg
 from pretrain.run_directory import RunDirectory
 from pretrain.samples import describe_thought
 from pretrain.sampling import FromReplica
-from pretrain.state import gathered, non_finite, run_state
+from pretrain.state import gathered, non_finite, restore_trained, run_state
 from pretrain.stopping import StopSignals
 
 # Seconds that a run which fails waits for the snapshot that is being written.
@@ -121,7 +121,10 @@ class Records(lightning.Callback):
         if self.progress is not None:
             self.progress.update(self._task, completed=report.step, total=steps, status=status)
         if report.spike is not None:
-            why = f"{report.spike}; its update was skipped"
+            done = "its update was skipped"
+            if report.back_at is not None:
+                done = f"weights are again those of step {report.back_at}, and what was learned since then is left out"
+            why = f"{report.spike}; {done}"
             self._warn([RunWarning(report.step, "spike", why, report.spike.metric)])
         if not logged:
             return
@@ -139,7 +142,7 @@ class Records(lightning.Callback):
             "grad_norm": report.grad_norm,
             "skipped": report.skipped,
             "tokens_per_second": rate,
-            **({} if module.guard is None else {"spikes": module.guard.count}),
+            **({} if module.guard is None else module.guard.counts()),
             **report.metrics,
             **self.counts,
             **report.sampled_by,
@@ -163,7 +166,9 @@ class Records(lightning.Callback):
         if module.skipped:
             say(f"{module.skipped} of {module.step} steps were skipped: non-finite loss or gradient")
         if module.guard is not None and module.guard.count:
-            say(f"{module.guard.count} of {module.step} steps were skipped: spikes of loss or gradient")
+            times = module.guard.rollbacks
+            back = f"; for {times} of them the run went back to a checkpoint" if times else ""
+            say(f"{module.guard.count} of {module.step} steps were skipped: spikes of loss or gradient{back}")
         counts = [
             f"{count:,} {name[5:].replace('_', ' ')}"
             for name, count in self.counts.items()
@@ -357,6 +362,24 @@ class Checkpoints(lightning.Callback):
         if self._saved_at != module.step:  # the step's evaluation was interrupted
             self._save(trainer, module)
         self._settle()
+
+    def roll_back(self, module: PretrainModule) -> int | None:
+        """Takes what is trained back to the newest snapshot, and gives its step; None if there is none. All ranks.
+
+        To one of every so many steps: one that a signal asked for is not there in a run that nobody stopped.
+        """
+        self._settle()
+        snapshot = newest_snapshot(self.directory.checkpoints, every=self.config.every or 1)
+        names = gathered(snapshot and snapshot.path.name)
+        if len({*names}) > 1:
+            seen = ", ".join(map(str, names))
+            raise CheckpointError(
+                f"ranks see different checkpoints in {self.directory.checkpoints} ({seen}); let all see the same ones"
+            )
+        if snapshot is None:
+            return None
+        restore_trained(module, snapshot)
+        return int(snapshot.state["step"])
 
     def on_exception(self, trainer, module, exception) -> None:
         # Other ranks may be gone, and their files not come any more.

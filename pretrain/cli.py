@@ -84,7 +84,8 @@ def plan(recipe: str, overrides: Sequence[str], **rest: Any) -> None:
 
     Arithmetic alone: nothing is loaded and no GPU is needed. FLOPs are the ledger's, memory is what a step holds at its
     fullest moment, seconds are forecasts at stated shares of the hardware's rates. The sizes that fit are those that
-    micro_batch_rows, sampled_rows, objective.anchors_at_once and objective.sampled_at_once take by `auto`.
+    micro_batch_rows, sampled_rows, objective.anchors_at_once, objective.thoughts_at_once and objective.sampled_at_once
+    take by `auto`.
     """
     from pretrain import plan as planning
     from pretrain.recipe_files import load_recipe

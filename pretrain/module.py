@@ -34,6 +34,7 @@ class StepReport:
 
     loss, grad_norm and metrics are means over the step's updates; a metric that had nothing to count is left out.
     sampled_by: the engine, and the step whose weights it sampled from; empty without thoughts.
+    back_at: the step whose weights it went back to, because of a spike.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepReport:
     record: ThoughtRecord | None
     spike: Spike | None
     sampled_by: Mapping[str, str | int]
+    back_at: int | None
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int, progress: float | None = None) -> float:
@@ -113,6 +115,9 @@ class PretrainModule(lightning.LightningModule):
         self.optimizer: torch.optim.AdamW | None = None
         # Called once the optimizer exists, to restore it from a checkpoint.
         self.on_optimizer: Callable[[PretrainModule], None] | None = None
+        # Called by all ranks where an update spiked, to take back the updates since a checkpoint; gives that one's
+        # step, None if there is none.
+        self.roll_back: Callable[[PretrainModule], int | None] | None = None
         self.step = self.tokens = self.flops = self.skipped = 0
         self.seconds = 0.0
         self.report: StepReport | None = None
@@ -182,6 +187,12 @@ class PretrainModule(lightning.LightningModule):
                     reshard(other)
                 self.objective.after_step(self.model)
 
+        back_at = None
+        if spike is not None and self.guard is not None and self.roll_back is not None:
+            if self.guard.rollbacks < config.max_rollbacks:
+                back_at = self.roll_back(self)
+            self.guard.rollbacks += back_at is not None
+
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.step += 1
@@ -208,6 +219,7 @@ class PretrainModule(lightning.LightningModule):
             record,
             spike,
             sampled_by,
+            back_at,
         )
         self.trainer.should_stop = self.trainer.should_stop or self.gave_up or self.finished
 

@@ -89,6 +89,7 @@ def job_of(
         micro_batch_rows=recipe.micro_batch_rows,
         sampled_rows=recipe.sampled_rows,
         anchors_at_once=getattr(of_objective, "anchors_at_once", None),
+        thoughts_at_once=getattr(of_objective, "thoughts_at_once", None),
         sampled_at_once=getattr(of_objective, "sampled_at_once", None),
         thought_tokens=thought_tokens,
         replica=recipe.rollout_weights == "replica",
@@ -167,7 +168,10 @@ def plan(
     else:
         sizes = ", ".join(f"{key} {'all' if size is None else size}" for key, size in _sizes(best).items())
         say(f"The largest that fit (auto): {sizes}; {best.peak / 1e9:.1f} GB, {best.step_seconds:.3g} s a step.")
-    say(f"A snapshot is staged in {_gb(job.staged)} GB of the host's memory for each.")
+    say(
+        f"Host memory: snapshots are staged in {_gb(job.staged)} GB by each device that writes them, "
+        f"{_gb(job.writers * job.staged)} GB a node."
+    )
     console.print(_time_table(job))
     for line in _rates(job, recipe.budget.last_step(1, sum(job.flops.values()), job.step_seconds)):
         say(line)
@@ -269,6 +273,7 @@ def _as_tree(job: Job) -> dict[str, Any]:
         "rows_per_step": job.rows,
         "parameters": job.parameters.total,
         "memory": {"states": job.states, "phases": job.phases, "peak": job.peak, "staged_on_host": job.staged},
+        "staged_on_node": job.writers * job.staged,
         "flops": job.flops,
         "seconds": job.seconds,
         "decoding": job.decoding,

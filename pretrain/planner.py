@@ -110,11 +110,11 @@ class Job:
     """A run, as far as memory and time depend on it.
 
     rows: of a step, over all `ranks`, `devices` of which are a node; shard: ranks that hold one copy of the states
-    together. micro_batch_rows, anchors_at_once, sampled_at_once: as in a recipe; None: all. sampled_rows: rows whose
-    thoughts are sampled together; None: those of a micro-batch. thought_tokens: mean length of the sampled thoughts,
-    where they are taken to end early. replica: shards sample from a copy of the model, not from gathered blocks.
-    graphs: decoding steps are replayed. sync_each_backward: whether shards sum gradients in each backward, and not once
-    per update.
+    together. micro_batch_rows, anchors_at_once, thoughts_at_once, sampled_at_once: as in a recipe; None: all.
+    sampled_rows: rows whose thoughts are sampled together; None: those of a micro-batch. thought_tokens: mean length of
+    the sampled thoughts, where they are taken to end early. replica: shards sample from a copy of the model, not from
+    gathered blocks. graphs: decoding steps are replayed. sync_each_backward: whether shards sum gradients in each
+    backward, and not once per update.
     """
 
     config: DecoderConfig
@@ -129,6 +129,7 @@ class Job:
     checkpointing: bool = False
     micro_batch_rows: int | None = None
     anchors_at_once: int | None = None
+    thoughts_at_once: int | None = None
     sampled_at_once: int | None = None
     sampled_rows: int | None = None
     thought_tokens: float | None = None
@@ -159,6 +160,16 @@ class Job:
     def held(self) -> int:
         """Anchors of a row whose thoughts are held with gradient at once."""
         return min(self.anchors, self.anchors_at_once or self.anchors)
+
+    @property
+    def thoughts_held(self) -> int:
+        """Thoughts of an anchor whose activations are held at once."""
+        return min(self.work.thoughts, self.thoughts_at_once or self.work.thoughts)
+
+    @property
+    def divided(self) -> bool:
+        """Whether backward computes the thoughts of an anchor in parts again."""
+        return self.thoughts_held < self.work.thoughts
 
     @property
     def sampled(self) -> int:
@@ -261,7 +272,7 @@ class Job:
                 "logits": self._logits(sampling),
             }
 
-            scored = rows * self.held * w.thoughts * w.scored
+            scored = rows * self.held * self.thoughts_held * w.scored
             predicted = rows * self.held * w.thoughts * (w.predicted + w.rewarded * w.sampled)
             of_thought = kept(c, act, self.checkpointing)
             # A thought's keys and values are seen by itself alone: they are made again.
@@ -269,11 +280,14 @@ class Job:
             mixed = rows * self.held * w.thoughts * w.mixed * c.width * (3 * element + FP32)
             mixing = rows * self.held * w.thoughts * w.mixed * c.width * 3 * FP32
             of_text = rows * length * (c.width + keys_and_values(c, act) / element) * FP32
+            passed = scored * of_thought
+            # Of thoughts that backward computes in parts again there are hidden states alone, and one part in its turn.
+            again = passed if self.divided else 0.0
             found["thoughts"] = (before if self.chunks * self.micro_batches > 1 else first) | {
                 "text": text,
-                "thoughts": scored * of_thought + predicted * c.width * element + mixed,
+                "thoughts": passed - again + predicted * c.width * element + mixed,
                 "gradient of the text": of_text if self.chunked else 0,
-                "backward": max(self._head(predicted), scored * working + weight, mixing),
+                "backward": max(self._head(predicted), again + scored * working + weight, mixing),
             }
 
         predicted = rows * w.text_predicted
@@ -313,11 +327,16 @@ class Job:
 
     @property
     def staged(self) -> float:
-        """Bytes of the host's memory that a snapshot is copied to."""
+        """Bytes of the host's memory that each of the `writers` copies a snapshot to, and keeps for the next."""
         return (MASTER * (1 + self.work.teacher) + MOMENTS) * self.parameters.total / self.shard
 
+    @property
+    def writers(self) -> int:
+        """Ranks of a node that write snapshots, at most: those with the first copy of the model."""
+        return min(self.shard, self.devices)
+
     def fits(self, memory: float) -> bool:
-        host = 0.0 if self.hardware.cuda else self.staged
+        host = 0.0 if self.hardware.cuda else self.staged  # which is then the device's own
         return self.peak + host <= USABLE * memory
 
     # FLOPs and seconds
@@ -326,7 +345,8 @@ class Job:
     def flops(self) -> dict[str, float]:
         """Of a step, over all ranks, as the ledger counts them."""
         work = self.work if self.thought_tokens is None else self.work.ending_after(self.thought_tokens)
-        return {stage: self.rows * cost for stage, cost in work.flops(self.config, self.checkpointing).items()}
+        flops = work.flops(self.config, self.checkpointing, self.divided)
+        return {stage: self.rows * cost for stage, cost in flops.items()}
 
     @property
     def tokens(self) -> int:
@@ -337,11 +357,11 @@ class Job:
     def seconds(self) -> dict[str, float]:
         """Of a step, by phase."""
         w, rate = self.work, self.hardware.flops * ATTAINED * self.ranks
-        flops, passes = self.flops, 4 if self.checkpointing else 3
+        flops, passes = self.flops, 3 + self.checkpointing
         readings = passes * w.updates + w.readings + w.other_readings
-        thinkings = passes * w.updates + w.other_thinkings
+        thinkings = (passes + self.divided) * w.updates + w.other_thinkings
         forward_text = flops["text"] * (readings - (passes - 1) * w.updates) / readings
-        forward_thoughts = flops["thoughts"] * (thinkings - (passes - 1) * w.updates) / thinkings
+        forward_thoughts = flops["thoughts"] * (thinkings - (passes + self.divided - 1) * w.updates) / thinkings
         score = forward_thoughts + (flops["vocabulary"] / 4) + flops["mixing"] / 3
         everything = sum(flops.values()) - flops["rollout"]
         found = {
@@ -403,7 +423,10 @@ class Job:
             others = (self.shard - 1) / self.shard
             # Blocks are gathered for every pass forward and back, what is outside of them once.
             forward = self.micro_batches * (w.updates + w.readings + w.other_readings)
-            forward += self.micro_batches * self.chunks * (w.updates + w.other_thinkings)
+            # A part of an anchor's thoughts takes a pass forward, and two of its own when backward comes to it.
+            parts = math.ceil(w.thoughts / self.thoughts_held) if self.divided else 1
+            thinkings = (3 * parts - 1 if self.divided else 1) * w.updates + parts * w.other_thinkings
+            forward += self.micro_batches * self.chunks * thinkings
             gathers = forward + self.losses * w.updates
             found["passes"] = others * (gathers * element * p.blocks + w.updates * FP32 * p.rest)
             summed = self.losses if self.sync_each_backward else 1
@@ -440,7 +463,13 @@ class Job:
 
 # What fits
 
-KEYS = ("micro_batch_rows", "sampled_rows", "objective.anchors_at_once", "objective.sampled_at_once")
+KEYS = (
+    "micro_batch_rows",
+    "sampled_rows",
+    "objective.anchors_at_once",
+    "objective.thoughts_at_once",
+    "objective.sampled_at_once",
+)
 
 
 def fitting(job: Job, memory: float, keys: Iterable[str] = KEYS) -> Job | None:
@@ -451,6 +480,9 @@ def fitting(job: Job, memory: float, keys: Iterable[str] = KEYS) -> Job | None:
     held = [job.anchors_at_once]
     if deep and "objective.anchors_at_once" in keys:
         held = [None, *_parts(job.anchors)]
+    divided = [job.thoughts_at_once]
+    if deep and "objective.thoughts_at_once" in keys:
+        divided = [None, *_parts(job.work.thoughts)[1:]]
     sampled = _parts(job.anchors) if deep and "objective.sampled_at_once" in keys else [job.sampled_at_once]
     found: list[Job] = []
     for micro in rows:
@@ -459,11 +491,13 @@ def fitting(job: Job, memory: float, keys: Iterable[str] = KEYS) -> Job | None:
         if "sampled_rows" in keys:
             several = deep and one.micro_batches > 1
             together = [n * one.micro_rows for n in _parts(one.micro_batches)] if several else [None]
-        cut = (replace(one, anchors_at_once=n, sampled_rows=together[-1]) for n in held)
+        # Thoughts of one anchor only where there are no fewer anchors: their passes are computed again.
+        sizes = [(n, divided[0]) for n in held] + [(held[-1], k) for k in divided[1:]]
+        cut = (replace(one, anchors_at_once=n, thoughts_at_once=k, sampled_rows=together[-1]) for n, k in sizes)
         if (most := next((j for j in cut if j.fits(memory)), None)) is not None:
             ways = (replace(most, sampled_rows=r, sampled_at_once=n) for r in together for n in sampled)
             found.append(min((j for j in ways if j.fits(memory)), key=lambda j: j.decoding["seconds"]))
-    return min(found, key=lambda j: (j.losses, j.decoding["seconds"], -j.micro_rows), default=None)
+    return min(found, key=lambda j: (j.divided, j.losses, j.decoding["seconds"], -j.micro_rows), default=None)
 
 
 def _parts(count: int) -> list[int]:

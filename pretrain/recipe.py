@@ -108,6 +108,12 @@ class OptimizerConfig(Part):
         "of the steps before, like 10; default: none",
     )
     spike_window: int = Field(default=128, ge=4, description="steps before that a spike is measured by")
+    on_spike: Literal["skip", "rollback"] = Field(
+        default="skip",
+        description="rollback: also goes back to weights and moments of the last checkpoint of checkpoint.every, and "
+        "on with the next texts, so that those since then are left out",
+    )
+    max_rollbacks: int = Field(default=5, ge=0, description="of a run; further spikes are skipped")
 
     def schedule_length(self, unit: str) -> float | None:
         """Of a run that ends by steps, flops or seconds; None: not said."""
@@ -365,6 +371,13 @@ class Recipe(Part):
                 f"rows_per_step {self.rows_per_step} must be a multiple of the {self.ranks} devices; "
                 f"use {-(-self.rows_per_step // self.ranks) * self.ranks}"
             )
+        if self.optimizer.on_spike == "rollback":
+            if self.optimizer.spike_threshold is None:
+                found.append(
+                    "optimizer.on_spike rollback takes a spike_threshold, which says what a spike is; 10 is usual"
+                )
+            if self.checkpoint.every is None:
+                found.append("optimizer.on_spike rollback goes back to checkpoints; set checkpoint.every")
         found += self._sharding_problems()
         if self.rollout.engine == "vllm":
             found += [

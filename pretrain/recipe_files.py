@@ -36,7 +36,13 @@ RENAMED = {
     "evaluation.objective.drop_flat_from": "drop_zero_variance_from",
 }
 # Keys whose value may be `auto`: as large as fits.
-AUTOMATIC = ("micro_batch_rows", "sampled_rows", "objective.anchors_at_once", "objective.sampled_at_once")
+AUTOMATIC = (
+    "micro_batch_rows",
+    "sampled_rows",
+    "objective.anchors_at_once",
+    "objective.thoughts_at_once",
+    "objective.sampled_at_once",
+)
 # Given a recipe and some of AUTOMATIC, their values.
 Sizes = Callable[[Recipe, Sequence[str]], Mapping[str, int | None]]
 # Stand in for required keys that are wrong or missing, so that everything else is still checked.

@@ -65,6 +65,7 @@ LOOP_METRICS = {
     "grad_norm": Metric("norm of the gradient before clipping", "mean over the step's updates"),
     "skipped": Metric("steps without an update so far", "those with a non-finite loss or gradient"),
     "spikes": Metric("steps skipped by optimizer.spike_threshold so far", "those whose loss or gradient spiked"),
+    "rollbacks": Metric("returns to a checkpoint so far", "by optimizer.on_spike"),
     "tokens_per_second": Metric("tokens of text read a second", "of the last step"),
 }
 NOT_PLOTTED = ("step", "tokens", "flops", "seconds")

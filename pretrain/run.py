@@ -185,6 +185,8 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
     # What the run continues from has been read in full.
     known = set() if run.checkpoint is None else {run.checkpoint.path.name}
     checkpoints = Checkpoints(directory, recipe.checkpoint, constants, evaluation, signals, data_module, known)
+    if recipe.optimizer.on_spike == "rollback":
+        module.roll_back = checkpoints.roll_back
     diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
     warnings = at_start(recipe.model, recipe.objective)
     records = Records(directory, recipe.logging, run.tokenizer, data_module, loggers, diagnostics, warnings)

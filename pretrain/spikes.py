@@ -36,12 +36,12 @@ class SpikeGuard:
     thoughts has another loss than the first.
 
     Values that spiked are remembered as well, so that what stays is normal after half a window. `count`: of updates
-    that were skipped.
+    that were skipped; `rollbacks`: of those for which the run went back.
     """
 
     def __init__(self, threshold: float, window: int):
         self.threshold, self.window = threshold, window
-        self.count = 0
+        self.count = self.rollbacks = 0
         self._recent: dict[str, list[float]] = {}
 
     def judge(self, update: int, loss: float, grad_norm: float) -> Spike | None:
@@ -60,9 +60,13 @@ class SpikeGuard:
         self.count += found is not None
         return found
 
+    def counts(self) -> dict[str, int]:
+        """For the records."""
+        return {"spikes": self.count} | ({"rollbacks": self.rollbacks} if self.rollbacks else {})
+
     def state(self) -> dict[str, Any]:
         """JSON-able, which keeps floats to the bit."""
-        return {"count": self.count, "recent": self._recent}
+        return {"count": self.count, "rollbacks": self.rollbacks, "recent": self._recent}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.count, self._recent = state["count"], state["recent"]
+        self.count, self.rollbacks, self._recent = state["count"], state.get("rollbacks", 0), state["recent"]

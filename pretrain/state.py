@@ -20,10 +20,12 @@ from torch import Tensor
 from checkpoints.errors import CheckpointError
 from checkpoints.loading import UnloadedModel, empty_model
 from checkpoints.snapshots import Snapshot
-from checkpoints.tensors import StoredTensor, local_part
+from checkpoints.tensors import StoredTensor, fill_parameters, local_part
 from models.decoder import DecoderConfig
+from models.precision import weights_changed
 from pretrain import __version__
 from pretrain.module import PretrainModule
+from pretrain.sharding import reshard
 
 Tensors = dict[str, dict[str, Tensor]]
 COUNTERS = ("step", "tokens", "flops", "seconds", "skipped")
@@ -170,6 +172,17 @@ class _Placed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def restore_trained(module: PretrainModule, snapshot: Snapshot) -> None:
+    """Takes weights, optimizer, the objective's state and random generators back to a snapshot of the run; the counters
+    go on, and so the texts, schedule and draws of the steps to come."""
+    assert module.optimizer is not None
+    reshard(module.model)  # what passes have gathered would hide the shards
+    fill_parameters(module.model, snapshot.tensors["model"])
+    module.optimizer.state.clear()
+    restore_after_setup(module, snapshot)
+    weights_changed()
 
 
 def restore_after_setup(module: PretrainModule, snapshot: Snapshot) -> None:

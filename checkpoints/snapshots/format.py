@@ -114,9 +114,11 @@ def load_checkpoint(
     return whole, snapshot.state
 
 
-def newest_snapshot(directory: Path, groups: Collection[str] | None = None) -> Snapshot | None:
-    """The newest valid snapshot in a directory; invalid ones are skipped with a warning."""
+def newest_snapshot(directory: Path, groups: Collection[str] | None = None, every: int = 1) -> Snapshot | None:
+    """The newest valid snapshot in a directory, of every so many steps; invalid ones are skipped with a warning."""
     for path in reversed(all_checkpoints(directory)):
+        if int(path.name.removeprefix(".")[5:13]) % every:
+            continue
         problem = problem_of(path, groups)
         if problem is None:
             return _opened(path, groups)

@@ -81,6 +81,35 @@ def test_gradients_of_thoughts_are_those_of_explicit_sequences():
     assert max(errors.values()) <= 1e-12, errors
 
 
+@pytest.mark.parametrize("at_once", [None, 2, 5])
+@pytest.mark.parametrize("variant", ["qwen3", "smollm3"])
+def test_thoughts_of_different_lengths_are_explicit_sequences(variant, at_once):
+    """Hidden states and gradients, whatever order and pieces they are computed in."""
+    model, text = tiny_model(**VARIANTS[variant]), packed_text([[5, 3, 4], [9, 1]], 12)
+    anchors = Anchors(text, torch.tensor([[0, 6, 11], [8, 3, -1]]))
+    thoughts = random_thoughts(anchors, K=5, lengths=(5, 4))
+    lengths_BKM = torch.randint(1, 12, (2, 5, 3), generator=torch.Generator().manual_seed(6))
+    lengths_BKM[:, :, 2] = 1  # among them padding
+    slot_S1 = torch.arange(11)[:, None]
+    thoughts = Thoughts(thoughts.tokens_BKSM.where(slot_S1 < lengths_BKM[:, :, None], PAD), anchors)
+    weight = torch.randn(2, 5, 11, 3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weight *= (thoughts.tokens_BKSM != PAD)[..., None] & (anchors.index_BM >= 0)[:, None, None, :, None]
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    hidden = model.think(thoughts, model.read(text), at_once)
+    apart = torch.zeros_like(hidden)
+    for row, m in (anchors.index_BM >= 0).nonzero().tolist():
+        for k in range(5):
+            apart[row, k, :, m] = explicit_hidden(model, text, thoughts, row, k, m)
+    assert relative_error(hidden * (weight != 0), apart * (weight != 0)) <= 1e-13
+    got, truth = gradients((hidden * weight).sum()), gradients((apart * weight).sum())
+    assert max(relative_error(got[name], truth[name]) for name in truth) <= 1e-12
+
+
 def test_padding_inside_a_thought_changes_nothing_before_it():
     model = tiny_model()
     text = packed_text([[8]], 8)

@@ -11,11 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import flops
+from models.decoder import Trunk
 from models.flops import Ledger
 from models.philox import Rng
 from models.rollout import EAGER, Prediction, RolloutRequest
 from models.rollout.eager import Steps
-from models.thoughts import Anchors, Thoughts
+from models.thoughts import PAD, Anchors, Thoughts
 from objectives.next_token import NextToken
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
@@ -160,6 +161,25 @@ def test_a_thought_counts_until_it_ends():
         alone["rollout"] += 2 * c.vocab_size * c.width * int(rollout.sampled_BKSM.sum())
     assert len(lengths) > 4 and not rollout.sampled_BKSM.transpose(2, 3)[:, :, anchors.index_BM[0] < 0][0].any()
     assert alone == {stage: ledger.spent[stage] for stage in alone}
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_thoughts_of_one_anchor_cost_their_own_lengths(at_once, checkpointing):
+    """Nothing is computed behind their ends, and parts are computed again: forward and backward by torch's counter."""
+    model, text, lengths = tiny_model(), packed_text([[24]], 24), [12, 20, 4, 8, 16]
+    model.decoder.attention_backend, model.decoder.activation_checkpointing = "reference", checkpointing
+    c, anchors, state = model.decoder.config, Anchors(text, torch.tensor([[17]])), Trunk(model.read(text)).state
+    slots_S1 = torch.arange(20)[:, None]
+    thoughts = Thoughts(torch.stack([torch.where(slots_S1 < n, 5, PAD) for n in lengths])[None], anchors)
+    with FlopCounterMode(display=False) as counter, Ledger() as ledger:
+        model.think(thoughts, state, at_once).square().sum().backward()
+    passes = 3 + checkpointing + (at_once is not None)
+    masked = sum(flops.attention(c, n * (24 - 18) + n * (n - 1) // 2) for n in lengths)
+    # With checkpointing backward leaves out the last product of each block; see test_activation_checkpointing.
+    spared = checkpointing * 2 * c.layers * c.width * c.ffn_width * sum(lengths)
+    assert ledger.total == ledger.spent["thoughts"]
+    assert counter.get_total_flops() == ledger.total + passes * masked - spared
 
 
 def test_no_thought_waits_for_padding(monkeypatch):

@@ -119,7 +119,9 @@ def everything(objective: Objective, model: ThinkingModel, text: Text, engine: E
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_document_changes_nothing_of_another(source, name, tokenizer, tmp_path):
+def test_a_document_changes_nothing_of_another(source, name, tokenizer, tmp_path, monkeypatch):
+    # Thoughts in one piece: how a product rounds a row depends on how many others there are.
+    monkeypatch.setattr("models.thoughts.EVEN", 0.0)
     before, after, changed_BN = texts(SOURCES[source], tokenizer, tmp_path)
     others_BN = (before.document_BN >= 0) & ~changed_BN
     model = tiny_model(torch.float32, vocab_size=320, width=32, ffn_width=64, head_dim=16)

@@ -18,6 +18,7 @@ CONFIGS = {
     "next_token": None,
     "quiet_star": QuietStarConfig(length=6, lookahead=3, thoughts=2, policy_weight=10.0),
     "rlp": RLP,
+    "rlp, thoughts in parts": dataclasses.replace(RLP, thoughts_at_once=2, kl_weight=0.3),
     "rlp, more terms": dataclasses.replace(
         RLP, horizon=3, kl_weight=0.3, next_token_weight=0.5, min_prefix=5, positions="entropy", entropy_quantile=0.0
     ),
@@ -44,7 +45,7 @@ def test_a_step_costs_what_its_workload_says(config, checkpointing):
     if (record := outputs[-1].record) is not None:
         # Some close before they must.
         workload = workload.ending_after(record.thoughts.lengths_BKM.double().mean().item() - workload.prompt)
-    planned = workload.flops(model.decoder.config, checkpointing)
+    planned = workload.flops(model.decoder.config, checkpointing, divided=objective.thoughts_at_once is not None)
     assert {stage for stage, cost in planned.items() if cost} == {*ledger.spent}
     for stage, cost in ledger.spent.items():
         assert B * planned[stage] == pytest.approx(cost, rel=0.05), stage

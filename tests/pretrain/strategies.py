@@ -45,7 +45,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rpt": {"length": 3, "thoughts": 16, "anchors_per_document": 6, "temperature": 1.0, "template": "forced",
             "box_open": "[", "box_close": "", "answer_length": 1, "hard_entropy": 0.1, "updates": 2},
 }  # fmt: skip
-AT_ONCE = {"quiet_star": 20, "rlp": 1, "rpt": 2}
+AT_ONCE = {
+    "quiet_star": {"anchors_at_once": 20},
+    "rlp": {"anchors_at_once": 1, "thoughts_at_once": 3},
+    "rpt": {"anchors_at_once": 2, "thoughts_at_once": 9},
+}
 # By ranks: what a recipe says.
 STRATEGIES: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}, "one, in parts": {"micro_batch_rows": 1}, "one, in halves": {"micro_batch_rows": 2}},
@@ -106,7 +110,7 @@ def work(directory: Path, dtype: str, objectives: list[str], strategies: list[st
             changes = dict(STRATEGIES[ranks][strategy])
             settings = {"name": objective, **OBJECTIVES[objective]}
             if ranks > 1 or changes:
-                settings |= {"anchors_at_once": AT_ONCE[objective]} if objective in AT_ONCE else {}
+                settings |= AT_ONCE.get(objective, {})
             recipe = {
                 "steps": steps,
                 "objective": settings,

@@ -32,6 +32,7 @@ CASES = {
     "quiet_star, in parts": (replace(QUIET, anchors_at_once=24), BF16, dict(length=48, rows=2, micro_batch_rows=1)),
     "rlp": (DEEP, BF16, dict(length=128, rows=4)),
     "rlp, in parts": (replace(DEEP, anchors_at_once=1), FP32, dict(length=128, rows=2, micro_batch_rows=1)),
+    "rlp, thoughts in parts": (replace(DEEP, anchors_at_once=1, thoughts_at_once=2), FP32, dict(length=64, rows=1)),
     "rlp, checkpointing": (DEEP, FP32, dict(length=128, rows=4, checkpointing=True)),
     "rpt": (CHOSEN, BF16, dict(length=128, rows=4, micro_batch_rows=2)),
 }
@@ -39,7 +40,7 @@ CASES = {
 
 def planned(config, model, length: int, rows: int, **sizes) -> Job:
     objective = make(config)
-    at_once = {name: getattr(config, name, None) for name in ("anchors_at_once", "sampled_at_once")}
+    at_once = {name: getattr(config, name, None) for name in ("anchors_at_once", "thoughts_at_once", "sampled_at_once")}
     decoder, work = model.decoder, objective.workload(length, 1)
     parameters = Parameters.of(decoder.config, objective.needs)
     activations = decoder.compute_dtype or torch.float32
