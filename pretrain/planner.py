@@ -282,12 +282,12 @@ class Job:
             of_text = rows * length * (c.width + keys_and_values(c, act) / element) * FP32
             passed = scored * of_thought
             # Of thoughts that backward computes in parts again there are hidden states alone, and one part in its turn.
-            again = passed if self.divided else 0.0
+            in_turn = passed if self.divided else 0.0
             found["thoughts"] = (before if self.chunks * self.micro_batches > 1 else first) | {
                 "text": text,
-                "thoughts": passed - again + predicted * c.width * element + mixed,
+                "thoughts": passed - in_turn + predicted * c.width * element + mixed,
                 "gradient of the text": of_text if self.chunked else 0,
-                "backward": max(self._head(predicted), again + scored * working + weight, mixing),
+                "backward": max(self._head(predicted), in_turn + scored * working + weight, mixing),
             }
 
         predicted = rows * w.text_predicted

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpoints.snapshots import SnapshotWriter
 from models import logprobs
 from models.philox import Rng
 from objectives import QuietStarConfig, RlpConfig, RptConfig, Step
@@ -83,6 +84,27 @@ def test_a_step_holds_what_is_planned(case, monkeypatch):
     assert plan == pytest.approx(peak, rel=0.1), (job.states, job.phases)
 
 
+def test_a_snapshot_is_staged_in_what_is_planned(tmp_path):
+    model, objective = tiny_model(torch.float32, vocab_size=2000, **LARGER), make(DEEP)
+    model.mixing_head = model.delimiters = None
+    optimizer = make_optimizer(model, OptimizerConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    objective.other_models(model)
+    states = enumerate(optimizer.state.values())
+    moments = {f"{n}/{name}": tensor for n, state in states for name, tensor in state.items()}
+    writer = SnapshotWriter(tmp_path)
+    writer.save(1, {"model": model.state_dict(), "optimizer": moments, "objective": objective.state()}, {})
+    assert writer.error() is None
+    job = planned(DEEP, model, length=64, rows=8)
+    staged = sum(buffer.untyped_storage().nbytes() for buffer in writer._buffers.values())
+    assert job.staged == pytest.approx(staged, rel=0.01)
+    # Of whole copies one rank writes, of shards each, of several copies in shards those that hold the first.
+    nodes = {1: 1, 4: 4, 16: 8, 32: 8}
+    assert {n: replace(job, ranks=32, devices=8, shard=n).writers for n in nodes} == nodes
+
+
 def test_sizes_that_fit_are_the_largest():
     model = tiny_model(torch.float32, vocab_size=2000, **LARGER)
     job = planned(replace(QUIET, thoughts=4), model, length=96, rows=12)
@@ -138,6 +160,7 @@ def test_plan_says_what_fits(objective, tiny_run, capsys):
     assert main([*arguments, "--gpus", "4", "--memory", "10"]) == 0
     said = capsys.readouterr().out
     assert "4 × H100 SXM" in said and "It fits" in said and "micro_batch_rows 1" in said
+    assert "Host memory: snapshots are staged in" in said
     assert main([*arguments, "--gpus", "2", "--memory", "0.0001", "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["fitting"] is None and tree["gpus"] == 2

@@ -207,7 +207,7 @@ def test_what_may_change_within_a_run():
         *("strategy", "shard_size", "gradient_sync", "rollout_weights", "rollout.cache_gib", "sampled_rows"),
         *("devices", "nodes", "data_workers", "data_changed", "evaluation", "checkpoint", "logging"),
         *(f"data.{key}" for key in ("reference", "config", "split", "revision", "patience")),  # by what it contains
-        *("objective.anchors_at_once", "objective.sampled_at_once"),
+        *(f"objective.{what}_at_once" for what in ("anchors", "thoughts", "sampled")),
     }
     assert "objective.anchors_at_once" not in free_keys(Recipe(steps=3, objective=NextTokenConfig()))
 
