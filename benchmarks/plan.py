@@ -94,7 +94,9 @@ CASES: dict[str, dict[str, Any]] = {
 class Given:
     """Stands in for an engine: thoughts of random tokens, all of full length, which cost nothing."""
 
+    name: ClassVar[str] = "given"
     reproducible: ClassVar[bool] = True
+    lag: ClassVar[int] = 0
 
     def supports(self, request: RolloutRequest) -> tuple[bool, str]:
         return True, ""
@@ -175,7 +177,7 @@ def measured(case: str, tiny: bool) -> dict[str, float]:
         recipe = recipe_from_tree(recipe_tree(case, Path(large), tiny))
         PretrainModule.training_step = counted  # type: ignore[method-assign, assignment]
         if given:
-            assembly.make_engine = lambda recipe: Given()
+            assembly.make_engine = lambda *_: Given()
         run.fit(recipe)
         lines = (Path(large) / "run" / "metrics.jsonl").read_text().splitlines()
         before_last, last = [{"flops": 0, "seconds": 0.0}, *map(json.loads, lines)][-2:]

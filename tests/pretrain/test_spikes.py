@@ -114,7 +114,7 @@ def test_a_run_goes_back_to_a_checkpoint_from_a_spike(spiking, tiny_run, tmp_pat
     (tmp_path / "spiky.py").write_text(SPIKY)
     more = ["--objective", "spiky:Spiky", *LEARNING, *GUARDED, *BACK, "--steps", "15", "--devices", "2"]
     process = start([*arguments, str(tmp_path / "ranks"), *more], tmp_path)
-    errors = process.communicate(timeout=200)[1].decode()
+    errors = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 0, errors
     truth = weights(tmp_path / "oracle")
     for name in ("alone", "parted", "ranks"):
