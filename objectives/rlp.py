@@ -163,7 +163,8 @@ class Rlp(Anchored):
         moved, there = _moved(batch), []
         for cut in anchors.cuts(self.anchors_at_once):
             thoughts = self.thoughts_to_score(moved.part(cut)).trimmed()
-            there.append(self._gain(model, moved.part(cut), thoughts, model.think(thoughts, state))[1])
+            hidden_BKSMW = model.think(thoughts, state, self.thoughts_at_once)
+            there.append(self._gain(model, moved.part(cut), thoughts, hidden_BKSMW)[1])
         return replace(batch, gain_BKM=torch.cat(there, dim=-1) * moved.real_BM[:, None])
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> RlpTextPart:

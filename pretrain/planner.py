@@ -359,7 +359,7 @@ class Job:
         w, rate = self.work, self.hardware.flops * ATTAINED * self.ranks
         flops, passes = self.flops, 3 + self.checkpointing
         readings = passes * w.updates + w.readings + w.other_readings
-        thinkings = (passes + self.divided) * w.updates + w.other_thinkings
+        thinkings = (passes + self.divided) * w.updates + w.other_thinkings + w.moved
         forward_text = flops["text"] * (readings - (passes - 1) * w.updates) / readings
         forward_thoughts = flops["thoughts"] * (thinkings - (passes + self.divided - 1) * w.updates) / thinkings
         score = forward_thoughts + (flops["vocabulary"] / 4) + flops["mixing"] / 3
@@ -425,7 +425,7 @@ class Job:
             forward = self.micro_batches * (w.updates + w.readings + w.other_readings)
             # A part of an anchor's thoughts takes a pass forward, and two of its own when backward comes to it.
             parts = math.ceil(w.thoughts / self.thoughts_held) if self.divided else 1
-            thinkings = (3 * parts - 1 if self.divided else 1) * w.updates + parts * w.other_thinkings
+            thinkings = (3 * parts - 1 if self.divided else 1) * w.updates + parts * (w.other_thinkings + w.moved)
             forward += self.micro_batches * self.chunks * thinkings
             gathers = forward + self.losses * w.updates
             found["passes"] = others * (gathers * element * p.blocks + w.updates * FP32 * p.rest)
