@@ -9,13 +9,22 @@ import pytest
 import torch
 
 from objectives import Step
+from pretrain.evaluation.held_out import score_held_out
 from pretrain.recipe import Budget, Recipe, RecipeError
 from pretrain.recipe_files import load_recipe
+from pretrain.report import write_report
+from pretrain.run_directory import RunDirectory
 from tests.pretrain.test_fit import OBJECTIVES, fit, lines, weights
 
 # Thoughts that end at a comma, which is not where all of them do.
 RAGGED = [*OBJECTIVES["rlp"], "--objective.close", ",", "--objective.length", "8", "--objective.temperature", "3.0"]
 COSINE = ["--optimizer.schedule", "cosine", "--optimizer.warmup_steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def reports(monkeypatch) -> None:
+    """Not drawn, which takes longer than these runs."""
+    monkeypatch.setattr("pretrain.run.write_report", lambda *rest: None)
 
 
 def costs(directory) -> list[int]:
@@ -41,7 +50,8 @@ def test_a_run_ends_at_the_step_nearest_to_its_flops(whole, tiny_run, tmp_path):
         assert abs(sum(costs(directory)) - budget) <= max(whole) / 2
         assert [e["step"] for e in lines(directory / "evaluations.jsonl")] == [0, last]
         assert (directory / "checkpoints" / f"step-{last:08d}").exists()
-        assert f"{last} steps of 4 × 32 tokens" in (directory / "report.html").read_text()
+    write_report(RunDirectory(directory), load_recipe(str(directory / "recipe.yaml")))
+    assert "7 steps of 4 × 32 tokens" in (directory / "report.html").read_text()
 
 
 def test_stopped_anywhere_it_ends_the_same(whole, tiny_run, tmp_path, run_directory, monkeypatch, capsys):
@@ -87,6 +97,25 @@ def test_stopped_anywhere_it_ends_the_same(whole, tiny_run, tmp_path, run_direct
     assert "(optimizer.schedule_flops), and the learning rate is 0 after it" in said
     more = lines(run_directory / "metrics.jsonl")
     assert len(more) > len(records) and more[-1]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_run_that_lacks_its_last_evaluation_takes_no_further_step(tiny_run, run_directory, monkeypatch):
+    arguments = [*tiny_run, *OBJECTIVES["next_token"], "--steps", "null", "--flops", "1"]
+    evaluations = []
+
+    def failing(*rest):
+        evaluations.append(rest)
+        if len(evaluations) == 2:
+            raise MemoryError
+        return score_held_out(*rest)
+
+    monkeypatch.setattr("pretrain.callbacks.score_held_out", failing)
+    with pytest.raises(MemoryError):
+        fit(arguments)
+    assert not RunDirectory(run_directory).is_finished(load_recipe(str(run_directory / "recipe.yaml")))
+    assert fit(arguments) == 0
+    assert [m["step"] for m in lines(run_directory / "metrics.jsonl")] == [1]
+    assert [e["step"] for e in lines(run_directory / "evaluations.jsonl")] == [0, 1]
 
 
 def test_steps_bound_a_budget_and_it_says_so(tiny_run, run_directory, capsys):
