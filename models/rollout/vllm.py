@@ -38,10 +38,10 @@ from models.thoughts import PAD, Thoughts
 
 # Of each row's first thought so many tokens are checked.
 CHECKED = 32
-# Nats by which the log-probs of checked tokens may be from the model's own in the mean: some ten times what rounding
-# was seen to do, 1e-5 to 3e-5 in fp32 and 0.01 in bf16. It tells weights that are wrong, or behind by more than
-# rounding: in bf16 not by a single step at a rate of 1e-6.
-TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.1}
+# Nats by which the log-probs of checked tokens may be from the model's own in the mean: some six to ten times what
+# rounding was seen to do to 30 layers, 1e-5 to 3e-5 in fp32 and 0.04 in bf16. It tells weights that are wrong, or
+# behind by more than rounding: in bf16 not by some steps at a rate of 1e-6, which only the metric sampler_gap may show.
+TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.25}
 # What vLLM's samplers take.
 MOST_BANNED, HOTTEST = 1024, 2.0
 
