@@ -68,7 +68,7 @@ LOOP_METRICS = {
     "rollbacks": Metric("returns to a checkpoint so far", "by optimizer.on_spike"),
     "tokens_per_second": Metric("tokens of text read a second", "of the last step"),
 }
-NOT_PLOTTED = ("step", "tokens", "flops", "seconds")
+NOT_PLOTTED = ("step", "tokens", "flops", "seconds", "weights_step")
 RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#9a9a9a"
 
 STYLE = """
