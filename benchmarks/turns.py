@@ -27,14 +27,13 @@ class Peer:
         environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         command = [python, "-m", module, "--serve", *arguments]
         self._name = " ".join(command)
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+        except OSError as error:
+            raise SystemExit(
+                f"{python} cannot be started ({error.strerror}); name the Python of an environment"
+            ) from None
         self.hello = self._answer()
 
     def work(self, **request: Any) -> dict[str, Any]:

@@ -115,6 +115,8 @@ def test_vllm_decodes_as_many_tokens_behind_the_same_texts(python_with, tmp_path
 def test_a_peer_that_cannot_start_ends_the_comparison():
     with pytest.raises(SystemExit, match="no_such_module --serve ended with code 1"):
         Peer(sys.executable, "no_such_module", threads=1)
+    with pytest.raises(SystemExit, match="no/python cannot be started"):
+        Peer("no/python", "benchmarks.against_vllm", threads=1)
 
 
 def test_trl_takes_turns_with_the_same_prompts(python_with, tmp_path, capsys):
