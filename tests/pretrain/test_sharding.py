@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.rollout import native
 from models.rollout.eager import LOOK_EVERY
 from models.thoughts import PAD
 from tests.helpers import relative_error
@@ -50,8 +49,6 @@ def test_two_processes_are_one(objective, tiny_run, tmp_path):
     if objective in ("rlp", "rpt"):
         # A thought that almost any token ends, in rows that end at different times: ranks must stop sampling together.
         arguments += ["--objective.length", "20", "--objective.close", "e"]
-    if objective == "rlp" and native.compiler() is not None:
-        arguments += ["--compile", "true"]
     fit(arguments, tmp_path / "one", 1)
     fit([*arguments, "--steps", "3"], tmp_path / "two", 2)
     said = fit(arguments, tmp_path / "two", 2 if objective in ("next_token", "rlp") else 1)
