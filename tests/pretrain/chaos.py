@@ -51,11 +51,23 @@ TOLERANCE = 1e-6
 LEARNING_RATE = 1e-5
 GONE = 60.0  # seconds after the death of a rank
 AGENT = 30  # seconds after which what has started the ranks ends the others; torchrun would at once
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict] = {
     "next_token": {"name": "next_token"},
-    "quiet_star": {"name": "quiet_star", "length": 3, "lookahead": 2, "thoughts": 2},
+    # With a policy weight of 1e6 it would learn the rounding errors that a fresh mixing head makes of rewards.
+    "quiet_star": {"name": "quiet_star", "length": 3, "lookahead": 2, "thoughts": 2, "policy_weight": 1.0},
     "rlp": {"name": "rlp", "length": 4, "thoughts": 2, "anchors_per_document": 1, "min_prefix": 4},
-    "rpt": {"name": "rpt", "length": 4, "thoughts": 2, "anchors_per_document": 1, "min_prefix": 4},
+    "rpt": {
+        "name": "rpt",
+        "length": 4,
+        "thoughts": 8,
+        "anchors_per_document": 4,
+        "min_prefix": 4,
+        "template": "forced",
+        "box_open": "",
+        "box_close": "",
+        "answer_length": 1,
+        "temperature": 1.0,
+    },
 }
 
 
