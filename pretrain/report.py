@@ -6,25 +6,21 @@ matters. The HTML stands alone: pictures are inside it, it loads nothing and run
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import shlex
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from data_pipelines.lab import END_OF_DOCUMENT
 from objectives import Metric, find_objective
 from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
-from pretrain.page import html_page
+from pretrain.page import REPORT_STYLE, Sheet, block, bullets, html_page, paragraph
+from pretrain.plots import COLOURS, INK, Plot, available, drawn, legend_below, pictures, to_png
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_yaml
 from pretrain.run_directory import RunDirectory
@@ -32,7 +28,6 @@ from pretrain.samples import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -69,52 +64,8 @@ LOOP_METRICS = {
     "tokens_per_second": Metric("tokens of text read a second", "of the last step"),
 }
 NOT_PLOTTED = ("step", "tokens", "flops", "seconds", "weights_step")
-RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00", "#9a9a9a"
-
-STYLE = """
-h1, p, li { overflow-wrap: anywhere }
-.wide { overflow-x: auto; margin: 1.5rem 0 }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #8886; text-align: right; vertical-align: top }
-th:first-child, td:first-child, .words th, .words td { text-align: left }
-.words td + td { overflow-wrap: anywhere; min-width: 6rem }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); gap: .5rem }
-.pictures img { width: 100%; border-radius: 6px }
-pre { overflow: auto; padding: 1rem; background: #8882; border-radius: 6px }
-@media print {
-  body { margin: 0; max-width: none; font-size: 9pt }
-  .wide { overflow: visible }
-  .pictures { grid-template-columns: repeat(auto-fill, minmax(calc(var(--least) * .75), 1fr)) }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere }
-}
-"""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table, on a terminal or in HTML. words: of text, not of numbers."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    words: bool = False
-
-    def to_rich(self) -> Table:
-        style = box.HORIZONTALS if self.words else box.SIMPLE_HEAD
-        table = Table(title=self.title, title_justify="left", show_lines=self.words, box=style)
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if self.words or i == 0 else "right")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def to_html(self) -> str:
-        def line(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        rows = "\n".join(line(row, "td") for row in self.rows)
-        kind = ' class="words"' if self.words else ""
-        head = f"<caption>{escape(self.title)}</caption>\n<thead>{line(self.columns, 'th')}</thead>"
-        return f'<div class="wide"><table{kind}>\n{head}\n<tbody>\n{rows}\n</tbody>\n</table></div>'
+OVERVIEW_INCHES, CURVE_INCHES, CURVE_WIDTH = (9.0, 3.6), (2.6, 1.8), "13rem"
+RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = COLOURS[0], COLOURS[1], COLOURS[-1]
 
 
 class RunRecords:
@@ -159,7 +110,7 @@ class RunRecords:
             others.append(self.control.after)
         rows = []
         for name, label in HELD_OUT.items():
-            if _known(after, name):
+            if has(after, name):
                 values = [_shown(name, record) for record in (before, after)]
                 rows.append([label, *values, _change(name, before, after), *(_shown(name, other) for other in others)])
         return Sheet("Held-out NLL, nats per token (lower is better)", columns, rows)
@@ -232,21 +183,10 @@ class RunRecords:
         columns = ["step", "task", "metric", "thoughts", "temperature", "score", "problems"]
         return Sheet("Downstream tasks (95% intervals)", columns, [*rows.values()]) if rows else None
 
-    def thoughts(self, title: str, samples: list[Record], longest: int) -> Sheet:
-        rows = [
-            [
-                str(sample["step"]),
-                *(_cut(printable(sample[name]), longest) for name in ("text", "thought", "continues")),
-                f"{sample['reward']:+.3f}",
-            ]
-            for sample in samples
-        ]
-        return Sheet(title, ["step", "text", "thought", "continues", "reward"], rows, words=True)
-
     @property
     def plotted(self) -> list[str]:
         """Names of the metrics that have curves."""
-        logged = dict.fromkeys(name for record in self.metrics for name in record if _known(record, name))
+        logged = dict.fromkeys(name for record in self.metrics for name in record if has(record, name))
         return [name for name in logged if name not in NOT_PLOTTED and not name.startswith("data/")]
 
     @property
@@ -279,7 +219,7 @@ class RunRecords:
         return [f"{w['name']} (step {w['step']}): {w['message']}{judged_by(w)}" for w in self.warnings]
 
     def curve(self, records: list[Record], x: str, name: str) -> tuple[list[float], list[float]]:
-        points = [(record[x], record[name]) for record in records if _known(record, name)]
+        points = [(record[x], record[name]) for record in records if has(record, name)]
         return [p[0] for p in points], [p[1] for p in points]
 
     # Commands
@@ -302,20 +242,20 @@ class RunRecords:
         return read[-1] if positions == "marker" and read else "The capital of France is"
 
 
-def _known(record: Record, name: str) -> bool:
+def has(record: Record, name: str) -> bool:
     """Whether a record has a number of that name."""
     value = record.get(name)
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _shown(name: str, record: Record) -> str:
-    if not _known(record, name):
+    if not has(record, name):
         return ""
     return f"{record[name]:.4f}" if name.startswith("nll") else f"{record[name]:.1%}"
 
 
 def _change(name: str, before: Record, after: Record) -> str:
-    if not _known(before, name):
+    if not has(before, name):
         return ""
     change = after[name] - before[name]
     return f"{change:+.4f}" if name.startswith("nll") else f"{change:+.1%}"
@@ -332,6 +272,21 @@ def _own_minus(value: Record | float) -> str:
         return ""
     few = "*" if value["documents"] < ENOUGH_DOCUMENTS else ""
     return f"{-value['nll']:+.2f} [{-value['high']:.2f}, {-value['low']:.2f}]{few}"
+
+
+def thoughts(title: str, samples: Sequence[Record], longest: int, picked: Sequence[str] = ()) -> Sheet:
+    """Samples in words, cut to so many characters. picked: how each was, if not all in the same way."""
+    rows = [
+        [
+            *how,
+            str(sample["step"]),
+            *(_cut(printable(sample[name]), longest) for name in ("text", "thought", "continues")),
+            f"{sample['reward']:+.3f}",
+        ]
+        for sample, *how in zip(samples, *([picked] if picked else []), strict=True)
+    ]
+    columns = ["step", "text", "thought", "continues", "reward"]
+    return Sheet(title, ["picked", *columns] if picked else columns, rows, words=True)
 
 
 def _cut(words: str, longest: int) -> str:
@@ -366,7 +321,7 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
         title = "Thoughts of the last steps, picked at random"
-        console.print(run.thoughts(title, samples, TERMINAL_CHARACTERS).to_rich())
+        console.print(thoughts(title, samples, TERMINAL_CHARACTERS).to_rich())
     for line in run.warning_lines():
         say(f"warning: {line}")
     for line in run.costs(seconds):
@@ -381,14 +336,18 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
 # Pictures
 
 
-def overview(run: RunRecords) -> Figure:
-    """Held-out NLL over compute, and what the thought is worth. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
+def overview(run: RunRecords) -> list[Plot]:
+    """Held-out NLL over compute, and what the thought is worth; without a thought, how the loss went."""
+    name = "reward" if any(has(record, "reward") for record in run.metrics) else "loss"
+    second = Plot(f"{name.capitalize()} in training", partial(_plot_curve, run=run, name=name))
+    if found := run.after.get("counterfactual"):
+        second = Plot("Does the thought matter?", partial(_plot_counterfactuals, found=found))
+    return [Plot("Held-out NLL", partial(_plot_nll, run=run)), second]
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, plot in zip(figure.subplots(1, 2), (_plot_nll, _plot_thought), strict=True):
-        plot(axes, run)
-    return figure
+
+def curves(run: RunRecords) -> list[Plot]:
+    """Every metric over the steps."""
+    return [Plot(name, partial(_plot_curve, run=run, name=name), CURVE_INCHES) for name in run.plotted]
 
 
 def _plot_nll(axes: Axes, run: RunRecords) -> None:
@@ -404,21 +363,14 @@ def _plot_nll(axes: Axes, run: RunRecords) -> None:
                 axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{label}, {how}")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(unit="FLOP"))
-    axes.set(title="Held-out NLL", xlabel="training compute", ylabel="nats per token (lower is better)")
+    axes.set(xlabel="training compute", ylabel="nats per token (lower is better)")
     if run.evaluations:
-        axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
+        legend_below(axes)
 
 
-def _plot_thought(axes: Axes, run: RunRecords) -> None:
-    """What the thought is worth; without a thought, how the loss went."""
-    if run.after.get("counterfactual"):
-        _plot_counterfactuals(axes, run.after["counterfactual"])
-    else:
-        name = "reward" if any(_known(record, "reward") for record in run.metrics) else "loss"
-        axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR)
-        axes.set(title=f"{name.capitalize()} in training", xlabel="step", ylabel=name)
-    axes.spines[["top", "right"]].set_visible(False)
+def _plot_curve(axes: Axes, run: RunRecords, name: str) -> None:
+    axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR, linewidth=1)
+    axes.set_xlabel("step")
 
 
 def _plot_counterfactuals(axes: Axes, found: dict[str, dict[str, float]]) -> None:
@@ -428,44 +380,11 @@ def _plot_counterfactuals(axes: Axes, found: dict[str, dict[str, float]]) -> Non
     below = [max(0.0, found[c]["nll"] - found[c]["low"]) for c in conditions]
     above = [max(0.0, found[c]["high"] - found[c]["nll"]) for c in conditions]
     colours = [RUN_COLOUR if c == "own" else OTHER_COLOUR for c in conditions]
-    axes.barh([CONDITIONS[c] for c in conditions], nll, color=colours, xerr=[below, above], ecolor="#333333", capsize=3)
+    axes.barh([CONDITIONS[c] for c in conditions], nll, color=colours, xerr=[below, above], ecolor=INK, capsize=3)
     for i, value in enumerate(nll):
-        axes.text(value + above[i], i, f"  {value:.2f}", va="center")
-    axes.margins(x=0.15)
-    axes.set(title="Does the thought matter?", xlabel="held-out NLL after it, nats per token, 95% intervals")
-
-
-def panels(run: RunRecords) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """The overview's halves, and the curve of every metric over the steps: PNG by title. Apart, so that a narrow page
-    puts them below each other. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    def drawn(width: float, height: float, plots: Iterable[Callable[[Axes], None]]) -> dict[str, bytes]:
-        found = {}
-        for plot in plots:
-            figure = Figure(figsize=(width, height), layout="constrained")
-            axes = figure.subplots()
-            plot(axes)
-            found[axes.get_title()] = _png(figure)
-        return found
-
-    def curve(axes: Axes, name: str) -> None:
-        axes.plot(*run.curve(run.metrics, "step", name), color=RUN_COLOUR, linewidth=1)
-        axes.set_title(name, fontsize="small")
-        axes.tick_params(labelsize="x-small")
-        axes.yaxis.get_offset_text().set_fontsize("x-small")
-        axes.spines[["top", "right"]].set_visible(False)
-
-    return (
-        drawn(5.5, 4.2, (partial(plot, run=run) for plot in (_plot_nll, _plot_thought))),
-        drawn(2.75, 1.9, (partial(curve, name=name) for name in run.plotted)),
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+        axes.annotate(f"{value:.2f}", (value + above[i], i), (5, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.2)
+    axes.set_xlabel("held-out NLL after it, nats per token, 95% intervals", loc="right")
 
 
 # In files
@@ -477,54 +396,46 @@ def write_report(directory: RunDirectory, recipe: Recipe, seconds: float | None 
     seconds: what the whole training command took.
     """
     run = RunRecords(directory, recipe)
-    overviews: dict[str, bytes] | None = None
-    curves: dict[str, bytes] | None = None
-    try:
-        overviews, curves = panels(run)
-        (directory.path / "report.png").write_bytes(_png(overview(run)))
-    except ImportError as error:
-        if not (error.name or "").startswith("matplotlib"):
-            raise
+    if available():
+        (directory.path / "report.png").write_bytes(to_png(drawn(overview(run), OVERVIEW_INCHES)))
     path = directory.path / "report.html"
-    path.write_text(_page(run, seconds, overviews, curves), encoding="utf-8")
+    path.write_text(_page(run, seconds), encoding="utf-8")
     return path
 
 
-def _page(
-    run: RunRecords, seconds: float | None, overviews: dict[str, bytes] | None, curves: dict[str, bytes] | None
-) -> str:
+def _page(run: RunRecords, seconds: float | None) -> str:
     title = f"{run.directory.path.resolve().name}: {run.name} on {run.recipe.data.reference}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        _paragraph(_what_it_is(run)),
-        _pictures(overviews, "22rem"),
+        paragraph(_what_it_is(run)),
+        pictures(overview(run)),
     ]
-    parts.append(run.held_out().to_html() if run.evaluations else _paragraph("No text was held out (data.held_out 0)."))
+    parts.append(run.held_out().to_html() if run.evaluations else paragraph("No text was held out (data.held_out 0)."))
     counterfactuals, sentence = run.counterfactuals(), run.counterfactual_sentence()
     if counterfactuals is not None:
         parts += [
             counterfactuals.to_html(),
-            _paragraph("Only what its own thought gains over all the others is due to its content."),
+            paragraph("Only what its own thought gains over all the others is due to its content."),
         ]
     if sentence is not None:
-        parts.append(_paragraph(sentence))
-    parts += map(_paragraph, run.notes())
+        parts.append(paragraph(sentence))
+    parts += map(paragraph, run.notes())
     if run.evaluations:
         parts.append(run.deciles().to_html())
-        parts += map(_paragraph, filter(None, [run.deciles_sentence()]))
+        parts += map(paragraph, filter(None, [run.deciles_sentence()]))
     if (tasks := run.tasks()) is not None:
         parts.append(tasks.to_html())
-    parts += ["<h2>Warnings</h2>", _list(run.warning_lines()) if run.warnings else _paragraph("None.")]
+    parts += ["<h2>Warnings</h2>", bullets(run.warning_lines()) if run.warnings else paragraph("None.")]
     if run.samples:
         half = HTML_THOUGHTS // 2
         samples = run.samples if len(run.samples) <= HTML_THOUGHTS else run.samples[:half] + run.samples[-half:]
         picked = "Picked at random in the first and in the last steps"
-        parts += ["<h2>Thoughts</h2>", run.thoughts(picked, samples, HTML_CHARACTERS).to_html()]
-    parts += ["<h2>Training</h2>", _pictures(curves, "13rem")]
-    parts += [run.meanings().to_html(), _list(run.costs(seconds))]
-    parts += ["<h2>How to go on</h2>", _block("\n".join(run.commands()))]
-    parts += ["<h2>Recipe</h2>", _block(recipe_to_yaml(run.recipe))]
-    return html_page(title, STYLE, "\n".join(parts))
+        parts += ["<h2>Thoughts</h2>", thoughts(picked, samples, HTML_CHARACTERS).to_html()]
+    parts += ["<h2>Training</h2>", pictures(curves(run), CURVE_WIDTH)]
+    parts += [run.meanings().to_html(), bullets(run.costs(seconds))]
+    parts += ["<h2>How to go on</h2>", block("\n".join(run.commands()))]
+    parts += ["<h2>Recipe</h2>", block(recipe_to_yaml(run.recipe))]
+    return html_page(title, REPORT_STYLE, "\n".join(parts))
 
 
 def _what_it_is(run: RunRecords) -> str:
@@ -546,26 +457,3 @@ def _what_it_is(run: RunRecords) -> str:
         "NLL is how surprised the model is by the true next token of text it was not trained on, in nats: "
         "lower is better."
     )
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _block(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
-
-
-def _pictures(pngs: dict[str, bytes] | None, least: str) -> str:
-    """Pictures by their titles, as many beside each other as are each at least so wide."""
-    if pngs is None:
-        return _paragraph("No pictures: matplotlib is not installed. pip install matplotlib")
-    images = "".join(
-        f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for title, png in pngs.items()
-    )
-    return f'<div class="pictures" style="--least:{least}">{images}</div>'

@@ -1,8 +1,8 @@
 """Opens pages of ours in headless Chromium: python tests/external/with_chromium.py CHROMIUM OUT PAGE …
 
 Asserts, from a phone to a desk, in light and in dark: nothing is said on the console, nothing is requested, nothing
-is wider than the window, and no text is too pale. Writes pictures and a PDF of each page into OUT, to be looked at.
-Speaks the DevTools protocol over two pipes, so that it needs nothing but Python.
+is wider than the window, no plot is too small to be read, and no text is too pale. Writes pictures and a PDF of each
+page into OUT, to be looked at. Speaks the DevTools protocol over two pipes, so that it needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WIDTHS, SCHEMES = (375, 800, 1280), ("light", "dark")
+WIDTHS, SCHEMES = (375, 400, 800, 1280), ("light", "dark")
 LEAST_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
+LEAST_LETTERS = 9.0  # pixels, in a plot
 
 # The least contrast of any text, over the backgrounds that lie behind it. Colours go through a canvas, so that whatever
 # CSS calls them they come out as numbers.
@@ -46,6 +47,12 @@ CONTRAST = """
   }
   return least
 })()
+"""
+# The smallest text in any plot, in pixels, whichever way it is turned.
+LETTERS = """
+[...document.querySelectorAll("svg text")]
+  .map(t => [t.getScreenCTM(), parseFloat(getComputedStyle(t).fontSize)])
+  .reduce((least, [{a, b}, size]) => Math.min(least ?? Infinity, Math.hypot(a, b) * size), null)
 """
 
 
@@ -138,6 +145,8 @@ def check(browser: Browser, page: Path, out: Path) -> None:
             assert widest <= width, f"{name} is {widest} pixels wide"
             contrast, words = browser.evaluate(CONTRAST)
             assert contrast >= LEAST_CONTRAST, f"{name}: contrast {contrast:.2f} of {words!r}"
+            letters = browser.evaluate(LETTERS)
+            assert letters is None or letters >= LEAST_LETTERS, f"{name}: letters of {letters:.1f} pixels in a plot"
             browser.picture(out / f"{name}.png", whole=True)
             if browser.evaluate("Boolean(document.querySelector('.text a'))"):
                 choose(browser, name, out)
