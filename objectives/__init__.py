@@ -23,6 +23,7 @@ from objectives.counterfactuals import Bodies, CounterfactualTest
 from objectives.driver import Step, StepOutput
 from objectives.metrics import Mean, Metric
 from objectives.next_token import NextToken, NextTokenConfig
+from objectives.pause import Pause, PauseConfig
 from objectives.quiet_star import QuietStar, QuietStarConfig
 from objectives.rlp import Rlp, RlpConfig
 from objectives.rpt import Rpt, RptConfig
@@ -38,6 +39,8 @@ __all__ = [
     "NextTokenConfig",
     "Objective",
     "ObjectiveConfig",
+    "Pause",
+    "PauseConfig",
     "QuietStar",
     "QuietStarConfig",
     "Rlp",
@@ -60,6 +63,7 @@ __all__ = [
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken,
+    "pause": Pause,
     "quiet_star": QuietStar,
     "rlp": Rlp,
     "rpt": Rpt,

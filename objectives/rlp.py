@@ -33,14 +33,7 @@ from models.philox import Rng
 from models.rollout import Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Anchors, Thoughts
-from objectives.anchored import (
-    Anchored,
-    AnchoredBatch,
-    AnchoredConfig,
-    documents_skipped,
-    gather_positions,
-    predicting,
-)
+from objectives.anchored import without_thought
 from objectives.base import Term, TextPart, ThoughtPart, ThoughtRecord, ThoughtState, setting
 from objectives.counterfactuals import elsewhere
 from objectives.credit import (
@@ -52,14 +45,14 @@ from objectives.credit import (
     probability_gain,
 )
 from objectives.metrics import Mean, policy_metrics, thought_metrics
-from objectives.next_token import next_token_part
+from objectives.policy import AnchoredBatch, PolicyConfig, RewardedThoughts, predicting
 from objectives.teacher import EmaTeacher
 from objectives.template import Template
 from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlpConfig(AnchoredConfig):
+class RlpConfig(PolicyConfig):
     """Settings of RLP; defaults are the paper's, with its ε (not given there) as PPO's."""
 
     name: str = "rlp"
@@ -76,7 +69,6 @@ class RlpConfig(AnchoredConfig):
     reward_positive: bool = setting(False, "rewards below 0 count as 0")
     ema_decay: float = setting(0.999, "τ, of the teacher; 1: stays as it began; 0: the model as it is", ge=0, le=1)
     kl_weight: float = setting(0.0, "of KL(π ‖ teacher's π)", ge=0)
-    next_token_weight: float = setting(0.0, "of plain cross-entropy on the text", ge=0)
     train_predictor: float = setting(0.0, "of −S_pred with gradient, the term that the published gradient drops", ge=0)
 
     @property
@@ -100,7 +92,7 @@ class RlpTextPart(TextPart):
     reference: TextState | None = field(default=None)
 
 
-class Rlp(Anchored):
+class Rlp(RewardedThoughts):
     Config = RlpConfig
     config: RlpConfig
     sentence: ClassVar[str] = (
@@ -130,7 +122,6 @@ class Rlp(Anchored):
             appended=len(self.template.close) + c.horizon - 1,
             other_thinkings=compared,
             moved=moved,
-            text_predicted=length if c.next_token_weight else 0,
             predicted=c.horizon,
             looked_up=w.looked_up + w.anchors * c.horizon * (1 + c.updates + moved * c.thoughts),
             teacher=True,
@@ -168,10 +159,9 @@ class Rlp(Anchored):
         return replace(batch, gain_BKM=torch.cat(there, dim=-1) * moved.real_BM[:, None])
 
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> RlpTextPart:
-        """Plain cross-entropy and the teacher's reading, where the settings ask for them."""
-        c, part = self.config, RlpTextPart(metrics={"documents_skipped": documents_skipped(state.text, batch.anchors)})
-        if c.next_token_weight:
-            part.terms = next_token_part(model, state, c.next_token_weight).terms
+        """Besides, the teacher's reading, where the settings ask for it."""
+        c, text = self.config, super().text_terms(model, state, batch)
+        part = RlpTextPart(text.terms, text.metrics)
         if c.kl_weight:
             with torch.no_grad():
                 part.reference = self.teacher.model(model).read(state.text)
@@ -269,12 +259,3 @@ def _places(real: list[bool], document: list[int]) -> list[int]:
     others = elsewhere([document[m] for m in slots])
     place = dict(zip(slots, (slots[i] for i in others), strict=True)) if others is not None else {}
     return [place.get(m, -1) for m in range(len(real))]
-
-
-@torch.no_grad()
-def without_thought(model: ThinkingModel, state: TextState, anchors: Anchors, target_BHM: Tensor) -> Tensor:
-    """The log-probs [B, H, M] of the true tokens behind each anchor, by a model that has read the text and thought
-    nothing; 0 where there is no anchor."""
-    at_BM, real_BHM = anchors.index_BM.clamp(min=0), (anchors.index_BM >= 0)[:, None].expand_as(target_BHM)
-    hidden = [gather_positions(state.hidden_BNW.roll(-h, 1), at_BM) for h in range(target_BHM.shape[1])]
-    return token_logprobs_where(real_BHM, torch.stack(hidden, dim=1), model.head_weight_VW, target_BHM)

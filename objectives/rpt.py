@@ -36,27 +36,17 @@ import torch
 from torch import Tensor
 
 from models.decoder import TextState
-from models.logprobs import token_logprobs_where
 from models.philox import Rng
 from models.rollout import Engine, Prediction, Rollout
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Text
-from objectives.anchored import (
-    Anchored,
-    AnchoredBatch,
-    AnchoredConfig,
-    documents_skipped,
-    gather_positions,
-    marker_id,
-    tag_ids,
-)
+from objectives.anchored import marker_id, tag_ids, without_thought
 from objectives.anchors import AnchorChoice
 from objectives.base import (
     Counts,
     Needs,
     SettingError,
     Term,
-    TextPart,
     ThoughtPart,
     ThoughtRecord,
     ThoughtState,
@@ -65,12 +55,13 @@ from objectives.base import (
 )
 from objectives.credit import has_variance, prefix_match
 from objectives.metrics import Mean, policy_metrics, thought_metrics
+from objectives.policy import AnchoredBatch, PolicyConfig, RewardedThoughts
 from objectives.template import Template, checked_tag
 from objectives.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class RptConfig(AnchoredConfig):
+class RptConfig(PolicyConfig):
     """Settings of RPT; defaults are the paper's, with its ε and entropy threshold (not given there) PPO's and 1 nat."""
 
     name: str = "rpt"
@@ -116,7 +107,7 @@ class ResponseBatch(AnchoredBatch):
 NO_TEXT = b"\xff"
 
 
-class Rpt(Anchored):
+class Rpt(RewardedThoughts):
     """RPT on a model whose tokens stand for `token_bytes` [V] (None: no text).
 
     box_ids: opening and end of a forced template's box. end_ids: what ends a free response.
@@ -214,8 +205,7 @@ class Rpt(Anchored):
         rollout = engine.sample(request)
         at_BM, real_BM = anchors.index_BM.clamp(min=0), anchors.index_BM >= 0
         target_B1M = text.targets(1)[0].gather(1, at_BM)[:, None]
-        hidden_B1MW = gather_positions(no_think.hidden_BNW, at_BM)[:, None]
-        base_B1M = token_logprobs_where(real_BM[:, None], hidden_B1MW, proxy.head_weight_VW, target_B1M)
+        base_B1M = without_thought(proxy, no_think, anchors, target_B1M)
         predictions = self.predictions(rollout)
         reward_BKM, undecided_BKM = self._rewards(predictions, rollout, base_B1M.dtype)
         kept_BM = real_BM
@@ -322,9 +312,6 @@ class Rpt(Anchored):
         return torch.where(undecided_BKM, mean_B1M, reward_BKM).to(device), undecided_BKM.to(device)
 
     # The update
-
-    def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> TextPart:
-        return TextPart(metrics={"documents_skipped": documents_skipped(state.text, batch.anchors)})
 
     def thought_terms(
         self, model: ThinkingModel, state: TextState, batch: ResponseBatch, thought: ThoughtState, text: Any

@@ -75,7 +75,7 @@ class Workload:
         mixing = flops.mixing(config.width, w.mixed * w.anchors, w.mixed * thoughts)
         return {
             "text": (passes * w.updates + w.readings + w.other_readings) * reading,
-            "rollout": (thinking(w.prompt + w.sampled - 1) + head * w.sampled * thoughts) if thoughts else 0.0,
+            "rollout": (thinking(w.prompt + w.sampled - 1) + head * w.sampled * thoughts) if w.sampled else 0.0,
             "thoughts": ((passes + divided) * w.updates + w.other_thinkings + w.moved) * thinking(w.scored),
             "vocabulary": head * (4 * w.updates * differentiated + w.looked_up + compared),
             "mixing": 3 * w.updates * mixing,

@@ -15,8 +15,8 @@ NAMES = {
         Recorded Rng Rollout RolloutRequest Text TextState ThinkingModel Thoughts Trunk most_probable token_entropies
         token_logprobs""",
     "objectives": """Batch Bodies CounterfactualTest Mean Metric NextToken NextTokenConfig Objective ObjectiveConfig
-        QuietStar QuietStarConfig Rlp RlpConfig Rpt RptConfig SettingError Step StepOutput Template Term
-        TextPart ThoughtPart ThoughtRecord ThoughtState TokenScores find_objective setting""",
+        Pause PauseConfig QuietStar QuietStarConfig Rlp RlpConfig Rpt RptConfig SettingError Step StepOutput Template
+        Term TextPart ThoughtPart ThoughtRecord ThoughtState TokenScores find_objective setting""",
 }
 
 

@@ -21,9 +21,9 @@ from models.rollout.native import compiler
 from models.thinking import ThinkingModel
 from models.thoughts import PAD, Anchors, Text
 from objectives import NextToken, Objective, QuietStarConfig, RlpConfig, RptConfig, find_objective
-from objectives.anchored import AnchoredConfig
 from objectives.base import ThoughtState
 from objectives.driver import Sampled
+from objectives.policy import PolicyConfig
 from tests.data_pipelines.conftest import byte_level, save
 from tests.data_pipelines.streams import documents
 from tests.helpers import tiny_model
@@ -128,7 +128,7 @@ def test_a_document_changes_nothing_of_another(source, name, tokenizer, tmp_path
     # Few tokens, so that some thoughts end early and some not at all.
     spelled = {id for ids in tokenizer.encode(list("0123456789] ")) for id in ids}
     model.ban(tokenizer.size, tuple(set(range(tokenizer.size)) - spelled))
-    native = [Native()] if isinstance(CONFIGS[name], AnchoredConfig) and compiler() else []
+    native = [Native()] if isinstance(CONFIGS[name], PolicyConfig) and compiler() else []
     for engine in (EAGER, *native):
         objective = find_objective(CONFIGS[name].name).build(CONFIGS[name], tokenizer)
         was, now = (everything(objective, model, text, engine) for text in (before, after))

@@ -18,7 +18,20 @@ from models.flops import Ledger
 from models.philox import Rng
 from models.rollout import eager
 from models.thoughts import PAD, Anchors, Text, Thoughts
-from objectives import NextToken, Objective, QuietStar, QuietStarConfig, Rlp, RlpConfig, Rpt, RptConfig, Step, Template
+from objectives import (
+    NextToken,
+    Objective,
+    Pause,
+    PauseConfig,
+    QuietStar,
+    QuietStarConfig,
+    Rlp,
+    RlpConfig,
+    Rpt,
+    RptConfig,
+    Step,
+    Template,
+)
 from tests.helpers import LiveBytes, packed_text, relative_error, step_of, tiny_model
 
 RNG = Rng(seed=3, step=1)
@@ -43,6 +56,8 @@ def make(config) -> Objective:
         return Rlp(config, Template(OPEN, CLOSE))
     if isinstance(config, RptConfig):
         return Rpt(config, OPEN, CLOSE, BYTES, ((11,), (12,)))
+    if isinstance(config, PauseConfig):
+        return Pause(config, Template(OPEN, CLOSE), 5)
     return QuietStar(config) if isinstance(config, QuietStarConfig) else NextToken()
 
 

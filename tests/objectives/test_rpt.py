@@ -323,6 +323,18 @@ def test_the_update_does_not_depend_on_the_cut_of_the_batch():
 # At the edges
 
 
+def test_a_mixed_update_adds_the_texts_own_gradient():
+    model, source = model_of_few_words(), text()
+    mixed = objective(dataclasses.replace(SMALL, next_token_weight=2.0))
+    alone, both = (gradients(model, step_of(o, model, source, RNG).loss) for o in (objective(), mixed))
+    target_BN, valid_BN = source.targets(1)
+    logits_BNV = model.read(source).hidden_BNW @ model.head_weight_VW.T
+    nll = torch.nn.functional.cross_entropy(logits_BNV[valid_BN], target_BN[valid_BN])
+    truth = gradients(model, 2.0 * nll)
+    for name in truth:
+        assert relative_error(both[name] - alone.get(name, 0), truth[name]) <= 1e-9, name
+
+
 def test_a_text_without_a_position_gives_no_loss():
     model = model_of_few_words()
     for source, config in (

@@ -8,7 +8,7 @@ import pytest
 
 from models.flops import Ledger
 from models.philox import Rng
-from objectives import Objective, QuietStarConfig, RlpConfig, RptConfig, Step
+from objectives import Objective, PauseConfig, QuietStarConfig, RlpConfig, RptConfig, Step
 from tests.helpers import packed_text, tiny_model
 from tests.objectives.test_memory import make
 
@@ -24,7 +24,9 @@ CONFIGS = {
     ),
     "rlp, two updates": dataclasses.replace(RLP, updates=2, kl_weight=0.3, anchors_per_document=3),
     "rlp, scored elsewhere": dataclasses.replace(RLP, scored="other"),
+    "pause": PauseConfig(length=9, anchors_per_document=3, min_prefix=5),
     "rpt": RPT,
+    "rpt, mixed with next-token prediction": dataclasses.replace(RPT, next_token_weight=0.5),
     "rpt, free": dataclasses.replace(RPT, template="free", positions="random", updates=2),
 }
 
