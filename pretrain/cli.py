@@ -129,19 +129,41 @@ def export(checkpoint: str, out: str, thinking: bool) -> None:
 
 
 def sample(
-    model: str, text: str | None, file: str | None, html: str | None, length: int | None, temperature: float, seed: int
+    model: str,
+    text: str | None,
+    file: str | None,
+    augment: list[str] | None,
+    html: str | None,
+    length: int | None,
+    temperature: float,
+    seed: int,
+    **places: Any,
 ) -> None:
     """Show the thought a model has at each position of a text.
 
     Beside each thought: the probability of the true next token without and with the thought, its gain in nats, and the
     likeliest next tokens. --html FILE writes all this as one page, for slides, phones and paper.
+
+    --augment IN OUT writes the documents of IN (jsonl, text, parquet, lab:SETTINGS) with thoughts in them, between the
+    model's tags, as jsonl to train on; a model that was not trained to think writes <think> … </think>. The tags are
+    text there: no control token ever comes from them.
     """
+    from checkpoints.errors import CheckpointError
+    from pretrain.augmenting import write_augmented
+    from pretrain.new_file import refuse_to_overwrite
     from pretrain.opening import open_model
-    from pretrain.reading_page import refuse_to_overwrite, write_page
+    from pretrain.reading_page import write_page
     from pretrain.samples import print_reading, read_with_thoughts, text_of_file
 
+    if augment is not None:
+        source, out = augment
+        refuse_to_overwrite(Path(out), "OUT")
+        print(write_augmented(open_model(model), source, Path(out), length, temperature, seed, **places))
+        return
+    if any(value is not None for value in places.values()):
+        raise CheckpointError("--thoughts, --marker and --documents are for --augment; leave them out")
     if html is not None:
-        refuse_to_overwrite(Path(html))
+        refuse_to_overwrite(Path(html), "--html")
     words = text_of_file(file) if file is not None else text or ""
     reading = read_with_thoughts(open_model(model), model, words, length, temperature, seed)
     if html is None:
@@ -236,10 +258,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     read = sampling.add_mutually_exclusive_group(required=True)
     read.add_argument("--text", help="text to read")
     read.add_argument("--file", metavar="FILE", help="file to read it from; - is standard input")
+    read.add_argument("--augment", nargs=2, metavar=("IN", "OUT"), help="documents to write thoughts into; OUT: jsonl")
     sampling.add_argument("--html", metavar="FILE", help="page to write; must not exist")
     sampling.add_argument("--length", type=int, help="sampled tokens of a thought; default: as trained, else 8")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--thoughts", type=_positive, metavar="N", help="of a document at most (default 1)")
+    sampling.add_argument("--marker", metavar="TEXT", help="token behind which to think; default: as trained, else any")
+    sampling.add_argument("--documents", type=_positive, metavar="N", help="the first N alone")
 
     evaluating = command(evaluate)
     evaluating.add_argument(

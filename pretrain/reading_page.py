@@ -8,12 +8,10 @@ On paper, and in browsers that know none of this, all cards follow the text.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from html import escape
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError
+from pretrain.new_file import new_file
 from pretrain.page import html_page
 from pretrain.samples import GAIN, LESS_LIKELY_RGB, LIKELIER_RGB, PART, Candidate, Reading, printable
 
@@ -75,24 +73,11 @@ nav a { display: inline-block; min-width: 2.75rem; padding: .4rem 0; text-align:
 CONTEXT = 8  # tokens before the one that a card is of
 
 
-def refuse_to_overwrite(path: Path) -> None:
-    """Raises CheckpointError if something has this name."""
-    if os.path.lexists(path):
-        raise CheckpointError(f"{path} exists; remove it or give another --html")
-
-
 def write_page(reading: Reading, path: Path) -> None:
     """Writes the page atomically. Raises CheckpointError if something has its name, or if it cannot be written."""
-    refuse_to_overwrite(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / "page"
-            # Names of files may hold bytes that are no text.
-            made.write_bytes(reading_page(reading).encode(errors="backslashreplace"))
-            made.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error.strerror}); give another --html") from None
+    with new_file(path, "--html") as file:
+        # Names of files may hold bytes that are no text.
+        file.write(reading_page(reading).encode(errors="backslashreplace"))
 
 
 def reading_page(reading: Reading) -> str:

@@ -22,7 +22,7 @@ from data_pipelines import DataError, Tokenizer
 from models.logprobs import top_tokens
 from models.philox import Rng
 from models.thoughts import Text, Thoughts
-from objectives import Objective, find_objective
+from objectives import Objective, ObjectiveConfig, find_objective
 from pretrain.opening import OpenedModel, longest_sequence
 
 CONTEXT_TOKENS = 24
@@ -61,6 +61,15 @@ def describe_thought(thoughts: Thoughts, row: int, k: int, m: int, tokenizer: To
         "thought": tokenizer.decode(thought),
         "continues": tokenizer.decode([words[n] for n in after]),
     }
+
+
+def check_sampling(length: int | None, temperature: float) -> None:
+    """Raises CheckpointError for thoughts that cannot be sampled."""
+    if length is not None and length < 1:
+        raise CheckpointError(f"--length must be at least 1, got {length}")
+    # fp32 logits overflow where they are divided by much less.
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:
+        raise CheckpointError(f"--temperature must be 0 (greedy) or at least 1e-6, got {temperature}")
 
 
 # A text that is read with thoughts
@@ -149,11 +158,7 @@ def read_with_thoughts(
 
     Raises CheckpointError for a model that was not trained to think, or that cannot do so in this way.
     """
-    if length is not None and length < 1:
-        raise CheckpointError(f"--length must be at least 1, got {length}")
-    # fp32 logits overflow where they are divided by much less.
-    if temperature != 0 and not 1e-6 <= temperature < math.inf:
-        raise CheckpointError(f"--temperature must be 0 (greedy) or at least 1e-6, got {temperature}")
+    check_sampling(length, temperature)
     model, tokenizer = opened.model, opened.tokenizer
     ids = tokenizer.encode([words])[0]
     if not ids:
@@ -166,7 +171,7 @@ def read_with_thoughts(
     places_M = anchors.index_BM[0]
     hidden = (state.hidden_BNW[0, places_M.clamp(min=0)], objective.hidden_after(model, state, scores.bodies)[0])
     top = [[x_MT.tolist() for x_MT in top_tokens(x_MW, model.head_weight_VW, LIKELIEST)] for x_MW in hidden]
-    positions = list(map(Position, (_token(tokenizer, id) for id in ids), _texts(tokenizer, ids)))
+    positions = list(map(Position, (_token(tokenizer, id) for id in ids), added_texts(tokenizer, ids)))
     for m, n in enumerate(places_M.tolist()):
         if n < 0:
             continue
@@ -216,7 +221,7 @@ def _token(tokenizer: Tokenizer, id: int) -> str:
     return spelled.decode(errors="backslashreplace") if spelled is not None else tokenizer.decode([id]) or f"[{id}]"
 
 
-def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+def added_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """What each token adds to the text: a character of several tokens is its last one's."""
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     spelled = [tokenizer.token_bytes[id] for id in ids]
@@ -233,21 +238,28 @@ def _candidates(
     return tuple(Candidate(_token(tokenizer, id), math.exp(logprob), id == true) for id, logprob in rows)
 
 
+def settings_to_show(
+    opened: OpenedModel, length: int | None, temperature: float, positions: int
+) -> ObjectiveConfig | None:
+    """The objective that the model was trained with, thinking at up to so many positions; None for one without."""
+    if opened.recipe is not None:
+        return opened.recipe.objective.showing(length, temperature, positions)
+    if (trained := opened.thinking) is None:
+        return None
+    # An export says how to think, which is all that is shown of its objective.
+    names = {"every-token": "quiet_star", "before-answer": "rlp"}
+    tags = {"open": trained.open_ids, "close": trained.close_ids} if trained.think == "before-answer" else {}
+    spelled = {name: opened.tokenizer.decode(list(ids)) for name, ids in tags.items()}
+    settings = find_objective(names[trained.think]).Config(**spelled)
+    return settings.showing(length or trained.length or DEFAULT_LENGTH, temperature, positions)
+
+
 def _objective(opened: OpenedModel, text: Text, length: int | None, temperature: float) -> Objective:
     """The objective that the model was trained with, thinking at every position where it can.
 
     Raises CheckpointError if there is none, or the text does not suit it.
     """
-    trained, config = opened.thinking, None
-    if opened.recipe is not None:
-        config = opened.recipe.objective.showing(length, temperature, text.shape[1])
-    elif trained is not None:
-        # An export says how to think, which is all that is shown of its objective.
-        names = {"every-token": "quiet_star", "before-answer": "rlp"}
-        tags = {"open": trained.open_ids, "close": trained.close_ids} if trained.think == "before-answer" else {}
-        spelled = {name: opened.tokenizer.decode(list(ids)) for name, ids in tags.items()}
-        settings = find_objective(names[trained.think]).Config(**spelled)
-        config = settings.showing(length or trained.length or DEFAULT_LENGTH, temperature, text.shape[1])
+    config = settings_to_show(opened, length, temperature, text.shape[1])
     if config is None:
         raise CheckpointError(
             "this model was not trained to think, or does not say how; sample a run of quiet_star, rlp or rpt, or an "
