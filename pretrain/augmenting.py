@@ -127,7 +127,7 @@ def _with_thoughts(
 ) -> Iterator[tuple[tuple[int, str], str, int]]:
     """Of each piece its document, its text with thoughts in it, and how many these are."""
     model, tokenizer, config = opened.model, opened.tokenizer, objective.config
-    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
+    begin = [tokenizer.bos_id] if tokenizer.bos_id is not None and tokenizer.add_bos else []
     for first in itertools.count(0, ROWS):
         if not (batch := list(itertools.islice(pieces, ROWS))):
             return
