@@ -63,10 +63,10 @@ __all__ = [
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "next_token": NextToken,
-    "pause": Pause,
     "quiet_star": QuietStar,
     "rlp": Rlp,
     "rpt": Rpt,
+    "pause": Pause,
 }
 
 

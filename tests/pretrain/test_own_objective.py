@@ -132,7 +132,7 @@ def test_its_settings_are_in_help(arguments, tmp_path, capsys):
         ("surprising_reading:Surprize", "surprising_reading has no subclass of objectives.Objective named 'Surprize'"),
         (
             "surprising_reading",
-            "must be one of next_token, quiet_star, rlp, rpt or an import path package.module:Class",
+            "must be one of next_token, quiet_star, rlp, rpt, pause or an import path package.module:Class",
         ),
     ],
 )

@@ -114,7 +114,7 @@ def test_every_objective_of_a_recipe_can_be_named_in_short(tmp_path):
         assert found(*five, f"--{key}", "rpt", reference=str(path)) == RptConfig()
     text = help_on_keys()
     for key in ("objective", "control", "evaluation.objective"):
-        assert f"--{key} next_token|quiet_star|rlp|rpt" in text
+        assert f"--{key} next_token|quiet_star|rlp|rpt|pause" in text
 
 
 def test_all_mistakes_in_one_message(tmp_path):
@@ -169,7 +169,7 @@ def test_ten_mistakes_are_ten_lines_with_the_way_out():
     arguments += ["--evaluation.filler", "7", "--checkpoint", "null"]
     found = mistakes(*arguments)
     assert found == [
-        "objective must be one of next_token, quiet_star, rlp, rpt or an import path package.module:Class, "
+        "objective must be one of next_token, quiet_star, rlp, rpt, pause or an import path package.module:Class, "
         "got 'sorcery'",
         "seed must be at least 0, got -1 (of data order, sampling and fresh weights)",
         "compute_dtype must be one of auto, bf16, fp32, got 'fp64'",
