@@ -50,6 +50,10 @@ class InFlight(Protocol):
         """The newest token of each row's thought → hidden states [R, W]."""
         ...
 
+    def draw(self, hidden_RW: Tensor, uniforms_R: Tensor, banned_V: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and their log-probs [R], as `sample_tokens` has them."""
+        ...
+
     def turn_over(self, ended_R: Tensor) -> bool:
         """Lets rows with ended thoughts go, or others take them, where that is worth it; whether rows changed."""
         ...
@@ -129,7 +133,8 @@ class AllAtOnce:
     """Rows [B, K, M] that all begin together: fewer, once half of them would do for the thoughts that go on."""
 
     def __init__(self, request: RolloutRequest, steps: Steps):
-        self._steps, (B, M), K = steps, request.anchors.index_BM.shape, request.thoughts
+        self._request, self._steps = request, steps
+        (B, M), K = request.anchors.index_BM.shape, request.thoughts
         device = request.state.hidden_BNW.device
         self._none = B * K * M
         may_end_early = bool(request.close) or request.prediction is not None
@@ -146,6 +151,10 @@ class AllAtOnce:
 
     def step(self, tokens_R: Tensor) -> Tensor:
         return self._steps(tokens_R.view(self._thought_BKM.shape)[:, :, None])[:, :, -1].flatten(0, 2)
+
+    def draw(self, hidden_RW: Tensor, uniforms_R: Tensor, banned_V: Tensor) -> tuple[Tensor, Tensor]:
+        head_VW = self._request.model.head_weight_VW
+        return sample_tokens(hidden_RW, head_VW, uniforms_R, self._request.temperature, banned_V)
 
     def turn_over(self, ended_R: Tensor) -> bool:
         if self._steps.anchors.window is not None:
@@ -219,9 +228,7 @@ def sample_thoughts(request: RolloutRequest, flight: InFlight) -> Rollout:
             sample_R1, anchor_R1, k_R1 = (x_U[thought_R, None] for x_U in (sample_U, anchor_U, k_U))
             draw_RD = (at_R - P)[:, None] + torch.arange(DRAWS, device=device)
             uniforms_RD, drawn = request.rng.uniform(sample_R1, anchor_R1, k_R1, draw_RD), 0
-        token_R, logprob_R = sample_tokens(
-            hidden_RW, model.head_weight_VW, uniforms_RD[:, drawn], request.temperature, banned_V
-        )
+        token_R, logprob_R = flight.draw(hidden_RW, uniforms_RD[:, drawn], banned_V)
         drawn += 1
         forces_R = pending_R > 0
         samples_R = ~forces_R & (phase_R != ENDED)

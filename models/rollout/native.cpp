@@ -67,6 +67,10 @@ inline Floats get_all(const float* from) { return load<Floats>(from); }
 inline Floats get_all(const bf16* from) {
   return std::bit_cast<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
+template <class T>
+inline void copy_all(T* to, const T* from) {
+  memcpy(to, from, LANES * sizeof(T));
+}
 inline void set_all(float* to, Floats x) { memcpy(to, &x, sizeof x); }
 inline void set_all(bf16* to, Floats x) {
   const Words words = std::bit_cast<Words>(x);
@@ -116,24 +120,65 @@ inline Floats plus_products(Floats sum, const bf16* x, Floats columns) {
 #endif
 }
 
-// sums[r][LANES] = x[r][:] · panel[:][LANES] for ROWS rows. `stride`: elements from one step along the summed axis to the
-// next.
-template <class T, int ROWS>
-inline void multiply(const T* x, long row, const T* panel, long stride, long length, Floats* sums) {
-  Floats held[ROWS] = {};
-  for (long i = 0; i < length; i += STEP<T>, panel += stride) {
-    __builtin_prefetch(panel + 32 * stride);
-    const Floats columns = load<Floats>(panel);
-    for (int r = 0; r < ROWS; r++) held[r] = plus_products(held[r], x + r * row + i, columns);
-  }
-  for (int r = 0; r < ROWS; r++) sums[r] = held[r];
+// Bytes ahead of those that are multiplied. Processors look less far by themselves, and wait for memory.
+constexpr long AHEAD = 8192;
+// Elements of a row that lie together in a tile. Rows are multiplied in tiles, [length / CHUNK][TILE][CHUNK], because the
+// elements that are read one after the other then lie close to each other.
+template <class T>
+constexpr long CHUNK = LANES * STEP<T>;
+
+template <class T>
+inline long whole_chunks(long size) {
+  return (size + CHUNK<T> - 1) / CHUNK<T> * CHUNK<T>;
 }
 
-template <class T, int ROWS = TILE>
-[[gnu::noinline]] void multiply(long rows, const T* x, long row, const T* panel, long stride, long length,
+// Where element i of row r is in tiles of rows of that size.
+template <class T>
+inline long in_tiles(long r, long i, long size) {
+  return r / TILE * TILE * whole_chunks<T>(size) + (i / CHUNK<T> * TILE + r % TILE) * CHUNK<T> + i % CHUNK<T>;
+}
+
+// sums[p][r][LANES] = x[r][:] · panel p[:][LANES] for ROWS rows of a tile. `distance`: elements from one panel to the next,
+// `stride`: from one step along the summed axis to the next.
+template <class T, int PANELS, int ROWS>
+inline void multiply(const T* x, const T* panel, long distance, long stride, long length, Floats* sums) {
+  Floats held[PANELS][ROWS] = {};
+  for (long from = 0; from < length; from += CHUNK<T>, x += TILE * CHUNK<T>)
+    for (long i = 0; i < std::min(CHUNK<T>, length - from); i += STEP<T>, panel += stride) {
+      Floats columns[PANELS];
+      for (int p = 0; p < PANELS; p++) {
+        __builtin_prefetch(reinterpret_cast<const char*>(panel + p * distance) + AHEAD);
+        columns[p] = load<Floats>(panel + p * distance);
+      }
+      for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++) held[p][r] = plus_products(held[p][r], x + r * CHUNK<T> + i, columns[p]);
+    }
+  for (int p = 0; p < PANELS; p++)
+    for (int r = 0; r < ROWS; r++) sums[p * TILE + r] = held[p][r];
+}
+
+template <class T, int PANELS = 1, int ROWS = TILE / PANELS>
+[[gnu::noinline]] void multiply(long rows, const T* tile, const T* panel, long distance, long stride, long length,
                                 Floats* sums) {
-  if (rows == ROWS) return multiply<T, ROWS>(x, row, panel, stride, length, sums);
-  if constexpr (ROWS > 1) multiply<T, ROWS - 1>(rows, x, row, panel, stride, length, sums);
+  if (rows == ROWS) return multiply<T, PANELS, ROWS>(tile, panel, distance, stride, length, sums);
+  if constexpr (ROWS > 1) multiply<T, PANELS, ROWS - 1>(rows, tile, panel, distance, stride, length, sums);
+}
+
+// The same for `count` panels, of each of which `use` is told the number and the sums. One row after the other would wait
+// for its own sums: a few of them are multiplied with several panels at a time.
+template <class T, class Use>
+inline void multiply_each(long count, long rows, const T* tile, const T* panel, long distance, long stride, long length,
+                          Use&& use) {
+  constexpr long WIDE = 4;
+  Floats sums[WIDE * TILE];
+  for (long p = 0; p < count;) {
+    const long few = rows <= TILE / WIDE && p + WIDE <= count ? WIDE : 1;
+    const T* here = panel + p * distance;
+    few == 1 ? multiply<T>(rows, tile, here, distance, stride, length, sums)
+             : multiply<T, WIDE>(rows, tile, here, distance, stride, length, sums);
+    for (long i = 0; i < few; i++) use(p + i, sums + i * TILE);
+    p += few;
+  }
 }
 
 }  // namespace
@@ -168,11 +213,16 @@ struct Span {
 namespace {
 
 template <class T>
-void normed(const T* x, const float* weight, long size, float epsilon, T* out) {
+float inverse_norm(const T* x, long size, float epsilon) {
   float squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (long i = 0; i < size; i++) squares += get(x[i]) * get(x[i]);
-  const float inverse = 1 / std::sqrt(squares / size + epsilon);
+  return 1 / std::sqrt(squares / size + epsilon);
+}
+
+template <class T>
+void normed(const T* x, const float* weight, long size, float epsilon, T* out) {
+  const float inverse = inverse_norm(x, size, epsilon);
   for (long i = 0; i < size; i++) set(out[i], get(x[i]) * inverse * weight[i]);
 }
 
@@ -192,37 +242,43 @@ void rotate(T* x, const T* cos, const T* sin, long size) {
 // divided by `sum`, the sum of the exponentials of the scores less `highest`.
 template <class T>
 void attend(long rows, const T* q, long D, const T* keys, const T* values, long first, long last,
-            std::vector<float>& scores, std::vector<T>& shares, float* out, float* highest, float* sum) {
+            std::vector<float>& scores, std::vector<T>& shares, std::vector<T>& tile, float* out, float* highest,
+            float* sum) {
   const long from = first / LANES * LANES, width = (last + LANES - 1) / LANES * LANES - from;
   const float scale = 1 / std::sqrt(float(D));
   scores.resize(std::max(long(scores.size()), TILE * width));
-  shares.resize(std::max(long(shares.size()), TILE * width));
-  Floats sums[TILE];
-  for (long n = 0; n < width; n += LANES) {
-    multiply<T>(rows, q, D, keys + (from + n) * D, LANES * STEP<T>, D, sums);
-    for (long r = 0; r < rows; r++) set_all(&scores[r * width + n], sums[r] * scale);
-  }
+  shares.resize(std::max(long(shares.size()), TILE * whole_chunks<T>(width)));
+  tile.resize(TILE * whole_chunks<T>(D));
+  for (long r = 0; r < rows; r++)
+    for (long d = 0; d < D; d += LANES) copy_all(&tile[in_tiles<T>(r, d, D)], q + r * D + d);
+  multiply_each<T>(width / LANES, rows, tile.data(), keys + from * D, LANES * D, CHUNK<T>, D,
+                   [&](long n, const Floats* sums) {
+                     for (long r = 0; r < rows; r++) set_all(&scores[r * width + n * LANES], sums[r] * scale);
+                   });
   for (long r = 0; r < rows; r++) {
     float* score = &scores[r * width];
     std::fill(score, score + (first - from), LOWEST);
     std::fill(score + (last - from), score + width, LOWEST);
+    Floats tops = Floats{} + LOWEST, total = {};
+    for (long n = 0; n < width; n += LANES) {
+      const Floats here = load<Floats>(score + n);
+      tops = here > tops ? here : tops;
+    }
     float top = LOWEST;
-#pragma omp simd reduction(max : top)
-    for (long n = 0; n < width; n++) top = std::max(top, score[n]);
-    Floats total = {};
+    for (long i = 0; i < LANES; i++) top = std::max(top, tops[i]);
     for (long n = 0; n < width; n += LANES) {
       const Floats share = exponential(load<Floats>(score + n) - top);
       total += share;
-      set_all(&shares[r * width + n], share);
+      set_all(&shares[in_tiles<T>(r, n, width)], share);
     }
     highest[r] = top;
     sum[r] = 0;
     for (long i = 0; i < LANES; i++) sum[r] += total[i];
   }
-  for (long d = 0; d < D; d += LANES) {
-    multiply<T>(rows, shares.data(), width, values + from * D + d * STEP<T>, D * STEP<T>, width, sums);
-    for (long r = 0; r < rows; r++) set_all(out + r * D + d, sums[r]);
-  }
+  multiply_each<T>(D / LANES, rows, shares.data(), values + from * D, CHUNK<T>, D * STEP<T>, width,
+                   [&](long d, const Floats* sums) {
+                     for (long r = 0; r < rows; r++) set_all(out + r * D + d * LANES, sums[r]);
+                   });
 }
 
 // x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D] of each layer, null
@@ -238,7 +294,12 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
     std::fill(anchor_of.begin() + rows_of[a], anchor_of.begin() + rows_of[a + 1], a);
     for (long i = spans_of[a]; i < spans_of[a + 1]; i++) part_of[i + 1] = part_of[i] + H * (rows_of[a + 1] - rows_of[a]);
   }
-  std::vector<T> norm(R * W), projected(R * all_heads * D), query(R * H * D), attended(R * H * D), gated(R * F);
+  std::vector<T> normed_product(s.post_norm * R * W), projected(R * all_heads * D), query(R * H * D);
+  // Rows of products, in tiles.
+  const long whole_tiles = (R + TILE - 1) / TILE * TILE;
+  std::vector<T> input(whole_tiles * whole_chunks<T>(W)), attended(whole_tiles * whole_chunks<T>(H * D)),
+      gated(whole_tiles * whole_chunks<T>(F));
+  std::vector<float> inverse(R);  // of the root mean square of each row of x
   std::vector<float> part(part_of.back() * D), part_highest(part_of.back()), part_sum(part_of.back());
   // Of what is laid out [A][G][K][J]: query head 0 of group g of a row.
   auto by_group = [&](long r, long g) {
@@ -249,14 +310,22 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> scores;
-    std::vector<T> shares;
+    std::vector<T> shares, tile;
+    std::vector<float> out(TILE * D);
     Floats sums[TILE], more[TILE];
     const Floats none = {};
 
-    // The rows of x, normed.
-    auto norm_x = [&](const float* weight) {
+    // The rows of x, normed where there is a weight.
+    auto take_in = [&](const float* weight) {
 #pragma omp for schedule(static)
-      for (long r = 0; r < R; r++) normed(x + r * W, weight, W, s.epsilon, &norm[r * W]);
+      for (long r = 0; r < R; r++)
+        if (weight) inverse[r] = inverse_norm(x + r * W, W, s.epsilon);
+#pragma omp for schedule(static)
+      for (long n = 0; n < W; n += LANES)
+        for (long r = 0; r < R; r++) {
+          T *to = &input[in_tiles<T>(r, n, W)], *from = x + r * W + n;
+          weight ? set_all(to, get_all(from) * inverse[r] * load<Floats>(weight + n)) : copy_all(to, from);
+        }
     };
 
     // The rows of x + rows · weight, in place; with post-norm of x + the norm of rows · weight.
@@ -266,13 +335,13 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(weight) + n * inner;
-          multiply<T>(few, rows + r * inner, inner, panel, LANES * STEP<T>, inner, sums);
+          multiply<T>(few, rows + in_tiles<T>(r, 0, inner), panel, 0, CHUNK<T>, inner, sums);
           for (long i = 0; i < few; i++) {
             T* here = x + (r + i) * W + n;
             T product[LANES];
             set_all(product, sums[i] + (bias ? load<Floats>(bias + n) : none));
             if (s.post_norm)
-              memcpy(&norm[(r + i) * W + n], product, sizeof product);
+              memcpy(&normed_product[(r + i) * W + n], product, sizeof product);
             else
               set_all(here, get_all(here) + get_all(product));
           }
@@ -280,23 +349,21 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       if (!s.post_norm) return;
 #pragma omp for schedule(static)
       for (long r = 0; r < R; r++) {
-        T *row = &norm[r * W], *here = x + r * W;
+        T *row = &normed_product[r * W], *here = x + r * W;
         normed(row, norm_weight, W, s.epsilon, row);
         for (long n = 0; n < W; n += LANES) set_all(here + n, get_all(here + n) + get_all(row + n));
       }
     };
-    const T* input = s.post_norm ? x : norm.data();  // of attention, then of the MLP
-
     for (long l = 0; l < s.layers; l++) {
       const Layer& layer = layers[l];
-      if (!s.post_norm) norm_x(layer.attention_norm);
+      take_in(s.post_norm ? nullptr : layer.attention_norm);
 
 #pragma omp for schedule(static)
       for (long n = 0; n < all_heads * D; n += LANES)
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(layer.query_key_value) + n * W;
-          multiply<T>(few, input + r * W, W, panel, LANES * STEP<T>, W, sums);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel, 0, CHUNK<T>, W, sums);
           const Floats bias = layer.query_key_value_bias ? load<Floats>(layer.query_key_value_bias + n) : none;
           for (long i = 0; i < few; i++) set_all(&projected[(r + i) * all_heads * D + n], sums[i] + bias);
         }
@@ -343,7 +410,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
             const long to = part_of[i] + g * queries + r;
             attend<T>(std::min(TILE, queries - r), &query[(first * H + g * queries + r) * D], D,
                       static_cast<const T*>(layer.text_keys) + place, static_cast<const T*>(layer.text_values) + place,
-                      span.first, span.last, scores, shares, &part[to * D], &part_highest[to], &part_sum[to]);
+                      span.first, span.last, scores, shares, tile, &part[to * D], &part_highest[to], &part_sum[to]);
           }
         }
 
@@ -352,13 +419,12 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       for (long r = 0; r < R; r++)
         for (long g = 0; g < G; g++) {
           const long a = anchor_of[r], place = (seats[r] * G + g) * s.own_capacity * D, from_query = by_group(r, g);
-          std::vector<float> out(TILE * D);
           for (long j = 0; j < J; j += TILE) {
             float highest[TILE], sum[TILE];
             const long few = std::min(TILE, J - j);
             attend<T>(few, &query[(from_query + j) * D], D,
                       static_cast<const T*>(layer.own_keys) + place, static_cast<const T*>(layer.own_values) + place, 0,
-                      lengths[r] + 1, scores, shares, out.data(), highest, sum);
+                      lengths[r] + 1, scores, shares, tile, out.data(), highest, sum);
             for (long i = 0; i < few; i++) {
               const long here = from_query - rows_of[a] * H + j + i;
               float top = highest[i];
@@ -371,33 +437,115 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
                 total += part_sum[from] * weight;
                 for (long d = 0; d < D; d++) out[i * D + d] += weight * part[from * D + d];
               }
-              T* to = &attended[(r * H + g * J + j + i) * D];
-              for (long d = 0; d < D; d++) set(to[d], out[i * D + d] / total);
+              for (long d = 0; d < D; d += LANES)
+                set_all(&attended[in_tiles<T>(r, (g * J + j + i) * D + d, H * D)], load<Floats>(&out[i * D + d]) / total);
             }
           }
         }
 
       add_product(attended.data(), H * D, layer.out, layer.out_bias, layer.attention_norm);
-      if (!s.post_norm) norm_x(layer.mlp_norm);
+      take_in(s.post_norm ? nullptr : layer.mlp_norm);
 
 #pragma omp for schedule(static)
       for (long n = 0; n < F; n += LANES)
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(layer.gate_up) + 2 * n * W;
-          multiply<T>(few, input + r * W, W, panel, LANES * STEP<T>, W, sums);
-          multiply<T>(few, input + r * W, W, panel + LANES * W, LANES * STEP<T>, W, more);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel, 0, CHUNK<T>, W, sums);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel + LANES * W, 0, CHUNK<T>, W, more);
           const float* bias = layer.gate_up_bias ? layer.gate_up_bias + 2 * n : nullptr;
           for (long i = 0; i < few; i++) {
             T gate[LANES], up[LANES];
             set_all(gate, sums[i] + (bias ? load<Floats>(bias) : none));
             set_all(up, more[i] + (bias ? load<Floats>(bias + LANES) : none));
             set_all(gate, get_all(gate) / (exponential(-get_all(gate)) + 1));
-            set_all(&gated[(r + i) * F + n], get_all(gate) * get_all(up));
+            set_all(&gated[in_tiles<T>(r + i, n, F)], get_all(gate) * get_all(up));
           }
         }
 
       add_product(gated.data(), F, layer.down, layer.down_bias, layer.mlp_norm);
+    }
+  }
+}
+
+// Rows that are drawn at a time, since their logits are held.
+constexpr long DRAWN = 2 * TILE;
+// Tokens whose masses are summed before they are cumulated.
+constexpr long BLOCK = 256;
+
+// One token for each of at most DRAWN rows, by inverting its distribution function at that row's uniform, as sample_tokens
+// has it. hidden [R, W]; head: panels of whole blocks of columns; banned: 0, or -inf, of each column.
+void draw(long R, long W, long columns, const float* hidden, const float* head, const float* banned, float temperature,
+          const float* uniforms, float* logits, int64_t* tokens, float* logprobs, int threads) {
+  const long blocks = columns / BLOCK;
+  std::vector<float> input((R + TILE - 1) / TILE * TILE * W), top(R * blocks), mass(R * blocks), wrong(R * blocks);
+
+#pragma omp parallel num_threads(threads)
+  {
+    Floats sums[TILE];
+#pragma omp for schedule(static)
+    for (long n = 0; n < W; n += LANES)
+      for (long r = 0; r < R; r++) copy_all(&input[in_tiles<float>(r, n, W)], hidden + r * W + n);
+
+#pragma omp for schedule(static)
+    for (long b = 0; b < blocks; b++)
+      for (long r = 0; r < R; r += TILE) {
+        const long few = std::min(TILE, R - r);
+        Floats tops[TILE], not_finite[TILE] = {};
+        std::fill(tops, tops + TILE, Floats{} + LOWEST);
+        for (long n = b * BLOCK; n < (b + 1) * BLOCK; n += LANES) {
+          multiply<float>(few, &input[in_tiles<float>(r, 0, W)], head + n * W, 0, LANES, W, sums);
+          for (long i = 0; i < few; i++) {
+            not_finite[i] += sums[i] - sums[i];
+            const Floats logit = sums[i] / temperature + load<Floats>(banned + n);
+            tops[i] = logit > tops[i] ? logit : tops[i];
+            set_all(logits + (r + i) * columns + n, logit);
+          }
+        }
+        for (long i = 0; i < few; i++) {
+          float& highest = top[(r + i) * blocks + b] = LOWEST;
+          for (long lane = 0; lane < LANES; lane++) {
+            highest = std::max(highest, tops[i][lane]);
+            wrong[(r + i) * blocks + b] += not_finite[i][lane];
+          }
+        }
+      }
+
+#pragma omp for schedule(static) collapse(2)
+    for (long r = 0; r < R; r++)
+      for (long b = 0; b < blocks; b++) {
+        const float highest = *std::max_element(&top[r * blocks], &top[(r + 1) * blocks]);
+        float* here = logits + r * columns + b * BLOCK;
+        Floats total = {};
+        for (long n = 0; n < BLOCK; n += LANES) {
+          const Floats masses = exponential(load<Floats>(here + n) - highest);
+          total += masses;
+          set_all(here + n, masses);
+        }
+        for (long lane = 0; lane < LANES; lane++) mass[r * blocks + b] += total[lane];
+      }
+
+#pragma omp for schedule(static)
+    for (long r = 0; r < R; r++) {
+      double sum = 0, before = 0;
+      float not_finite = 0;
+      for (long b = 0; b < blocks; b++) sum += mass[r * blocks + b], not_finite += wrong[r * blocks + b];
+      const double threshold = uniforms[r] * sum;
+      long token = -1;
+      for (long b = 0; b < blocks && token < 0; b++) {
+        const double after = before + mass[r * blocks + b];
+        const float* masses = logits + r * columns + b * BLOCK;
+        for (long n = 0; after > threshold && n < BLOCK && token < 0; n++) {
+          before += masses[n];
+          if (before > threshold) token = b * BLOCK + n;
+        }
+        before = after;
+      }
+      // Rounding may leave the threshold above all: then the last token with a mass.
+      for (long n = columns - 1; token < 0 && n > 0; n--)
+        if (logits[r * columns + n] > 0) token = n;
+      tokens[r] = not_finite == 0 ? std::max(token, 0L) : 0;
+      logprobs[r] = not_finite == 0 ? std::log(logits[r * columns + tokens[r]] / sum) : not_finite;
     }
   }
 }
@@ -427,3 +575,15 @@ extern "C" void forethought_pack(const uint32_t* x, int64_t columns, int64_t wor
 }
 
 extern "C" int64_t forethought_lanes() { return LANES; }
+
+// logits: room for `drawn` rows of so many columns, whole blocks of them. banned: 0 or -inf.
+extern "C" void forethought_draw(int64_t rows, int64_t width, int64_t columns, const float* hidden, const float* head,
+                                 const float* banned, float temperature, const float* uniforms, float* logits,
+                                 int64_t* tokens, float* logprobs, int32_t threads) {
+  for (int64_t r = 0; r < rows; r += DRAWN)
+    draw(std::min(DRAWN, long(rows - r)), width, columns, hidden + r * width, head, banned, temperature, uniforms + r,
+         logits, tokens + r, logprobs + r, threads);
+}
+
+extern "C" int64_t forethought_block() { return BLOCK; }
+extern "C" int64_t forethought_drawn() { return DRAWN; }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from models.attention import asked_backend
 from models.decoder import Block, PostNormBlock, TextState
+from models.logprobs import sample_tokens
 from models.precision import Linear, kept, working_copy
 from models.rollout.eager import Eager, sample_thoughts
 from models.rollout.request import Rollout, RolloutRequest
@@ -86,8 +88,11 @@ def library() -> ctypes.CDLL:
     address, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.forethought_step.argtypes = [*[address] * 10, threads]
     loaded.forethought_pack.argtypes = [address, count, count, address, count, threads]
-    loaded.forethought_lanes.restype = count
-    loaded.forethought_step.restype = loaded.forethought_pack.restype = None
+    loaded.forethought_draw.argtypes = [*[count] * 3, *[address] * 3, ctypes.c_float, *[address] * 4, threads]
+    for constant in (loaded.forethought_lanes, loaded.forethought_block, loaded.forethought_drawn):
+        constant.restype = count
+    for procedure in (loaded.forethought_step, loaded.forethought_pack, loaded.forethought_draw):
+        procedure.restype = None
     return loaded
 
 
@@ -142,6 +147,7 @@ class InTurn:
         self._waiting = (anchor_X1 // M * K * M + anchor_X1 % M + torch.arange(K) * M).flatten()
         seats = min(rows, len(self._waiting))
         self._step = NativeStep(request.model, anchors, request.state, seats, request.slots)
+        self._draw = NativeDraw(request.model, request.temperature)
         self.thought_R = self._seat_R = self._length_R = torch.empty(0, dtype=torch.int64)
         self._take_in(torch.arange(seats))
 
@@ -150,6 +156,9 @@ class InTurn:
         # What becomes of a thought that has ended and stays for a while is of no interest.
         self._length_R = (self._length_R + 1).clamp(max=self._step.capacity - 1)
         return hidden_RW
+
+    def draw(self, hidden_RW: Tensor, uniforms_R: Tensor, banned_V: Tensor) -> tuple[Tensor, Tensor]:
+        return self._draw(hidden_RW, uniforms_R, banned_V)
 
     def turn_over(self, ended_R: Tensor) -> bool:
         ended = int(ended_R.sum())
@@ -231,6 +240,41 @@ class NativeStep:
         addresses = map(_address, (self._spans, self._spans_of, rows_of, seat_R, length_R, x_RW))
         self._step(ctypes.byref(self._shape), self._layers, *addresses, cos, sin, torch.get_num_threads())
         return decoder.norm(x_RW)
+
+
+class NativeDraw:
+    """`sample_tokens` in one call: the head's product, masses and the token, with the head's panels held once more."""
+
+    def __init__(self, model: ThinkingModel, temperature: float):
+        self._head_VW, self._temperature = model.head_weight_VW, temperature
+        V, block = len(self._head_VW), library().forethought_block()
+        self._columns = -(-V // block) * block
+        self._logits = torch.empty(library().forethought_drawn(), self._columns)
+        self._banned_V: Tensor | None = None
+
+    def __call__(self, hidden_RW: Tensor, uniforms_R: Tensor, banned_V: Tensor) -> tuple[Tensor, Tensor]:
+        if self._temperature == 0:
+            return sample_tokens(hidden_RW, self._head_VW, uniforms_R, 0.0, banned_V)
+        if banned_V is not self._banned_V:
+            more = self._columns - len(banned_V)
+            self._penalty = torch.zeros(self._columns).masked_fill_(F.pad(banned_V, (0, more), value=True), -math.inf)
+            self._banned_V = banned_V
+        # Summed over panels of fp32, as `wide_linear` does on a CPU.
+        hidden_RW, uniforms_R = hidden_RW.float().contiguous(), uniforms_R.contiguous()
+        R, W = hidden_RW.shape
+        tokens_R, logprobs_R = torch.empty(R, dtype=torch.int64), torch.empty(R)
+        arguments = map(_address, (hidden_RW, self._panels(), self._penalty))
+        results = map(_address, (uniforms_R, self._logits, tokens_R, logprobs_R))
+        library().forethought_draw(
+            R, W, self._columns, *arguments, self._temperature, *results, torch.get_num_threads()
+        )
+        return tokens_R, logprobs_R
+
+    def _panels(self) -> Tensor:
+        def pack(head_VW: Tensor) -> Tensor:
+            return _panels([F.pad(head_VW.float(), (0, 0, 0, self._columns - len(head_VW)))])
+
+        return kept([self._head_VW], "_native_copy", torch.float32, pack)
 
 
 def filled_up(tokens: int) -> int:

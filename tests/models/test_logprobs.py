@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models import logprobs
 from models.logprobs import sample_tokens, token_entropies, token_logprobs, top_tokens
+from models.rollout.native import NativeDraw, compiler
 from tests.helpers import relative_error
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -116,29 +119,48 @@ def test_samples_follow_the_probabilities(monkeypatch):
         assert relative_error(drawn_logprobs, logits.log_softmax(-1)[0, tokens]) <= 1e-14
 
 
-def test_extreme_uniforms_never_draw_a_banned_token():
-    hidden, weight = torch.zeros(2, 4), torch.zeros(6, 4)
+def natively(hidden, weight, uniforms, temperature, banned=None):
+    """`sample_tokens` by the kernel for CPUs."""
+    draw = NativeDraw(SimpleNamespace(head_weight_VW=weight), temperature)
+    return draw(hidden, uniforms, torch.zeros(len(weight), dtype=torch.bool) if banned is None else banned)
+
+
+both = pytest.mark.parametrize(
+    "sample",
+    [sample_tokens, pytest.param(natively, marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))],
+)
+
+
+@both
+def test_extreme_uniforms_never_draw_a_banned_token(sample):
+    hidden, weight = torch.zeros(2, 16), torch.zeros(6, 16)
     banned = torch.tensor([True, False, False, False, True, True])
     uniforms = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    assert sample_tokens(hidden, weight, uniforms, 1.0, banned)[0].tolist() == [1, 3]
+    assert sample(hidden, weight, uniforms, 1.0, banned)[0].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("vocabulary", [5, 4096, 4097, 4100, 4609, 5120])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_draws_invert_the_distribution_function(vocabulary, dtype):
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@both
+def test_draws_invert_the_distribution_function(vocabulary, dtype, temperature, sample):
     """Against a search through the whole of it in fp64, where half the tokens, and one run of 256, have no mass."""
+    if sample is natively and dtype == torch.float64:
+        pytest.skip("samples in fp32")
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(1000, 6, generator=generator, dtype=dtype)
-    weight = torch.randn(vocabulary, 6, generator=generator, dtype=dtype)
+    hidden = torch.randn(1000, 16, generator=generator, dtype=dtype) / 2
+    weight = torch.randn(vocabulary, 16, generator=generator, dtype=dtype)
     banned = torch.rand(vocabulary, generator=generator) < 0.5
     banned[256:512] |= vocabulary > 512
     banned[-1] = True
     banned[0] = False
     uniforms = torch.rand(1000, generator=generator).clamp(2.0**-24, 1 - 2.0**-24)
     uniforms[:2] = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    tokens, _ = sample_tokens(hidden, weight, uniforms, 1.0, banned)
+    tokens, logprobs_R = sample(hidden, weight, uniforms, temperature, banned)
     assert not banned[tokens].any()
-    logits = (hidden.double() @ weight.double().T).masked_fill(banned, -torch.inf)
+    logits = (hidden.double() @ weight.double().T / temperature).masked_fill(banned, -torch.inf)
+    truth = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert relative_error(logprobs_R, truth) <= (1e-6 if dtype == torch.float32 else 1e-14)
     upto = logits.softmax(-1).cumsum(-1)
     before = torch.nn.functional.pad(upto, (1, 0)).gather(1, tokens[:, None])[:, 0]
     rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-48
@@ -164,13 +186,14 @@ def test_the_top_tokens_are_those_of_all_chunks(monkeypatch):
 
 @pytest.mark.parametrize("vocabulary", [5, 4100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_where_logits_are_not_finite_a_token_is_drawn_all_the_same(vocabulary, temperature):
+@both
+def test_where_logits_are_not_finite_a_token_is_drawn_all_the_same(vocabulary, temperature, sample):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, 6, generator=generator) for rows in (4, vocabulary))
+    hidden, weight = (torch.randn(rows, 16, generator=generator) for rows in (4, vocabulary))
     uniforms = torch.tensor([0.1, 0.4, 0.7, 0.99])
-    tokens, logprobs_R = sample_tokens(hidden, weight, uniforms, temperature)
+    tokens, logprobs_R = sample(hidden, weight, uniforms, temperature)
     hidden[1], hidden[3, 2] = float("nan"), float("inf")
-    got, got_logprobs = sample_tokens(hidden, weight, uniforms, temperature)
+    got, got_logprobs = sample(hidden, weight, uniforms, temperature)
     assert got.tolist() == [tokens[0], 0, tokens[2], 0]
     assert got_logprobs.isnan().tolist() == [False, True, False, True]
     assert torch.equal(got_logprobs[::2], logprobs_R[::2])
