@@ -142,6 +142,9 @@ class Together:
     def step(self, tokens_R: Tensor) -> Tensor:
         return self._flight.step(tokens_R)
 
+    def draw(self, hidden_RW: Tensor, uniforms_R: Tensor, banned_V: Tensor) -> tuple[Tensor, Tensor]:
+        return self._flight.draw(hidden_RW, uniforms_R, banned_V)
+
     def turn_over(self, ended_R: Tensor) -> bool:
         return False
 
