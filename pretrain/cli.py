@@ -98,7 +98,8 @@ def study(study: str, overrides: Sequence[str], run_dir: str | None, dry_run: bo
 
     STUDY is a YAML file: a base recipe, arms that change it, a matrix of further values, seeds, what all runs spend
     alike, and controls; --key value changes the base. Runs are ordinary run directories, <run-dir>/<arm>/seed-<n>, one
-    after the other; the same command continues. Ends with a table, also as results.md and results.json.
+    after the other; the same command continues. Ends with a table, also as results.md and results.json,
+    and with report.html; repeated, the command adds to that what `evaluate` has found in the runs since then.
     """
     from pretrain.study.running import run_study
 

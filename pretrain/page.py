@@ -37,7 +37,7 @@ pre { overflow: auto; padding: 1rem; background: #8882; border-radius: 6px }
   td::before { content: attr(data-column); flex: none; max-width: 55%; text-align: left }
   td:first-child { justify-content: start; font-weight: 600 }
   .words td { display: block; overflow-wrap: anywhere }
-  .words td + td::before { content: attr(data-column) ": "; font-style: italic }
+  .words td::before { content: attr(data-column) ": "; font-style: italic }
 }
 @media print {
   body { margin: 0; max-width: none; font-size: 9pt }
@@ -81,12 +81,16 @@ class Sheet:
         return table
 
     def to_html(self) -> str:
+        def shown(cell: str) -> str:
+            # Intervals stay in one line.
+            return escape(cell) if self.words else escape(cell).replace(", ", ",&nbsp;")
+
         columns = [escape(" ".join(column.split())) for column in self.columns]
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         rows = "\n".join(
             "<tr>"
             + "".join(
-                f'<td data-column="{column}">{escape(cell)}</td>' for column, cell in zip(columns, row, strict=True)
+                f'<td data-column="{column}">{shown(cell)}</td>' for column, cell in zip(columns, row, strict=True)
             )
             + "</tr>"
             for row in self.rows

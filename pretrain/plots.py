@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.page import paragraph
@@ -37,12 +38,6 @@ class Plot:
 
     def figure(self) -> Figure:
         return drawn([self], self.inches)
-
-    def svg(self) -> str:
-        return to_svg(self.figure(), self.title)
-
-    def png(self) -> bytes:
-        return to_png(self.figure())
 
 
 def available() -> bool:
@@ -93,8 +88,18 @@ def to_svg(figure: Figure, title: str) -> str:
     return f'<svg role="img" aria-label="{escape(title)}" {box[0]}>' + found[found.index(">") + 1 :].strip()
 
 
-def pictures(plots: Iterable[Plot], least: str = LEAST_WIDTH) -> str:
-    """HTML: as many beside each other as are each at least so wide, on a phone one below the other."""
+def pictures(plots: Iterable[Plot], least: str = LEAST_WIDTH, pngs: Path | None = None) -> str:
+    """HTML: as many beside each other as are each at least so wide, on a phone one below the other.
+
+    pngs: a folder for the same as PNG, by their titles.
+    """
     if not available():
         return paragraph("No pictures: matplotlib is not installed. pip install matplotlib")
-    return f'<div class="pictures" style="--least:{least}">{"".join(plot.svg() for plot in plots)}</div>'
+    found = []
+    for plot in plots:
+        figure = plot.figure()
+        found.append(to_svg(figure, plot.title))
+        if pngs is not None:
+            pngs.mkdir(exist_ok=True)
+            (pngs / f"{re.sub(r'[^a-z0-9]+', '-', plot.title.lower()).strip('-')}.png").write_bytes(to_png(figure))
+    return f'<div class="pictures" style="--least:{least}">{"".join(found)}</div>'

@@ -37,6 +37,8 @@ HTML_THOUGHTS, HTML_CHARACTERS = 12, 2000
 DECILE_TOKENS = 100
 FEW = f"* of fewer than {ENOUGH_DOCUMENTS} documents: too few for an interval, which is too narrow"
 
+RAW_GAIN = "raw gain is no gain by thinking: anything that disturbs a prediction helps hard tokens and hurts easy ones"
+
 # Name in evaluations.jsonl → label.
 HELD_OUT = {
     "nll_text": "without thoughts",
@@ -63,6 +65,8 @@ LOOP_METRICS = {
     "rollbacks": Metric("returns to a checkpoint so far", "by optimizer.on_spike"),
     "tokens_per_second": Metric("tokens of text read a second", "of the last step"),
 }
+# What a downstream score is of, beside its step.
+SCORED = ("task", "metric", "thoughts", "temperature")
 NOT_PLOTTED = ("step", "tokens", "flops", "seconds", "weights_step")
 OVERVIEW_INCHES, CURVE_INCHES, CURVE_WIDTH = (9.0, 3.6), (2.6, 1.8), "13rem"
 RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = COLOURS[0], COLOURS[1], COLOURS[-1]
@@ -162,26 +166,25 @@ class RunRecords:
         return Sheet("After the run, by difficulty of the token (decile of its NLL before the run)", columns, rows)
 
     def deciles_sentence(self) -> str | None:
-        if "nll_thought_deciles" not in self.after:
-            return None
-        return (
-            "raw gain is no gain by thinking: anything that disturbs a prediction helps hard tokens and hurts easy ones"
-        )
+        return RAW_GAIN if "nll_thought_deciles" in self.after else None
 
     def deciles_are_firm(self) -> bool:
         return self.after.get("tokens_scored", math.inf) >= DECILE_TOKENS * len(self.after["nll_text_deciles"])
 
+    def scores(self) -> dict[tuple[str, ...], Record]:
+        """What `forethought evaluate` found, the last of each step, task, metric, way to think and temperature."""
+        return {
+            (str(record["step"]), score["task"], score["metric"], record["think"], f"{score['temperature']:g}"): score
+            for record in self.downstream
+            for score in record["scores"]
+        }
+
     def tasks(self) -> Sheet | None:
-        """What `forethought evaluate` found, the last line of each score."""
-        rows = {}
-        for record in self.downstream:
-            for score in record["scores"]:
-                key = (str(record["step"]), *(score[name] for name in ("task", "metric")), record["think"])
-                key += (f"{score['temperature']:g}",)
-                interval = _interval(score) if math.isfinite(score["low"]) else ""
-                rows[key] = [*key, f"{score['value']:.3f} {interval}", str(score["documents"])]
-        columns = ["step", "task", "metric", "thoughts", "temperature", "score", "problems"]
-        return Sheet("Downstream tasks (95% intervals)", columns, [*rows.values()]) if rows else None
+        def value(score: Record) -> str:
+            return f"{score['value']:.3f} {_interval(score) if math.isfinite(score['low']) else ''}"
+
+        rows = [[*key, value(score), str(score["documents"])] for key, score in self.scores().items()]
+        return Sheet("Downstream tasks (95% intervals)", ["step", *SCORED, "score", "problems"], rows) if rows else None
 
     @property
     def plotted(self) -> list[str]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
+from pretrain.page import Sheet
+from pretrain.report import CONDITIONS
 from pretrain.study.definition import Cell
 from pretrain.study.scores import Scores
 from pretrain.study.statistics import holm, over_seeds, paired_differences
@@ -56,7 +58,11 @@ def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -
     return {
         "documents": len(before.documents_D),
         "tokens": int(before.tokens_D.sum()),
-        "before": {metric: _mean(before, metric) for metric in METRICS} | {"right thoughts": before.right},
+        "before": {
+            **{metric: _mean(before, metric) for metric in METRICS},
+            "right thoughts": before.right,
+            "counterfactual": _counterfactual([before]),
+        },
         "missed": max(run.missed for run in runs),
         "arms": {cell.name: _arm(of[cell]) for cell in cells},
         "comparisons": [
@@ -90,6 +96,17 @@ def _arm(runs: Sequence[Finished]) -> dict[str, Any]:
         **{name: _json(vars(over_seeds(of))) for name, of in known.items() if of},
         "by_seed": values,
         "spent": spent,
+        "counterfactual": _counterfactual([run.scores for run in runs]),
+    }
+
+
+def _counterfactual(of_seeds: Sequence[Scores]) -> dict[str, dict[str, Any]]:
+    """By condition, the own thought's NLL minus that after it. Empty for models that do not think."""
+    both = [c for c in CONDITIONS if all(c in scores.nll and "own" in scores.nll for scores in of_seeds)]
+    return {
+        condition: _paired([scores.nll["own"] - scores.nll[condition] for scores in of_seeds], of_seeds[0].tokens_D)
+        for condition in both
+        if condition != "own"
     }
 
 
@@ -102,13 +119,44 @@ def _difference(arm: Sequence[Finished], control: Sequence[Finished], metric: st
     """Over the seeds that both have."""
     by_seed = {run.seed: run.scores for run in control}
     pairs = [(run.scores, by_seed[run.seed]) for run in arm if run.seed in by_seed]
-    difference_SD = torch.stack([_of(a, metric) - _of(b, metric) for a, b in pairs])  # type: ignore[operator]
-    found = paired_differences(difference_SD, pairs[0][0].tokens_D)
-    return {"seeds": len(pairs), **_json({name: value.item() for name, value in vars(found).items()})}
+    return _paired([_of(a, metric) - _of(b, metric) for a, b in pairs], pairs[0][0].tokens_D)  # type: ignore[operator]
+
+
+def _paired(of_seeds: Sequence[Tensor], tokens_D: Tensor) -> dict[str, Any]:
+    found = paired_differences(torch.stack(list(of_seeds)), tokens_D)
+    return {"seeds": len(of_seeds), **_json({name: value.item() for name, value in vars(found).items()})}
+
+
+# In words and tables
 
 
 def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
-    """Two tables. match: what the runs spent alike, in words."""
+    """match: what the runs spent alike, in words."""
+    parts: list[str | Sheet] = [f"# {name}", introduction(found, match), arms(found), *few_documents(found)]
+    if found["comparisons"]:
+        parts += [about_comparisons(found), comparisons(found)]
+    if found["before"]["counterfactual"]:
+        parts += [f"Does the thought matter? {ABOUT_COUNTERFACTUAL}", counterfactual(found)]
+    return "\n\n".join(part if isinstance(part, str) else part.to_markdown() for part in parts) + "\n"
+
+
+ABOUT_COUNTERFACTUAL = (
+    "NLL after the model's own thought minus that after another: "
+    f"{', '.join(f'{words} ({name})' for name, words in CONDITIONS.items() if name != 'own')}; with 95% intervals over "
+    "seeds and documents, not corrected for their number. Only what its own gains over other, shuffled and filler is "
+    "due to what a thought says."
+)
+
+
+def introduction(found: Mapping[str, Any], match: str) -> str:
+    return (
+        f"{match} No run missed its budget by more than {found['missed']:.1%}. Held-out NLL, in nats per token, of "
+        f"{found['tokens']:,} tokens of {found['documents']:,} documents: the lower, the better. Own minus shuffled "
+        "is what the words of a thought are worth. Means over seeds with 95% intervals (Student's t)."
+    )
+
+
+def arms(found: Mapping[str, Any]) -> Sheet:
     shown = [metric for metric in (*METRICS, "right thoughts") if found["before"][metric] is not None]
     unit = {metric: "" if metric == "right thoughts" else ", nats" for metric in shown}
     rows = [["the model before", "", *(f"{found['before'][metric]:.3f}" for metric in shown), "", ""]]
@@ -118,48 +166,48 @@ def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
         seeds = ", ".join(map(str, arm["seeds"]))
         rows.append([cell, seeds, *metrics, f"{spent['flops']:.4g}", f"{spent['seconds']:.0f}"])
     head = ["arm", "seeds", *(metric + unit[metric] for metric in shown), "FLOPs", "seconds"]
-    lines = [
-        f"# {name}",
-        "",
-        f"{match} No run missed its budget by more than {found['missed']:.1%}. Held-out NLL, in nats per token, of "
-        f"{found['tokens']:,} tokens of {found['documents']:,} documents: the lower, the better. Own minus shuffled "
-        "is what the words of a thought are worth. Means over seeds with 95% intervals (Student's t).",
-        "",
-        *_table(head, rows),
+    return Sheet("At the end of the runs", head, rows)
+
+
+def few_documents(found: Mapping[str, Any]) -> list[str]:
+    """What must be known of intervals over documents, if anything."""
+    if found["documents"] >= ENOUGH_DOCUMENTS:
+        return []
+    return [f"Of fewer than {ENOUGH_DOCUMENTS} documents: too few for intervals over them; raise held_out_rows."]
+
+
+def about_comparisons(found: Mapping[str, Any]) -> str:
+    seeds = min(c["seeds"] for c in found["comparisons"])
+    of_one = " With one seed they hold for these models alone, not for other runs of the recipes." if seeds < 2 else ""
+    return (
+        "Differences on the same documents, paired by seed, with 95% intervals over seeds and documents; "
+        f"{len(found['comparisons'])} comparisons were made, which the column Holm allows for.{of_one}"
+    )
+
+
+def comparisons(found: Mapping[str, Any]) -> Sheet:
+    rows = [
+        [
+            *(c["arm"], c["control"], c["metric"], _signed(c)),
+            *(f"{c['p']:.3f}", f"{c['p_holm']:.3f}", "" if c["effect"] is None else f"{c['effect']:+.2f}"),
+        ]
+        for c in found["comparisons"]
     ]
-    if found["documents"] < ENOUGH_DOCUMENTS:
-        lines += [
-            "",
-            f"Of fewer than {ENOUGH_DOCUMENTS} documents: too few for intervals over them; raise held_out_rows.",
-        ]
-    comparisons = found["comparisons"]
-    if comparisons:
-        head = ["arm", "minus control", "of", "difference, nats", "p", "p, Holm", "Cohen's d"]
-        rows = [
-            [
-                *(c["arm"], c["control"], c["metric"], f"{c['mean']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"),
-                *(f"{c['p']:.3f}", f"{c['p_holm']:.3f}", "" if c["effect"] is None else f"{c['effect']:+.2f}"),
-            ]
-            for c in comparisons
-        ]
-        seeds = min(c["seeds"] for c in comparisons)
-        of_one = (
-            " With one seed they hold for these models alone, not for other runs of the recipes." if seeds < 2 else ""
-        )
-        lines += [
-            "",
-            f"Differences on the same documents, paired by seed, with 95% intervals over seeds and documents; "
-            f"{len(comparisons)} comparisons were made, which the column Holm allows for.{of_one}",
-            "",
-            *_table(head, rows),
-        ]
-    return "\n".join(lines) + "\n"
+    head = ["arm", "minus control", "of", "difference, nats", "p", "p, Holm", "Cohen's d"]
+    return Sheet("Differences from the controls", head, rows)
+
+
+def counterfactual(found: Mapping[str, Any]) -> Sheet:
+    before = found["before"]["counterfactual"]
+    models = {"the model before": before} | {cell: arm["counterfactual"] for cell, arm in found["arms"].items()}
+    rows = [[model, *(_signed(of[c]) if c in of else "" for c in before)] for model, of in models.items()]
+    return Sheet("Own thought minus …, nats", ["arm", *before], rows)
+
+
+def _signed(difference: Mapping[str, Any]) -> str:
+    return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
 
 
 def _shown(interval: Mapping[str, Any]) -> str:
     mean = f"{interval['mean']:.3f}"
     return mean if interval["low"] is None else f"{mean} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]

@@ -17,13 +17,14 @@ from pretrain.run import fit
 from pretrain.run_directory import RunDirectory, write_durably
 from pretrain.stopping import TrainingStopped
 from pretrain.study.definition import Planned, Run, load_study
+from pretrain.study.report import write_report
 from pretrain.study.results import Finished, markdown, results
 from pretrain.study.scores import Scores, scores
 
 
 def run_study(path: str, overrides: Sequence[str], run_dir: str | None, dry_run: bool = False) -> None:
-    """Trains what is not finished, scores what is not scored, and writes results.md and results.json into the study's
-    directory. Raises what `fit` does."""
+    """Trains what is not finished, scores what is not scored, and writes results.md, results.json and report.html into
+    the study's directory. Raises what `fit` does."""
     planned = load_study(path, overrides, run_dir, sizes_that_fit)
     if dry_run:
         for run in planned.runs:
@@ -38,6 +39,7 @@ def run_study(path: str, overrides: Sequence[str], run_dir: str | None, dry_run:
     said = markdown(planned.directory.name, found, _match(planned))
     write_durably(planned.directory / "results.md", said)
     print(said)
+    say(f"report: {write_report(planned, found, _match(planned))}")
 
 
 def _train(planned: Planned) -> None:

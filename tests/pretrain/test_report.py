@@ -112,7 +112,7 @@ def printed(run, capsys) -> str:
 
 def rows(page: str) -> list[list[str]]:
     """The cells of every table row of a page."""
-    lines = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    lines = re.findall(r"<tr>(.*?)</tr>", page.replace("&nbsp;", " "), re.DOTALL)
     return [[unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", line, re.DOTALL)] for line in lines]
 
 

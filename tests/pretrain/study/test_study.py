@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pretrain.recipe import RecipeError
 from pretrain.run_directory import RunDirectory
 from pretrain.study import running, scores
 from pretrain.study.definition import load_study
+from pretrain.study.report import write_report
 from tests.pretrain.test_fit import lines
 
 ROOT = Path(__file__).parents[3]
@@ -31,9 +33,10 @@ STUDY = {
 
 @pytest.fixture(autouse=True)
 def reported(monkeypatch) -> list[Path]:
-    """The runs whose report was asked for; it is not drawn, which takes longer than they do."""
+    """The runs whose report was asked for; none is drawn, the study's neither, which takes longer than they do."""
     found: list[Path] = []
     monkeypatch.setattr("pretrain.run.write_report", lambda directory, *rest: found.append(directory.path))
+    monkeypatch.setattr(running, "write_report", lambda *rest: None)
     return found
 
 
@@ -208,8 +211,9 @@ def test_a_directory_that_is_no_study_s(study, capsys):
 
 
 def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
-    """Two steps of each arm with random weights, of one seed; all the rest as it is."""
+    """Two steps of each arm with random weights, of one seed; all the rest as it is, the report included."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running, "write_report", write_report)
     tree = yaml.safe_load((ROOT / "studies" / "lab.yaml").read_text()) | {"seeds": [0], "held_out_rows": 2}
     Path("lab.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     small = ["--model", "random:lab", "--steps", "2", "--rows_per_step", "1", "--data.length", "64"]
@@ -219,4 +223,6 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     assert found["arms"]["rlp"]["right thoughts"]["n"] == 1
     assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 6
     said = capsys.readouterr().out
-    assert "With one seed they hold for these models" in said and "Of fewer than 20 documents: too few" in said
+    page = unescape(Path("runs/lab/report.html").read_text(encoding="utf-8"))
+    for where in (said, page):
+        assert "With one seed they hold for these models" in where and "Of fewer than 20 documents: too few" in where
