@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.publish import with_table
 from pretrain.cli import main
+from pretrain.study.results import arms
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+RESULTS = Path(__file__).parents[1] / "studies" / "results"
 COMMANDS = [
     shlex.split(command, comments=True)[1:]
     for line in README.splitlines()
@@ -76,3 +79,14 @@ def test_other_commands_are_read(arguments, capsys):
         main([*arguments, "--help"])
     assert stopped.value.code == 0
     assert arguments[0] in capsys.readouterr().out
+
+
+def test_tables_of_studies_are_those_of_their_results():
+    kept = {path.parent.name: json.loads(path.read_text()) for path in RESULTS.glob("*/results.json")}
+    for name, found in kept.items():
+        assert with_table(README, name, found) == README, f"python -m benchmarks.publish studies/{name}.yaml"
+        assert arms(found).to_markdown() in (RESULTS / name / "results.md").read_text()
+    places = re.findall(r"<!-- end of (.*) -->", README)
+    assert kept.keys() <= {*places}
+    for name in {*places} - kept.keys():
+        assert f"<!-- {name} -->\n<!-- end of {name} -->" in README, f"a table without studies/results/{name}"

@@ -304,7 +304,7 @@ def _downstream(runs: Runs) -> Sheet | None:
     for key in keys:
         known = [[scores[key]["value"] for scores in of if key in scores] for of in at_end.values()]
         rows.append([*key, *(f"{_shown(over_seeds(values))}, n = {len(values)}" if values else "" for values in known)])
-    title = "Scores of `forethought evaluate`: means over n seeds with 95% intervals"
+    title = "Scores of `forethought evaluate`: means over n seeds with 95% intervals over these, not over problems"
     return Sheet(title, [*SCORED, *at_end], rows) if rows else None
 
 

@@ -1,0 +1,93 @@
+"""Runs a study, or goes on with it, and shows what it found where readers look:
+
+    python -m benchmarks.publish studies/lab.yaml            # writes studies/results/lab/ and the table in README.md
+    python -m benchmarks.publish studies/lab.yaml --check    # compares with what is there, and writes nothing
+
+README's table stands between <!-- lab --> and <!-- end of lab -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+from pretrain import cli
+from pretrain.study.results import arms
+
+ROOT = Path(__file__).parents[1]
+
+
+def around_table(readme: str, name: str) -> tuple[str, str]:
+    """What stands before and after a study's table, markers included. Raises ValueError if it has no place."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, begins, rest = readme.partition(begin)
+    _, ends, after = rest.partition(end)
+    if not (begins and ends):
+        raise ValueError(f"README.md has no place for the table; put {begin.strip()} and {end} on lines of their own")
+    return before + begin, end + after
+
+
+def with_table(readme: str, name: str, found: Mapping[str, Any]) -> str:
+    """README with the table of a study in its place. Raises ValueError if it has none."""
+    before, after = around_table(readme, name)
+    said = f"What it found ([with comparisons](studies/results/{name}/results.md)):"
+    return f"{before}\n{said}\n\n{arms(found).to_markdown()}\n{after}"
+
+
+def disagreements(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Where an arm's intervals over seeds have nothing in common, of the arms and metrics that both results have."""
+    found = []
+    for arm in sorted(old["arms"].keys() & new["arms"].keys()):
+        both = [of["arms"][arm] for of in (old, new)]
+        metrics = [name for name in both[0] if all("low" in (of.get(name) or {}) for of in both)]
+        for metric in metrics:
+            a, b = (of[metric] for of in both)
+            # Of one seed there is no interval.
+            if None not in (a["low"], b["low"]) and (a["high"] < b["low"] or b["high"] < a["low"]):
+                shown = (f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in (a, b))
+                found.append(f"{arm}, {metric}: {', now '.join(shown)}")
+    return found
+
+
+def publish(study: str, run_dir: str, check: bool = False, root: Path = ROOT) -> int:
+    """Runs a study and writes what it found below `root`, or compares it; returns the exit code. Raises ValueError for
+    a study without a place in README, or without anything to compare with."""
+    name, readme = Path(study).stem, root / "README.md"
+    kept = root / "studies" / "results" / name
+    around_table(readme.read_text(encoding="utf-8"), name)  # ahead of what takes an hour
+    if check and not (kept / "results.json").exists():
+        raise ValueError(f"there is no {kept / 'results.json'} to compare with; leave --check out")
+    if code := cli.main(["study", study, "--run-dir", run_dir]):
+        return code
+    found = json.loads((Path(run_dir) / "results.json").read_text(encoding="utf-8"))
+    if check:
+        different = disagreements(json.loads((kept / "results.json").read_text(encoding="utf-8")), found)
+        print("\n".join(["differs from what is committed:", *different] if different else ["agrees with it"]))
+        return int(bool(different))
+    kept.mkdir(parents=True, exist_ok=True)
+    with_environment = {"environment": environment(), **found}
+    (kept / "results.json").write_text(json.dumps(with_environment, indent=1) + "\n", encoding="utf-8")
+    (kept / "results.md").write_text((Path(run_dir) / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), name, found), encoding="utf-8")
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="YAML file")
+    parser.add_argument("--run-dir", help="default: runs/<name of the study>")
+    parser.add_argument("--check", action="store_true", help="compare with what was found before, and write nothing")
+    given = parser.parse_args()
+    try:
+        sys.exit(publish(given.study, given.run_dir or f"runs/{Path(given.study).stem}", given.check))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

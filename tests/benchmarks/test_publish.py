@@ -1,0 +1,81 @@
+"""What is written of a study, on one whose results are made by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import publish
+from pretrain import cli
+
+README = "# A\n\n<!-- small -->\nwhat was found before\n<!-- end of small -->\n\nmore\n"
+
+
+def results(rlp: float, half: float = 0.25) -> dict:
+    before = {
+        "without a thought": 3.0,
+        "after its own thought": 2.0,
+        "own minus shuffled": None,
+        "right thoughts": None,
+    }
+    interval = {"mean": rlp, "low": rlp - half, "high": rlp + half, "n": 3}
+    arm = {"seeds": [0, 1, 2], "without a thought": interval, "after its own thought": interval | {"low": None}}
+    return {"before": before, "arms": {"rlp": arm | {"spent": {"flops": [2e9, 4e9], "seconds": [1.0, 3.0]}}}}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A project with a README; running a study writes results of its choice."""
+
+    def study(arguments: list[str]) -> int:
+        assert arguments == ["study", "small.yaml", "--run-dir", str(tmp_path / "run")]
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "results.json").write_text(json.dumps(made[-1]))
+        (tmp_path / "run" / "results.md").write_text("# small\n")
+        return 3 if made[-1] == {} else 0
+
+    made = [results(1.0)]
+    (tmp_path / "README.md").write_text(README)
+    monkeypatch.setattr(cli, "main", study)
+    return tmp_path, made
+
+
+def test_the_table_and_the_results_are_written(place):
+    root, made = place
+    assert publish.publish("small.yaml", str(root / "run"), root=root) == 0
+    written = (root / "README.md").read_text()
+    assert written.startswith("# A\n\n<!-- small -->\n\n") and written.endswith("\n<!-- end of small -->\n\nmore\n")
+    assert "| the model before |  | 3.000 | 2.000 |  |  |\n" in written and "before\n<!--" not in written
+    assert "| rlp | 0, 1, 2 | 1.000 [0.750, 1.250] | 1.000 | 3e+09 | 2 |\n" in written
+    kept = json.loads((root / "studies/results/small/results.json").read_text())
+    assert kept.pop("environment")["torch"] and kept == made[0]
+    assert (root / "studies/results/small/results.md").read_text() == "# small\n"
+    # Once more it is the same; a study that does not come to its end changes nothing.
+    assert publish.publish("small.yaml", str(root / "run"), root=root) == 0
+    made.append({})
+    assert publish.publish("small.yaml", str(root / "run"), root=root) == 3
+    assert (root / "README.md").read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("now", "said"), [(1.4, "agrees"), (1.6, "without a thought: 1.000 [0.750, 1.250], now 1.600")]
+)
+def test_a_check_compares_intervals(now, said, place, capsys):
+    root, made = place
+    publish.publish("small.yaml", str(root / "run"), root=root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "run" not in path.parts}
+    made.append(results(now))
+    assert publish.publish("small.yaml", str(root / "run"), check=True, root=root) == int(said != "agrees")
+    assert said in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_what_cannot_be_published_is_one_line(place, monkeypatch):
+    root, _ = place
+    with pytest.raises(ValueError, match=r"^there is no .*results.json to compare with; leave --check out$"):
+        publish.publish("small.yaml", "run", check=True, root=root)
+    monkeypatch.setattr(sys, "argv", ["publish", "studies/another.yaml"])
+    with pytest.raises(SystemExit, match=r"put <!-- another --> and <!-- end of another --> on lines of their own"):
+        publish.main()
