@@ -219,9 +219,10 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     small = ["--model", "random:lab", "--steps", "2", "--rows_per_step", "1", "--data.length", "64"]
     assert main(["study", "lab.yaml", *small, "--objective.length", "4", "--evaluation.rows", "1"]) == 0
     found = json.loads(Path("runs/lab/results.json").read_text())
-    assert set(found["arms"]) == {"rlp", "next-token", "shuffled"}
+    controls = {"next-token", "shuffled", "random", "mixed-sft"}
+    assert set(found["arms"]) == {"rlp", "rpt", "quiet-star"} | controls
     assert found["arms"]["rlp"]["right thoughts"]["n"] == 1
-    assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 6
+    assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 36
     said = capsys.readouterr().out
     page = unescape(Path("runs/lab/report.html").read_text(encoding="utf-8"))
     for where in (said, page):
