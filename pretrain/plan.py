@@ -256,7 +256,7 @@ def _assumptions(job: Job, documents: float) -> list[str]:
         f"{h.bandwidth / 1e12:.2f} TB/s of memory, {planner.TRANSFERRED:.0%} of {h.link / 1e9:.0f} GB/s within and "
         f"{h.network / 1e9:.0f} GB/s between nodes; {1 - planner.USABLE:.0%} of memory for contexts and fragmentation"
     ]
-    if w.thoughts:
+    if w.sampled:
         length = w.sampled if job.thought_tokens is None else job.thought_tokens
         launch = planner.REPLAYED if job.graphs else planner.LAUNCHED
         lines.append(

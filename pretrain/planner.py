@@ -254,7 +254,7 @@ class Job:
         weight = (element + FP32) * p.largest
         found: dict[str, dict[str, float]] = {}
 
-        if w.thoughts:
+        if w.sampled:
             sampling = self.rollout_rows * self.sampled * w.thoughts
             slots, read_tokens = w.prompt + math.ceil(w.sampled), self.rollout_rows * length
             # Without gradient, of a text stay its hidden states, keys and values.
@@ -272,6 +272,7 @@ class Job:
                 "logits": self._logits(sampling),
             }
 
+        if w.thoughts:
             scored = rows * self.held * self.thoughts_held * w.scored
             predicted = rows * self.held * w.thoughts * (w.predicted + w.rewarded * w.sampled)
             of_thought = kept(c, act, self.checkpointing)
@@ -391,7 +392,7 @@ class Job:
         """seconds of a step's rollouts; steps, one after the other; rows, thoughts at once; token_seconds of a step of
         them, and what reading the weights, reading keys and values, and launching kernels takes of that."""
         w, c, p, h = self.work, self.config, self.parameters, self.hardware
-        if not w.thoughts:
+        if not w.sampled:
             return dict.fromkeys(DECODING, 0.0)
         at_once = self.rollout_rows * self.sampled
         batches = math.ceil(self.rank_rows / self.rollout_rows) * math.ceil(self.anchors / self.sampled)

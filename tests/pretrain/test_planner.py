@@ -11,7 +11,7 @@ import torch
 from checkpoints.snapshots import SnapshotWriter
 from models import logprobs
 from models.philox import Rng
-from objectives import QuietStarConfig, RlpConfig, RptConfig, Step
+from objectives import PauseConfig, QuietStarConfig, RlpConfig, RptConfig, Step
 from pretrain.cli import main
 from pretrain.module import make_optimizer, micro_batches
 from pretrain.planner import HARDWARE, KEYS, Job, Parameters, fitting
@@ -35,6 +35,7 @@ CASES = {
     "rlp, in parts": (replace(DEEP, anchors_at_once=1), FP32, dict(length=128, rows=2, micro_batch_rows=1)),
     "rlp, thoughts in parts": (replace(DEEP, anchors_at_once=1, thoughts_at_once=2), FP32, dict(length=64, rows=1)),
     "rlp, checkpointing": (DEEP, FP32, dict(length=128, rows=4, checkpointing=True)),
+    "pause": (PauseConfig(length=24, anchors_per_document=4), FP32, dict(length=128, rows=4)),
     "rpt": (CHOSEN, BF16, dict(length=128, rows=4, micro_batch_rows=2)),
 }
 
@@ -154,9 +155,9 @@ def test_thoughts_that_end_early_cost_less():
     assert short.decoding["steps"] == job.decoding["steps"]  # until the longest has ended
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "pause"])
 def test_plan_says_what_fits(objective, tiny_run, capsys):
-    arguments = ["plan", "smollm2-quiet-star", *tiny_run, *OBJECTIVES[objective]]
+    arguments = ["plan", "smollm2-quiet-star", *tiny_run, *OBJECTIVES.get(objective, ["--objective", objective])]
     assert main([*arguments, "--gpus", "4", "--memory", "10"]) == 0
     said = capsys.readouterr().out
     assert "4 × H100 SXM" in said and "It fits" in said and "micro_batch_rows 1" in said
