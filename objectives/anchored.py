@@ -4,7 +4,7 @@
 worth, is the objective's own: `policy` has what RLP and RPT share, `pause` says nothing.
 
 Shapes: B rows, N text positions, M anchors of a row, K thoughts of an anchor, L tokens of a body, S all tokens of a
-thought, H tokens of the horizon, W width, V vocabulary, J sampled tokens of all.
+thought, H tokens behind an anchor, W width.
 """
 
 from __future__ import annotations
