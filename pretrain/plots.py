@@ -30,7 +30,7 @@ LEAST_WIDTH = "20rem"  # of a picture on a page
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture. draw: onto axes that have the title already."""
+    """A picture. draw: all but the title."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -54,7 +54,8 @@ def drawn(plots: list[Plot], inches: tuple[float, float]) -> Figure:
     with rc_context(style | dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)):
         figure = Figure(figsize=inches, layout="constrained")
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
-            axes.set_title(plot.title)
+            # Axes beside long labels are narrower than their title.
+            axes.set_title(plot.title) if len(plots) > 1 else figure.suptitle(plot.title, fontsize=9.5)
             plot.draw(axes)
         figure.draw_without_rendering()
     return figure

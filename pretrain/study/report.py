@@ -89,7 +89,8 @@ def write_report(planned: Planned, found: Mapping[str, Any], match: str) -> Path
 
 
 def _page(planned: Planned, runs: Runs, found: Mapping[str, Any], match: str) -> str:
-    title = f"{planned.directory.resolve().name}: {len(runs)} arms, {len(planned.study.seeds)} seeds"
+    seeds = ", ".join(map(str, planned.study.seeds))
+    title = f"{planned.directory.resolve().name}: {len(runs)} arms, each with seed {seeds}"
 
     def plotted(plots: Iterable[Plot]) -> str:
         return pictures(plots, pngs=planned.directory / "pictures")
@@ -97,7 +98,7 @@ def _page(planned: Planned, runs: Runs, found: Mapping[str, Any], match: str) ->
     parts = [f"<h1>{escape(title)}</h1>", paragraph(results.introduction(found, match)), results.arms(found).to_html()]
     parts += map(paragraph, results.few_documents(found))
     if found["comparisons"]:
-        about = "Filled where p, Holm, is below 0.05. Cohen's d is in standard deviations of a document's."
+        about = "Filled where p, Holm, is below 0.05. Cohen's d is in standard deviations of a document's difference."
         parts += ["<h2>Compared with the controls</h2>", paragraph(f"{results.about_comparisons(found)} {about}")]
         parts += [plotted(_compared(found, runs)), results.comparisons(found).to_html()]
     parts += ["<h2>In training</h2>", paragraph(ABOUT_CURVES)]
@@ -232,7 +233,9 @@ def _compared(found: Mapping[str, Any], runs: Runs) -> list[Plot]:
     plots, styles = [], _styles(runs)
     for metric in results.METRICS:
         of_metric = [c for c in found["comparisons"] if c["metric"] == metric]
-        rows = [(f"{c['arm']} − {c['control']}", c, styles[c["arm"]][0], c["p_holm"] < 0.05) for c in of_metric]
+        # A control has the arm's values of the matrix.
+        labels = [f"{c['arm']}\n− {c['control'].partition(',')[0]}" for c in of_metric]
+        rows = [(l, c, styles[c["arm"]][0], c["p_holm"] < 0.05) for l, c in zip(labels, of_metric, strict=True)]
         if rows:
             plots.append(_intervals(f"{metric}, minus the control's".capitalize(), rows))
     return plots
@@ -251,7 +254,9 @@ def _counterfactuals(found: Mapping[str, Any], runs: Runs) -> list[Plot]:
 
 def _intervals(title: str, rows: Sequence[tuple[str, Mapping[str, float], str, bool]]) -> Plot:
     """Means with intervals, by label; in colours, filled or not."""
-    return Plot(title, partial(_draw_intervals, rows=rows), (INCHES[0], 1 + 2 * LINE_INCHES * len(rows)))
+    rows = [(label.replace(",", ",\n"), mean, colour, filled) for label, mean, colour, filled in rows]
+    lines = max(label.count("\n") for label, *_ in rows) + 1
+    return Plot(title, partial(_draw_intervals, rows=rows), (INCHES[0], 1 + LINE_INCHES * (lines + 0.5) * len(rows)))
 
 
 def _draw_intervals(axes: Axes, rows: Sequence[tuple[str, Mapping[str, float], str, bool]]) -> None:
@@ -260,7 +265,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[tuple[str, Mapping[str, float], s
         axes.plot([difference["low"], difference["high"]], [i, i], color=colour, linewidth=1.5)
         face = colour if filled else "none"
         axes.plot(difference["mean"], i, "o", markersize=5, markerfacecolor=face, markeredgecolor=colour)
-    axes.set_yticks(range(len(rows)), [label.replace(",", ",\n").replace(" − ", "\n− ") for label, *_ in rows])
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"{NATS}, 95% intervals", loc="right")
 
