@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def test_it_trains_resumes_exports_and_is_reported(arguments, run_directory, tmp
     page = (run_directory / "report.html").read_text()
     assert f"trained with {NAME} on" in page
     assert "Tokens that surprise &lt;more&gt; than the average one weigh more." in page
-    assert "<td>surprising</td><td>share of surprising tokens</td><td>mean of 1[NLL &gt; its moving average]" in page
+    cells = re.findall("<td[^>]*>(.*?)</td>", page)
+    metric = cells.index("surprising")
+    assert cells[metric + 1 : metric + 3] == ["share of surprising tokens", "mean of 1[NLL &gt; its moving average]"]
     # It does not think, so that there is nothing to sample.
     assert "forethought sample" not in page
     assert main(["sample", str(run_directory), "--text", "hello"]) == 1
