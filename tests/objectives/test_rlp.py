@@ -170,7 +170,7 @@ def test_the_ratio_is_one_on_the_first_update(monkeypatch):
 
 
 def test_the_ratio_is_exactly_one_on_the_first_update_in_bf16():
-    """And what sampled, by other kernels whose rounding is made up here, is seen to be off; with a cap its tokens weigh by
+    """And a sampler by other kernels, whose rounding is made up here, is seen to be off; with a cap its tokens weigh by
     their importance."""
     model = tiny_model(torch.float32)
     model.ban(61, (9,))
