@@ -347,7 +347,7 @@ def test_a_runs_scores_are_in_its_records_and_report(tmp_path, capsys):
     assert lines[0]["scores"] != lines[1]["scores"]
     assert (run / "downstream" / "step-00000001-off" / "summary.json").exists()
     page = (run / "report.html").read_text()
-    assert all(f"<td>{word}</td>" in page for word in ("lab_sum", "expected_probability", "before-answer"))
+    assert all(f">{word}</td>" in page for word in ("lab_sum", "expected_probability", "before-answer"))
 
 
 def _mistakes(directory):
