@@ -52,7 +52,14 @@ AT_ONCE = {
 }
 # By ranks: what a recipe says.
 STRATEGIES: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}, "one, in parts": {"micro_batch_rows": 1}, "one, in halves": {"micro_batch_rows": 2}},
+    1: {
+        "one": {},
+        "one, in parts": {"micro_batch_rows": 1},
+        "one, in halves": {"micro_batch_rows": 2},
+        "one, anchors in parts": {"micro_batch_rows": 4},
+        "one, rows in parts": {"micro_batch_rows": 1, "anchors": "together"},
+        "one, rows in halves": {"micro_batch_rows": 2, "anchors": "together"},
+    },
     2: {
         "ddp": {"strategy": "ddp", "micro_batch_rows": 1},
         "fsdp": {"strategy": "fsdp", "micro_batch_rows": 1},
@@ -109,7 +116,7 @@ def work(directory: Path, dtype: str, objectives: list[str], strategies: list[st
         for strategy in strategies:
             changes = dict(STRATEGIES[ranks][strategy])
             settings = {"name": objective, **OBJECTIVES[objective]}
-            if ranks > 1 or changes:
+            if changes.pop("anchors", "apart" if changes else "together") == "apart":
                 settings |= AT_ONCE.get(objective, {})
             recipe = {
                 "steps": steps,
