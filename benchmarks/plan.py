@@ -151,7 +151,7 @@ def measured(case: str, tiny: bool) -> dict[str, float]:
     from benchmarks.measure import peak_memory, present_memory, reset_peak
     from pretrain import assembly, run
     from pretrain.module import PretrainModule
-    from pretrain.plan import job_of
+    from pretrain.plan import jobs_of
     from pretrain.planner import HARDWARE
     from pretrain.recipe_files import recipe_from_tree
 
@@ -181,7 +181,7 @@ def measured(case: str, tiny: bool) -> dict[str, float]:
         run.fit(recipe)
         lines = (Path(large) / "run" / "metrics.jsonl").read_text().splitlines()
         before_last, last = [{"flops": 0, "seconds": 0.0}, *map(json.loads, lines)][-2:]
-        job = job_of(recipe, dataclasses.replace(HARDWARE["cpu"], memory=16e9), thought_tokens=None)
+        job = jobs_of(recipe, dataclasses.replace(HARDWARE["cpu"], memory=16e9))["objective"]
     return {
         "planned, bytes": job.peak,
         "measured, bytes": max(peaks) - before,

@@ -350,6 +350,9 @@ class Objective(ABC):
         """What a step does with a row of so many tokens in so many documents, for plans; None where nobody knows."""
         return None
 
+    def begin(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives keep nothing
+        """Called where a run goes over from another objective to this one: as if training began with this model."""
+
     def after_step(self, model: ThinkingModel) -> None:  # noqa: B027 - most objectives have nothing to do here
         """Called after every optimizer step."""
 

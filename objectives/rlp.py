@@ -130,6 +130,9 @@ class Rlp(RewardedThoughts):
     def after_step(self, model: ThinkingModel) -> None:
         self.teacher.update(model)
 
+    def begin(self, model: ThinkingModel) -> None:
+        self.teacher.load(model, model.state_dict())
+
     def other_models(self, model: ThinkingModel) -> list[ThinkingModel]:
         return [self.teacher.model(model)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -34,11 +35,11 @@ from pretrain.state import model_of
 
 @dataclass
 class Assembled:
-    """The parts of a run. evaluator: the objective that scores held-out text, which has no rows where nothing is to be
-    held out. unloaded: `model`, and the further models of its objectives, none of which has its weights yet.
-    checkpoint: that of `model`, for a run that is continued."""
+    """The parts of a run. objectives: of its stages, in order. evaluator: the objective that scores held-out text, of
+    which there are no rows where nothing is to be held out. unloaded: `model`, and the further models of its
+    objectives, none of which has its weights yet. checkpoint: that of `model`, for a run that is continued."""
 
-    objective: Objective
+    objectives: list[Objective]
     evaluator: Objective
     test: CounterfactualTest | None
     engine: Engine
@@ -74,8 +75,9 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
     objectives = {
         key: build_objective(key, config, tokenizer, recipe.model) for key, config in recipe.objectives.items()
     }
-    objective = objectives["objective"]
-    # By default a second instance of the trained one, with its own state.
+    trained = [objectives[key] for key in recipe.trained]
+    _check_delimiters(recipe, objectives)
+    # By default a second instance of a trained one, with its own state.
     evaluator = objectives.get("evaluation.objective") or make_objective(recipe, tokenizer, evaluation=True)
     test = counterfactual_test(recipe.evaluation, tokenizer, data)
     held_out = _held_out(recipe, data, evaluator)
@@ -84,7 +86,8 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
 
     if checkpoint is None:
         source = open_reference(recipe.model, directory, dtype, recipe.seed)
-        unloaded = _with_parts(source, (objective.needs, evaluator.needs), tokenizer, recipe.seed)
+        needs = tuple(objective.needs for objective in (*trained, evaluator))
+        unloaded = _with_parts(source, needs, tokenizer, recipe.seed)
     else:
         unloaded = model_of(checkpoint, dtype)
     model = unloaded.model
@@ -92,9 +95,9 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
     engine = make_engine(recipe, model, objectives)
     model.ban(tokenizer.size, tokenizer.control_ids)
     model.decoder.activation_checkpointing = recipe.activation_checkpointing
-    others = _give_other_models((objective, evaluator), other_models, dtype)
+    others = _give_other_models((*trained, evaluator), other_models, dtype)
     return Assembled(
-        objective=objective,
+        objectives=trained,
         evaluator=evaluator,
         test=test,
         engine=engine,
@@ -166,10 +169,10 @@ def _vllm(recipe: Recipe, model: ThinkingModel, objectives: Mapping[str, Objecti
 
 
 def make_objective(recipe: Recipe, tokenizer: Tokenizer, evaluation: bool = False) -> Objective:
-    """The objective that is trained, or the one that evaluates. Raises RecipeError."""
+    """The objective that the model thinks by once it is trained, or the one that evaluates. Raises RecipeError."""
     if evaluation and recipe.evaluation.objective is not None:
         return build_objective("evaluation.objective", recipe.evaluation.objective, tokenizer, recipe.model)
-    return build_objective("objective", recipe.objective, tokenizer, recipe.model)
+    return build_objective(recipe.thinking_key, recipe.thinking, tokenizer, recipe.model)
 
 
 def build_objective(key: str, config: ObjectiveConfig, tokenizer: Vocabulary, model: str) -> Objective:
@@ -191,6 +194,17 @@ def counterfactual_test(config: EvaluationConfig, tokenizer: Tokenizer, data: Pa
     if not filler:
         raise RecipeError("evaluation.filler is empty; name a text whose first token fills a thought, like .")
     return CounterfactualTest(filler[0], data.solutions(config.rows))
+
+
+def _check_delimiters(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
+    """Raises RecipeError for stages that would begin the one pair of delimiters in different ways."""
+    begun = {key: origins for key in recipe.trained if (origins := objectives[key].needs.delimiters) is not None}
+    for (first, origins), (key, others) in itertools.pairwise(begun.items()):
+        if others != origins:
+            raise RecipeError(
+                f"{key} begins a thought's delimiters as {others}, {first} as {origins}, and stages share them; give "
+                "both the same start_from and end_from"
+            )
 
 
 def _with_parts(source: UnloadedModel, needs: tuple[Needs, ...], tokenizer: Tokenizer, seed: int) -> UnloadedModel:
@@ -287,7 +301,7 @@ def _check_held_out(recipe: Recipe, evaluator: Objective, held_out: Text) -> Non
     if not held_out.targets(1)[1].any():
         why = f"data.held_out {recipe.data.held_out} keeps no text to predict; raise it, or give more text"
     else:
-        where = "objective" if recipe.evaluation.objective is None else "evaluation.objective"
+        where = recipe.thinking_key if recipe.evaluation.objective is None else "evaluation.objective"
         why = (
             f"no position of the {held_out.shape[0]} held-out rows fits {where}'s {evaluator.scoring_rule()}; "
             "change these, or raise evaluation.rows"

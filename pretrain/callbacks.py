@@ -147,6 +147,8 @@ class Records(lightning.Callback):
             **self.counts,
             **report.sampled_by,
         }
+        if len(module.objectives) > 1:
+            record |= {"stage": report.stage, "objective": report.objective}
         self._recent.append(record)
         if (trend := length_trend(list(self._recent))) is not None:
             record["thought_length_trend"] = trend

@@ -7,7 +7,7 @@ objectives.metrics says; an objective of one's own that logs them under the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import StatisticsError, fmean, linear_regression
 from typing import Any
@@ -49,11 +49,12 @@ class RunWarning:
     metric: str
 
 
-def at_start(model: str, config: ObjectiveConfig) -> list[RunWarning]:
+def at_start(model: str, trained: Iterable[ObjectiveConfig]) -> list[RunWarning]:
     """What is to be said before the first step of a run on the model reference `model`."""
     if model == "lab" or model.startswith("random:"):
         return []
-    return [RunWarning(0, name, message, "thought_length") for name, message in config.cautions().items()]
+    cautions = {name: message for config in trained for name, message in config.cautions().items()}
+    return [RunWarning(0, name, message, "thought_length") for name, message in cautions.items()]
 
 
 class Diagnostics:
@@ -67,11 +68,15 @@ class Diagnostics:
         """chance: the loss of a uniform guess, in nats per token. lab: whether the text is the lab's."""
         self.window, self.chance, self.lab = window, chance, lab
         self._harder = "a longer or shorter chain (data.reference lab:chain=…)" if lab else "other objective.positions"
-        self._seen: dict[str, list[float]] = {name: [] for name in DIAGNOSED}
+        self._seen: dict[str, list[float]] = {}
+        self._stage: int | None = None
         self._issued: set[str] = set()
 
     def update(self, record: dict[str, Any]) -> list[RunWarning]:
         """The warnings that this record triggers."""
+        stage = record.get("stage", 0)
+        if stage != self._stage:  # whose metrics are of another objective
+            self._stage, self._seen = stage, {name: [] for name in DIAGNOSED}
         for name, values in self._seen.items():
             if name in record and math.isfinite(record[name]):
                 values.append(record[name])
@@ -198,11 +203,13 @@ class Diagnostics:
 
 
 def length_trend(records: Sequence[dict[str, Any]], window: int = WINDOW) -> float | None:
-    """Least-squares slope of thought_length over the last `window` records, in tokens per 100 steps.
+    """Least-squares slope of thought_length over those of the last `window` records that are of the last one's stage,
+    in tokens per 100 steps.
 
     None where fewer than two of them have one.
     """
-    points = [(r["step"], r["thought_length"]) for r in records[-window:] if "thought_length" in r]
+    alike = [r for r in records[-window:] if r.get("stage") == records[-1].get("stage")]
+    points = [(r["step"], r["thought_length"]) for r in alike if "thought_length" in r]
     try:
         return 100 * linear_regression(*zip(*points, strict=True)).slope if points else None
     except StatisticsError:

@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from checkpoints.references import HUB_ID
-from objectives import find_objective
 from pretrain import __version__
 from pretrain.opening import OpenedModel
 from pretrain.recipe_files import recipe_to_yaml
-from pretrain.report import CONDITIONS, HELD_OUT
+from pretrain.report import CONDITIONS, HELD_OUT, sentences
 from pretrain.run_directory import RunDirectory
 
 # Short references → hub id if there is one, and the licence.
@@ -61,7 +60,7 @@ def model_card(opened: OpenedModel, thinking: bool = False) -> str | None:
     if recipe is None or state is None:
         return own.read_text(encoding="utf-8", errors="replace") if own.exists() else None
     directory = RunDirectory(opened.tokenizer_directory.parent)
-    step, objective = state["step"], recipe.objective.name
+    step, objective = state["step"], recipe.trained_with
     base, licence = _base(recipe.model, own)
     hub_data = [source.reference for source in recipe.data.sources.values() if _is_hub_id(source.reference)]
     head = {
@@ -70,10 +69,10 @@ def model_card(opened: OpenedModel, thinking: bool = False) -> str | None:
         **({"base_model": base} if base is not None else {}),
         **({"datasets": hub_data} if hub_data else {}),
         **licence,
-        "tags": ["forethought", objective.rpartition(":")[2]],
+        "tags": ["forethought", *dict.fromkeys(c.name.rpartition(":")[2] for c in recipe.trained.values())],
     }
     facts = {
-        "objective": f"{objective}. {find_objective(objective).sentence}".removesuffix(" "),
+        "objective": " ".join([f"{objective}.", *sentences(recipe)]),
         "base model": recipe.model,
         "data": ", ".join(source.reference for source in recipe.data.sources.values()),
         "steps": f"{step:,}" if recipe.steps is None else f"{step:,} of {recipe.steps:,}",

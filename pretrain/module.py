@@ -23,7 +23,7 @@ from models.rollout import Engine
 from models.thinking import ThinkingModel
 from models.thoughts import Text
 from objectives import Objective, Step, ThoughtRecord
-from pretrain.recipe import Budget, OptimizerConfig
+from pretrain.recipe import UNITS, Budget, OptimizerConfig
 from pretrain.sharding import before_backward, finish_gradients, full, mesh_to_shard_over, reshard, shard
 from pretrain.spikes import Spike, SpikeGuard
 
@@ -33,11 +33,14 @@ class StepReport:
     """What one step did. tokens, flops, seconds: of training up to and with this step.
 
     loss, grad_norm and metrics are means over the step's updates; a metric that had nothing to count is left out.
+    stage: of the run, from 0. objective: its name.
     sampled_by: the engine, and the step whose weights it sampled from; empty without thoughts.
     back_at: the step whose weights it went back to, because of a spike.
     """
 
     step: int
+    stage: int
+    objective: str
     tokens: int
     flops: int
     seconds: float
@@ -87,7 +90,10 @@ class PretrainModule(lightning.LightningModule):
 
     After `max_skipped` skipped steps in a row it asks the trainer to stop, and `gave_up` is true.
 
-    unloaded: the model, and the further models of its objective, which get their weights once they are sharded.
+    objectives: of the run's stages, which share model and optimizer; after: when each but the first begins, as `Stage`
+    of a recipe has it. `stage` and `objective` are those of the step to come.
+
+    unloaded: the model, and the further models of its objectives, which get their weights once they are sharded.
     rows_at_once: rows that go through the model at once; None: all of the rank's. sync_each_backward: whether ranks of
     a sharded model sum gradients in each backward, and not once per update. sampled_rows: as `Step` has it.
     """
@@ -95,7 +101,7 @@ class PretrainModule(lightning.LightningModule):
     def __init__(
         self,
         model: ThinkingModel,
-        objective: Objective,
+        objectives: Sequence[Objective],
         engine: Engine,
         config: OptimizerConfig,
         budget: Budget,
@@ -104,11 +110,12 @@ class PretrainModule(lightning.LightningModule):
         rows_at_once: int | None = None,
         sync_each_backward: bool = False,
         sampled_rows: int | None = None,
+        after: Sequence[float] = (),
     ):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
-        self.objective = objective
+        self.objectives, self.after = objectives, after
         self.engine = engine
         self.config, self.budget, self.seed, self.rows_at_once = config, budget, seed, rows_at_once
         self.sync_each_backward, self.sampled_rows = sync_each_backward, sampled_rows
@@ -133,11 +140,15 @@ class PretrainModule(lightning.LightningModule):
         mesh = mesh_to_shard_over(self.device_mesh)
         if unloaded and mesh is not None:
             # Copies first: a sharded model cannot be copied.
-            for other in (*self.objective.other_models(self.model), self.model):
+            for other in (*self._other_models(), self.model):
                 shard(other, mesh)
         for model in unloaded:
             model.load(self.trainer.strategy.root_device)
-        self.objective.other_models(self.model)
+        self._other_models()
+
+    def _other_models(self) -> list[ThinkingModel]:
+        """Those that any stage keeps beside the model."""
+        return [other for objective in self.objectives for other in objective.other_models(self.model)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optimizer = make_optimizer(self.model, self.config)
@@ -148,8 +159,10 @@ class PretrainModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         started = time.perf_counter()
         config, text = self.config, Text(**batch)
+        stage, objective = self.stage, self.objective
         rng = Rng(self.seed, self.step)
-        lr = learning_rate(config, self.step + 1, self.budget.steps, self._progress())
+        progress = None if self.budget.unit == "steps" else self.progress
+        lr = learning_rate(config, self.step + 1, self.budget.steps, progress)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         for group in optimizer.param_groups:
@@ -160,7 +173,7 @@ class PretrainModule(lightning.LightningModule):
         record: ThoughtRecord | None = None
         metrics: dict[str, Tensor] = {}
         with Ledger() as ledger:
-            step = Step(self.objective, self.model, parts, rng, self.engine, self.sampled_rows)
+            step = Step(objective, self.model, parts, rng, self.engine, self.sampled_rows)
             counts = {name: self._sum(count) for name, count in step.counts.items()}
             for update in range(step.updates):
                 optimizer.zero_grad()
@@ -183,9 +196,9 @@ class PretrainModule(lightning.LightningModule):
                 if not finite or spike is not None:
                     break
                 optimizer.step()
-                for other in self.objective.other_models(self.model):
+                for other in objective.other_models(self.model):
                     reshard(other)
-                self.objective.after_step(self.model)
+                objective.after_step(self.model)
 
         back_at = None
         if spike is not None and self.guard is not None and self.roll_back is not None:
@@ -208,6 +221,8 @@ class PretrainModule(lightning.LightningModule):
             sampled_by = {"engine": self.engine.name, "weights_step": self.step - 1 - self.engine.lag}
         self.report = StepReport(
             self.step,
+            stage,
+            objective.config.name,
             self.tokens,
             self.flops,
             self.seconds,
@@ -221,7 +236,19 @@ class PretrainModule(lightning.LightningModule):
             sampled_by,
             back_at,
         )
+        if self.stage != stage:
+            self.objective.begin(self.model)
+            if self.guard is not None:
+                self.guard.forget()
         self.trainer.should_stop = self.trainer.should_stop or self.gave_up or self.finished
+
+    @property
+    def stage(self) -> int:
+        return sum((self.step if after >= 1 else self.progress) >= after for after in self.after)
+
+    @property
+    def objective(self) -> Objective:
+        return self.objectives[self.stage]
 
     @property
     def spent(self) -> tuple[int, int, float]:
@@ -241,11 +268,10 @@ class PretrainModule(lightning.LightningModule):
     def gave_up(self) -> bool:
         return self.skipped_in_a_row >= self.config.max_skipped
 
-    def _progress(self) -> float | None:
-        """The share of the schedule that is spent; None where the schedule is of steps."""
-        if self.budget.unit == "steps":
-            return None
-        spent = self.flops if self.budget.unit == "flops" else self.seconds
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that is spent, from the run's first step."""
+        spent = dict(zip(UNITS, self.spent, strict=True))[self.budget.unit]
         return spent / (self.config.schedule_length(self.budget.unit) or self.budget.amount)
 
     def _sum(self, value: Tensor) -> Tensor:

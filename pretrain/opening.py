@@ -93,7 +93,7 @@ def open_model(reference: str, dtype: torch.dtype | None = None) -> OpenedModel:
     if recipe is None:
         thinking = trained_thinking(tokenizer_directory)
     else:
-        thinking = find_objective(recipe.objective.name).build(recipe.objective, tokenizer).thinking
+        thinking = find_objective(recipe.thinking.name).build(recipe.thinking, tokenizer).thinking
     return OpenedModel(model, tokenizer, tokenizer_directory, recipe, thinking, state)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from checkpoints.hugging_face import read_json
 from checkpoints.references import resolve
 from data_pipelines import Tokenizer
 from models.decoder import DecoderConfig
-from objectives.base import Vocabulary
+from objectives import ObjectiveConfig
+from objectives.base import Needs, Vocabulary
+from objectives.workload import Workload
 from pretrain import planner
 from pretrain.assembly import build_objective
 from pretrain.opening import compute_dtype
@@ -58,26 +61,53 @@ def _model(reference: str) -> tuple[DecoderConfig, Vocabulary]:
     return config, Tokenizer.from_directory(directory) if there else _AnyTags()
 
 
-def job_of(
+def jobs_of(
     recipe: Recipe,
     hardware: Hardware,
     gpus: int | None = None,
     gpus_per_node: int | None = None,
     documents: float = 1.0,
     thought_tokens: float | None = None,
-) -> Job:
-    """The recipe on so many devices, by default its own. Raises RecipeError and CheckpointError."""
+) -> dict[str, Job]:
+    """Each stage of the recipe on so many devices, by default its own, by the key of its objective.
+
+    Raises RecipeError and CheckpointError.
+    """
     config, vocabulary = _model(recipe.model)
-    objective = build_objective("objective", recipe.objective, vocabulary, recipe.model)
-    work = objective.workload(recipe.data.length, documents)
-    if work is None:
-        raise RecipeError(f"objective {recipe.objective.name} has no workload, so that nothing of it can be planned")
+    objectives = {key: build_objective(key, of, vocabulary, recipe.model) for key, of in recipe.trained.items()}
+    needs = [objective.needs for objective in objectives.values()]
+    # Every stage holds what any of them needs.
+    delimiters = next((n.delimiters for n in needs if n.delimiters is not None), None)
+    parameters = Parameters.of(config, Needs(delimiters, any(n.mixing_head for n in needs)))
+    works: dict[str, Workload] = {}
+    for key, objective in objectives.items():
+        work = objective.workload(recipe.data.length, documents)
+        if work is None:
+            name = objective.config.name
+            raise RecipeError(f"{key} {name} has no workload, so that nothing of it can be planned")
+        works[key] = work
+    teachers = sum(work.teacher for work in works.values())
+    job = partial(_job, recipe, hardware, config, parameters, gpus, gpus_per_node, thought_tokens)
+    return {key: job(recipe.trained[key], work, teachers - work.teacher) for key, work in works.items()}
+
+
+def _job(
+    recipe: Recipe,
+    hardware: Hardware,
+    config: DecoderConfig,
+    parameters: Parameters,
+    gpus: int | None,
+    gpus_per_node: int | None,
+    thought_tokens: float | None,
+    of_objective: ObjectiveConfig,
+    work: Workload,
+    idle_teachers: int,
+) -> Job:
     ranks, devices = gpus or recipe.ranks, gpus_per_node or recipe.devices
     dtype = torch.bfloat16 if hardware.cuda and recipe.compute_dtype == "auto" else compute_dtype(recipe.compute_dtype)
-    of_objective = recipe.objective
     return Job(
         config,
-        Parameters.of(config, objective.needs),
+        parameters,
         work,
         hardware,
         rows=recipe.rows_per_step,
@@ -95,6 +125,7 @@ def job_of(
         replica=recipe.rollout_weights == "replica",
         graphs=recipe.cuda_graphs,
         sync_each_backward=recipe.gradient_sync == "backward",
+        idle_teachers=idle_teachers,
     )
 
 
@@ -110,13 +141,22 @@ def sizes_that_fit(recipe: Recipe, keys: Sequence[str]) -> dict[str, int | None]
     hardware = machine()
     if not hardware.cuda:
         hardware = dataclasses.replace(hardware, memory=hardware.memory / recipe.devices)
-    job = fitting(job_of(recipe, hardware), hardware.memory, keys)
-    if job is None:
-        raise RecipeError(
-            f"{', '.join(keys)}: auto: not even the smallest sizes fit into {hardware.memory / 1e9:.0f} GB of "
-            f"{hardware.name}; set activation_checkpointing, shard over more devices, or give sizes of your own"
-        )
-    return _sizes(job, keys)
+    found: dict[str, int | None] = {}
+    for stage, job in jobs_of(recipe, hardware).items():
+        # The keys of this stage's objective, and those of all, which are as large as fits all.
+        own = {key: key.replace(f"{stage}.", "objective.") for key in keys if key.startswith(f"{stage}.")}
+        own |= {key: key for key in keys if "." not in key}
+        best = fitting(job, hardware.memory, list(own.values()))
+        if best is None:
+            raise RecipeError(
+                f"{', '.join(keys)}: auto: not even the smallest sizes fit into {hardware.memory / 1e9:.0f} GB of "
+                f"{hardware.name}; set activation_checkpointing, shard over more devices, or give sizes of your own"
+            )
+        sizes = _sizes(best)
+        for key, name in own.items():
+            given = [size for size in (found.get(key), sizes[name]) if size is not None]
+            found[key] = min(given, default=None)
+    return found
 
 
 def _sizes(job: Job, keys: Sequence[str] = planner.KEYS) -> dict[str, int | None]:
@@ -141,24 +181,51 @@ def plan(
     device = machine() if hardware == "this" else HARDWARE[hardware]
     if memory is not None:
         device = dataclasses.replace(device, memory=memory * 1e9)
-    job = job_of(recipe, device, gpus, gpus_per_node, documents, thought_tokens)
+    jobs = jobs_of(recipe, device, gpus, gpus_per_node, documents, thought_tokens)
+    if as_json:
+        trees = {key: _whole_tree(job, recipe, gpus_per_node) for key, job in jobs.items()}
+        print(json.dumps({"stages": trees} if recipe.stages else trees["objective"], indent=1))
+        return
+    flops, seconds = zip(*((sum(job.flops.values()), job.step_seconds) for job in jobs.values()), strict=True)
+    of_stages = recipe.steps_of_stages(flops, seconds)
+    console = Console(highlight=False)
+    for (key, job), steps in zip(jobs.items(), of_stages, strict=True):
+        if recipe.stages:
+            console.print(f"\n{key}: {steps} steps", soft_wrap=True)
+        _print_plan(console, job, recipe, recipe.trained[key].name, name, gpus_per_node, documents, steps)
+    if recipe.stages:
+        hours = sum(n * each for n, each in zip(of_stages, seconds, strict=True)) / 3600
+        spent = sum(n * each for n, each in zip(of_stages, flops, strict=True)) / 1e15
+        console.print(f"\nall stages: {sum(of_stages)} steps, {spent:.3g} PFLOP, {hours:.1f} hours", soft_wrap=True)
+
+
+def _whole_tree(job: Job, recipe: Recipe, gpus_per_node: int) -> dict[str, Any]:
+    best = fitting(job, job.hardware.memory)
+    scaled = [_as_tree(_scaled(job, recipe, ranks, gpus_per_node)) for ranks in SCALES]
+    return _as_tree(job) | {"fitting": best and (_sizes(best) | _as_tree(best)), "scales": scaled}
+
+
+def _print_plan(
+    console: Console,
+    job: Job,
+    recipe: Recipe,
+    objective: str,
+    name: str,
+    gpus_per_node: int,
+    documents: float,
+    steps: int,
+) -> None:
+    """Of a run, or a stage of one."""
+    device = job.hardware
     best = fitting(job, device.memory)
     scaled = [_scaled(job, recipe, ranks, gpus_per_node) for ranks in SCALES]
-    if as_json:
-        tree = _as_tree(job) | {
-            "fitting": best and (_sizes(best) | _as_tree(best)),
-            "scales": list(map(_as_tree, scaled)),
-        }
-        print(json.dumps(tree, indent=1))
-        return
-    console = Console(highlight=False)
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
     usable = f"{planner.USABLE:.0%} of {device.memory / 1e9:.0f} GB"
     say(
-        f"{name} on {job.ranks} × {device.name}, {math.ceil(job.ranks / job.devices)} nodes: {recipe.objective.name}, "
+        f"{name} on {job.ranks} × {device.name}, {math.ceil(job.ranks / job.devices)} nodes: {objective}, "
         f"{job.parameters.total / 1e9:.3g}B parameters, {job.rows} rows of {job.work.length} tokens a step"
     )
     console.print(_memory_table(job))
@@ -173,7 +240,7 @@ def plan(
         f"{_gb(job.writers * job.staged)} GB a node."
     )
     console.print(_time_table(job))
-    for line in _rates(job, recipe.budget.last_step(1, sum(job.flops.values()), job.step_seconds)):
+    for line in _rates(job, steps):
         say(line)
     say("By number of GPUs, each with the largest sizes that fit (!: none do):")
     console.print(_scale_table([fitting(s, device.memory) or s for s in scaled], device.memory))

@@ -114,7 +114,7 @@ class Job:
     sampled_rows: rows whose thoughts are sampled together; None: those of a micro-batch. thought_tokens: mean length of
     the sampled thoughts, where they are taken to end early. replica: shards sample from a copy of the model, not from
     gathered blocks. graphs: decoding steps are replayed. sync_each_backward: whether shards sum gradients in each
-    backward, and not once per update.
+    backward, and not once per update. idle_teachers: of a run's other stages.
     """
 
     config: DecoderConfig
@@ -136,6 +136,7 @@ class Job:
     replica: bool = True
     graphs: bool = False
     sync_each_backward: bool = False
+    idle_teachers: int = 0
 
     # How a step is cut
 
@@ -208,6 +209,8 @@ class Job:
         found = {"weights": MASTER * p.total / self.shard, "optimizer": MOMENTS * p.total / self.shard}
         if self.work.teacher:
             found["teacher"] = MASTER * p.total / self.shard
+        if self.idle_teachers:
+            found["teachers of other stages"] = self.idle_teachers * MASTER * p.total / self.shard
         sampled = self.sharded and self.replica and self.work.thoughts > 0
         if sampled:
             found["sampling replica"] = element * p.blocks + FP32 * p.rest

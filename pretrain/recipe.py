@@ -6,9 +6,10 @@ Fields check themselves; `problems` finds what no field shows. `recipe_files` re
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -172,6 +173,15 @@ class RolloutConfig(Part):
     )
 
 
+class Stage(Part):
+    """A later part of a run, trained by another objective, or by other settings of it."""
+
+    after: float = Field(
+        gt=0, description="it begins after so many steps or, below 1, after so large a share of what the run may spend"
+    )
+    objective: AnyObjective = Field(description="what is trained from there on")
+
+
 @dataclass(frozen=True)
 class Budget:
     """When a run ends: once it has spent `amount` of `unit`, and at step `steps` at the latest."""
@@ -210,6 +220,11 @@ class Recipe(Part):
         json_schema_extra=FREE,
     )
     objective: AnyObjective = Field(description="what is trained")
+    stages: dict[str, Stage] = Field(
+        default={},
+        description="what is trained later on instead, by a name for each, in their order, while model, optimizer and "
+        "data go on; shares are of the schedule's length, so of what the run may spend when it begins",
+    )
     control: AnyObjective | None = Field(
         default=None, description="trained afterwards into <run_dir>/control, at equal FLOPs", json_schema_extra=FREE
     )
@@ -317,14 +332,49 @@ class Recipe(Part):
         return Budget(steps, "steps", steps) if self.seconds is None else Budget(steps, "seconds", self.seconds)
 
     @property
+    def trained(self) -> dict[str, ObjectiveConfig]:
+        """What is trained, by key, one stage after the other."""
+        later = {f"stages.{name}.objective": stage.objective for name, stage in self.stages.items()}
+        return {"objective": self.objective, **later}
+
+    @property
     def objectives(self) -> dict[str, ObjectiveConfig]:
         """All that it names, by key."""
-        named = {
-            "objective": self.objective,
-            "control": self.control,
-            "evaluation.objective": self.evaluation.objective,
-        }
-        return {key: config for key, config in named.items() if config is not None}
+        others = {"control": self.control, "evaluation.objective": self.evaluation.objective}
+        return self.trained | {key: config for key, config in others.items() if config is not None}
+
+    @property
+    def thinking_key(self) -> str:
+        """Where the objective stands by which the model thinks once it is trained, and held-out text is scored unless
+        the recipe says otherwise: the last stage's that has thoughts, or the last one's if none has."""
+        *_, last = self.trained
+        return ([key for key, config in self.trained.items() if config.thought_length is not None] or [last])[-1]
+
+    @property
+    def thinking(self) -> ObjectiveConfig:
+        """The objective at `thinking_key`."""
+        return self.trained[self.thinking_key]
+
+    @property
+    def trained_with(self) -> str:
+        """The names of what is trained, in order."""
+        names = [config.name for config in self.trained.values()]
+        return ", then ".join(name for name, _ in itertools.groupby(names))
+
+    def steps_of_stages(self, flops: Sequence[float], seconds: Sequence[float]) -> list[int]:
+        """How many steps each stage takes, if each of its steps costs so much."""
+        unit, whole = self.budget.unit, self.optimizer.schedule_length(self.budget.unit) or self.budget.amount
+        costs = {"steps": [1.0] * len(flops), "flops": flops, "seconds": seconds}[unit]
+        found: list[int] = []
+        spent = 0.0
+        for cost, after in zip(costs, [*(stage.after for stage in self.stages.values()), None], strict=True):
+            if after is None:
+                steps = min((self.budget.amount - spent) / cost, self.budget.steps - sum(found))
+            else:
+                steps = after - sum(found) if after >= 1 else (after * whole - spent) / cost
+            found.append(max(0, round(steps)))
+            spent += found[-1] * cost
+        return found
 
     def control_recipe(self, steps: int, flops: float, run_dir: str) -> Recipe:
         """The control of a run that took so many steps and FLOPs: all the same but the objective, for the same FLOPs,
@@ -334,13 +384,14 @@ class Recipe(Part):
         evaluation = self.evaluation.replaced(
             every=None,
             every_flops=every or self.evaluation.every_flops,
-            objective=self.evaluation.objective or self.objective,
+            objective=self.evaluation.objective or self.thinking,
         )
         length = self.optimizer.schedule_length(self.budget.unit)
         schedule = {"schedule_steps": None, "schedule_seconds": None}
         optimizer = self.optimizer.replaced(**schedule, schedule_flops=length and flops * length / self.budget.amount)
         return self.replaced(
             objective=self.control,
+            stages={},
             control=None,
             steps=None,
             flops=flops,
@@ -378,7 +429,7 @@ class Recipe(Part):
                 )
             if self.checkpoint.every is None:
                 found.append("optimizer.on_spike rollback goes back to checkpoints; set checkpoint.every")
-        found += self._sharding_problems()
+        found += [*self._stage_problems(), *self._sharding_problems()]
         if self.rollout.engine == "vllm":
             found += [
                 f"{key} is for rollout.engine auto; leave it out"
@@ -399,6 +450,27 @@ class Recipe(Part):
                     f"use at least {config.shortest_row}"
                 )
         return found
+
+    def _stage_problems(self) -> Iterator[str]:
+        before, first = 0.0, "the run"
+        unit = self.budget.unit
+        steps = (self.optimizer.schedule_steps or self.steps) if unit == "steps" else None
+        for name, stage in self.stages.items():
+            key, after = f"stages.{name}.after", stage.after
+            if "." in name:
+                yield f"stages: the name {name!r} has a dot, which separates keys; leave it out"
+            if after > 1 and not after.is_integer():
+                yield f"{key} {after:g} is neither a whole number of steps nor a share below 1"
+            elif before and (after < 1) != (before < 1):
+                yield f"{key} {after:g} and the {before:g} of {first} are a share and a number of steps; give all alike"
+            elif after <= before:
+                yield f"{key} {after:g} must be above the {before:g} of {first}, which stands before it; reorder them"
+            elif steps is not None and after >= max(steps, 1):
+                yield (
+                    f"{key} {after:g} is never reached in {steps} steps; lower it, give a share below 1, or set "
+                    "optimizer.schedule_steps to what the run will have in the end"
+                )
+            before, first = after, f"stages.{name}"
 
     def _sharding_problems(self) -> list[str]:
         if self.strategy != "hsdp":
@@ -500,7 +572,9 @@ def free_keys(recipe: Recipe) -> set[str]:
     found = set(_free(Recipe, "", recipe.objectives))
     # What a source refers to is known by what it contains.
     of_sources = [key.name for key in keys(SourceConfig).values() if key.free]
-    return found | {f"data.mixture.{name}.{key}" for name in recipe.data.mixture for key in of_sources}
+    found |= {f"data.mixture.{name}.{key}" for name in recipe.data.mixture for key in of_sources}
+    stages = [(f"stages.{name}.objective", type(stage.objective)) for name, stage in recipe.stages.items()]
+    return found | {f"{path}.{key.name}" for path, kind in stages for key in keys(kind).values() if key.free}
 
 
 def _free(kind: type, prefix: str, objectives: Mapping[str, ObjectiveConfig]) -> Iterator[str]:

@@ -28,6 +28,7 @@ Tree = dict[str, Any]
 
 # Keys that name something and may also hold settings: `data: python-docs` is `data: {reference: python-docs}`.
 SHORT_FORMS = {"data": "reference", "objective": "name", "control": "name", "evaluation.objective": "name"}
+OF_STAGE = re.compile(r"stages\.[^.]+\.objective")
 # Old names of keys, which recipes of older runs have.
 RENAMED = {
     "evaluation.causal": "counterfactuals",
@@ -108,7 +109,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), sizes: Sizes = la
     tree = _read_tree(reference, overrides, problems)
     name = reference if reference in shipped() else Path(reference).stem
     tree.setdefault("run_dir", str(Path("runs") / name))
-    automatic = [key for key in AUTOMATIC if _get(tree, key) == "auto"]
+    of_stages = (f"{stage}.{key.partition('.')[2]}" for stage in _stages(tree) for key in AUTOMATIC if "." in key)
+    automatic = [key for key in (*AUTOMATIC, *of_stages) if _get(tree, key) == "auto"]
     for key in automatic:
         parent, last = _parent(tree, key)
         assert parent is not None
@@ -154,10 +156,10 @@ def recipe_from_tree(tree: Tree, problems: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise RecipeError(f"the recipe must be a mapping of keys to values, got {tree!r}")
     _rename(tree)
-    for key, name in SHORT_FORMS.items():
+    for key in (*SHORT_FORMS, *_stages(tree)):
         parent, last = _parent(tree, key)
-        if parent is not None and isinstance(parent.get(last), str):
-            parent[last] = {name: parent[last]}
+        if parent is not None and last in parent:
+            parent[last] = _long_form(key, parent[last])
     if all(tree.get(unit) is None for unit in UNITS):
         found.append(
             "steps is missing; write it into the recipe or give --steps, or what a run may spend: --flops or --seconds"
@@ -207,6 +209,17 @@ def _parent(tree: Tree, key: str) -> tuple[Tree | None, str]:
     return tree, last
 
 
+def _stages(tree: Tree) -> list[str]:
+    """The keys of the stages' objectives."""
+    stages = tree.get("stages")
+    return [f"stages.{name}.objective" for name in stages] if isinstance(stages, dict) else []
+
+
+def _short_form(key: str) -> str | None:
+    """The key that is meant by a text in place of a mapping."""
+    return "name" if OF_STAGE.fullmatch(key) else SHORT_FORMS.get(key)
+
+
 def _renamed(old: str) -> str:
     return f"{old.rpartition('.')[0]}.{RENAMED[old]}"
 
@@ -230,7 +243,8 @@ def _rename(tree: Tree) -> list[str]:
 
 
 def _long_form(key: str, value: Any) -> Any:
-    return {SHORT_FORMS[key]: value} if key in SHORT_FORMS and isinstance(value, str) else value
+    name = _short_form(key)
+    return {name: value} if name is not None and isinstance(value, str) else value
 
 
 def _parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, Any]]:
@@ -269,9 +283,10 @@ def _override(tree: Tree, key: str, value: Any, problems: list[str]) -> None:
             problems.append(f"--{key}: {parent} is a value and has no keys")
             return
     value, old = _long_form(key, value), _long_form(key, tree.get(last))
-    if key in SHORT_FORMS and isinstance(old, dict) and isinstance(value, dict):
+    name = _short_form(key)
+    if name is not None and isinstance(old, dict) and isinstance(value, dict):
         # Another objective would not know the settings of the recipe's own.
-        another = SHORT_FORMS[key] == "name" and value.get("name", old.get("name")) != old.get("name")
+        another = name == "name" and value.get("name", old.get("name")) != old.get("name")
         value = value if another else old | value
     tree[last] = value
 
@@ -419,6 +434,8 @@ def _about(key: Key | None) -> str:
 def _take_out(errors: Sequence[ErrorDetails], tree: Tree) -> None:
     for error in errors:
         named = list(map(str, error["loc"][: _depth(error)]))
+        # A stage is nothing without all of its keys.
+        named = named[:2] if named[:1] == ["stages"] else named
         parent, last = _parent(tree, ".".join(named)) if named else (None, "")
         if parent is not None:
             parent.pop(last, None)
@@ -433,7 +450,8 @@ def objective_names(reference: str, overrides: Sequence[str] = ()) -> list[str]:
         tree = _plain(_read_tree(reference, overrides, []))
     except (RecipeError, OSError, ValueError):
         return []
-    named = (_long_form(key, _get(tree, key)) for key in SHORT_FORMS if SHORT_FORMS[key] == "name")
+    found = (key for key in (*SHORT_FORMS, *_stages(tree)) if _short_form(key) == "name")
+    named = (_long_form(key, _get(tree, key)) for key in found)
     return [value["name"] for value in named if isinstance(value, dict) and isinstance(value.get("name"), str)]
 
 

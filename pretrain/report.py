@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from data_pipelines.lab import END_OF_DOCUMENT
-from objectives import Metric, find_objective
+from objectives import Metric, ObjectiveConfig, find_objective
 from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
 from pretrain.page import REPORT_STYLE, Sheet, block, bullets, html_page, paragraph
 from pretrain.plots import COLOURS, INK, Plot, available, drawn, legend_below, pictures, to_png
@@ -67,7 +68,7 @@ LOOP_METRICS = {
 }
 # What a downstream score is of, beside its step.
 SCORED = ("task", "metric", "thoughts", "temperature")
-NOT_PLOTTED = ("step", "tokens", "flops", "seconds", "weights_step")
+NOT_PLOTTED = ("step", "stage", "tokens", "flops", "seconds", "weights_step")
 OVERVIEW_INCHES, CURVE_INCHES, CURVE_WIDTH = (9.0, 3.6), (2.6, 1.8), "13rem"
 RUN_COLOUR, CONTROL_COLOUR, OTHER_COLOUR = COLOURS[0], COLOURS[1], COLOURS[-1]
 
@@ -76,7 +77,7 @@ class RunRecords:
     """The records of a run, and of its control if that came to its end."""
 
     def __init__(self, directory: RunDirectory, recipe: Recipe):
-        self.directory, self.recipe, self.name = directory, recipe, recipe.objective.name
+        self.directory, self.recipe, self.name = directory, recipe, recipe.trained_with
         self.metrics = directory.read(directory.metrics)
         self.evaluations = directory.read(directory.evaluations)
         self.downstream = directory.read(directory.downstream)
@@ -179,6 +180,17 @@ class RunRecords:
             for score in record["scores"]
         }
 
+    def stages(self) -> Sheet | None:
+        """What was trained, one after the other, and where each was left."""
+        last, rows = {record.get("stage"): record for record in self.metrics}, []
+        for stage, (name, config) in enumerate(
+            zip(["", *self.recipe.stages], self.recipe.trained.values(), strict=True)
+        ):
+            if stage in last:
+                spent = f"{last[stage]['flops'] / 1e12:,.2f}"
+                rows.append([name, _described(config), f"{last[stage]['step']:,}", spent])
+        return Sheet("Stages", ["stage", "objective", "last step", "TFLOP by then"], rows) if rows else None
+
     def tasks(self) -> Sheet | None:
         def value(score: Record) -> str:
             return f"{score['value']:.3f} {_interval(score) if math.isfinite(score['low']) else ''}"
@@ -194,7 +206,8 @@ class RunRecords:
 
     @property
     def known_metrics(self) -> dict[str, Metric]:
-        return {**find_objective(self.name).all_metrics(), **LOOP_METRICS}
+        kinds = [find_objective(config.name) for config in self.recipe.trained.values()]
+        return {name: metric for kind in kinds for name, metric in kind.all_metrics().items()} | LOOP_METRICS
 
     def meanings(self) -> Sheet:
         known = self.known_metrics
@@ -230,13 +243,13 @@ class RunRecords:
     def commands(self) -> list[str]:
         path = shlex.quote(str(self.directory.path))
         found = [f"forethought export {path} OUT"]
-        if self.recipe.objective.showing(None, 0.0, 1) is not None:
+        if self.recipe.thinking.showing(None, 0.0, 1) is not None:
             found.append(f"forethought sample {path} --text {shlex.quote(self._text_to_think_about())}")
         return found
 
     def _text_to_think_about(self) -> str:
         """Where the model thinks only at a marker, a text that has one and a token to predict behind it."""
-        positions = getattr(self.recipe.objective, "positions", None)
+        positions = getattr(self.recipe.thinking, "positions", None)
         read = [
             sample["text"] + sample["continues"].removesuffix(END_OF_DOCUMENT)
             for sample in self.samples
@@ -249,6 +262,14 @@ def has(record: Record, name: str) -> bool:
     """Whether a record has a number of that name."""
     value = record.get(name)
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _described(config: ObjectiveConfig) -> str:
+    """The objective's name, and its settings where they are no defaults."""
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
+    defaults = {f.name: f.default for f in fields(config)}
+    changed = [f"{name} {value}" for name, value in given.items() if name != "name" and value != defaults[name]]
+    return f"{config.name} ({', '.join(changed)})" if changed else config.name
 
 
 def _shown(name: str, record: Record) -> str:
@@ -319,8 +340,8 @@ def print_report(directory: RunDirectory, recipe: Recipe, seconds: float) -> Non
         console.print(run.deciles().to_rich())
         if (sentence := run.deciles_sentence()) is not None:
             say(f"{sentence}\n")
-    if (tasks := run.tasks()) is not None:
-        console.print(tasks.to_rich())
+    for sheet in filter(None, (run.tasks(), run.stages())):
+        console.print(sheet.to_rich())
     if run.samples:
         samples = run.samples[-TERMINAL_THOUGHTS:]
         title = "Thoughts of the last steps, picked at random"
@@ -426,8 +447,7 @@ def _page(run: RunRecords, seconds: float | None) -> str:
     if run.evaluations:
         parts.append(run.deciles().to_html())
         parts += map(paragraph, filter(None, [run.deciles_sentence()]))
-    if (tasks := run.tasks()) is not None:
-        parts.append(tasks.to_html())
+    parts += [sheet.to_html() for sheet in filter(None, (run.tasks(), run.stages()))]
     parts += ["<h2>Warnings</h2>", bullets(run.warning_lines()) if run.warnings else paragraph("None.")]
     if run.samples:
         half = HTML_THOUGHTS // 2
@@ -441,6 +461,12 @@ def _page(run: RunRecords, seconds: float | None) -> str:
     return html_page(title, REPORT_STYLE, "\n".join(parts))
 
 
+def sentences(recipe: Recipe) -> list[str]:
+    """What its objectives do, each in a sentence."""
+    found = dict.fromkeys(find_objective(config.name).sentence for config in recipe.trained.values())
+    return [sentence for sentence in found if sentence]
+
+
 def _what_it_is(run: RunRecords) -> str:
     recipe = run.recipe
     steps = run.last["step"]
@@ -448,8 +474,7 @@ def _what_it_is(run: RunRecords) -> str:
     found = (
         f"{recipe.model} trained with {run.name} on {recipe.data.reference}: {steps:,} steps of "
         f"{recipe.rows_per_step} × {recipe.data.length:,} tokens, {tokens:,} in all. "
-        f"{find_objective(run.name).sentence}".rstrip()
-        + " "
+        + "".join(f"{sentence} " for sentence in sentences(recipe))
     )
     if run.control is not None:
         found += (

@@ -110,7 +110,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
     run = assemble(recipe, None if restart else directory.checkpoint(recipe))
     module = PretrainModule(
         run.model,
-        run.objective,
+        run.objectives,
         run.engine,
         recipe.optimizer,
         recipe.budget,
@@ -119,6 +119,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         rows_at_once=recipe.micro_batch_rows,
         sync_each_backward=recipe.gradient_sync == "backward",
         sampled_rows=recipe.sampled_rows,
+        after=[stage.after for stage in recipe.stages.values()],
     )
     difficulty_E = None
     if run.checkpoint is not None:
@@ -139,7 +140,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
         say(f"continuing {directory.path} at {_place(module)}" + (f"; it changes {changes}" if changes else ""))
     unit, amount = recipe.budget.unit, recipe.budget.amount
     length = recipe.optimizer.schedule_length(unit)
-    if length is not None and length < amount:
+    if recipe.optimizer.schedule != "constant" and length is not None and length < amount:
         at = f"step {length}" if unit == "steps" else f"{length:.4g} {unit}"
         say(
             f"the schedule ends at {at} (optimizer.schedule_{unit}), and the learning rate is 0 after it; to "
@@ -188,7 +189,7 @@ def _train(recipe: Recipe, directory: RunDirectory, signals: StopSignals, restar
     if recipe.optimizer.on_spike == "rollback":
         module.roll_back = checkpoints.roll_back
     diagnostics = Diagnostics(chance=math.log(run.model.decoder.config.vocab_size), lab=recipe.data.is_lab)
-    warnings = at_start(recipe.model, recipe.objective)
+    warnings = at_start(recipe.model, recipe.trained.values())
     records = Records(directory, recipe.logging, run.tokenizer, data_module, loggers, diagnostics, warnings)
     trainer = lightning.Trainer(
         accelerator="auto",
@@ -245,16 +246,20 @@ def dry_run(recipe: Recipe) -> None:
     model = run.model
     rows = recipe.micro_batch_rows or recipe.rows_per_step // recipe.ranks
     text = Text(**run.data.rows(0, rows)).to(device)
-    started = time.perf_counter()
-    with Ledger() as ledger:
-        for output in Step(run.objective, model, [text], Rng(recipe.seed, 0), run.engine).losses():
-            output.loss.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    costs = []
+    for objective in run.objectives:
+        started = time.perf_counter()
+        with Ledger() as ledger:
+            for output in Step(objective, model, [text], Rng(recipe.seed, 0), run.engine).losses():
+                output.loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        costs.append((ledger.total, time.perf_counter() - started))
     parameters = sum(p.numel() for p in model.parameters())
     passes = recipe.rows_per_step // rows
-    steps = recipe.budget.last_step(1, ledger.total * passes, seconds * passes / recipe.ranks)
+    flops, seconds = zip(*((flops * passes, seconds * passes / recipe.ranks) for flops, seconds in costs), strict=True)
+    of_stages = recipe.steps_of_stages(flops, seconds)
+    steps = sum(of_stages)
     say(
         f"{recipe.model}: {parameters / 1e6:.1f}M parameters; weights, gradients and AdamW states take "
         f"{parameters * 16 / 2**30:.1f} GiB in fp32"
@@ -263,11 +268,13 @@ def dry_run(recipe: Recipe) -> None:
         f"data: {run.data.about()}; {steps} steps of {recipe.rows_per_step} × "
         f"{recipe.data.length} tokens are {steps * recipe.rows_per_step * recipe.data.length:,}"
     )
-    say(
-        f"{recipe.objective.name}: one pass over {rows} rows took {seconds:.1f} s and {ledger.total / 1e12:.2f} TFLOP; "
-        f"about {seconds * passes / recipe.ranks * steps / 60:.0f} minutes for the run"
-    )
-    for warning in at_start(recipe.model, recipe.objective):
+    for (key, config), (total, took) in zip(recipe.trained.items(), costs, strict=True):
+        name = f"{key} {config.name}" if recipe.stages else config.name
+        say(f"{name}: one pass over {rows} rows took {took:.1f} s and {total / 1e12:.2f} TFLOP")
+    minutes = sum(n * each for n, each in zip(of_stages, seconds, strict=True)) / 60
+    shown = f", {' + '.join(map(str, of_stages))} steps" if recipe.stages else ""
+    say(f"about {minutes:.0f} minutes for the run{shown}")
+    for warning in at_start(recipe.model, recipe.trained.values()):
         say(f"warning, {warning.name}: {warning.message}")
     say("the recipe can be run")
 

@@ -104,7 +104,7 @@ class RunDirectory:
         run = self.load_recipe() if self.recipe.exists() and not restart else recipe
         optimizer = recipe.optimizer
         unit = recipe.budget.unit
-        if optimizer.schedule != "constant" and optimizer.schedule_length(unit) is None:
+        if (optimizer.schedule != "constant" or recipe.stages) and optimizer.schedule_length(unit) is None:
             length = run.optimizer.schedule_length(unit) or getattr(run, unit)
             optimizer = optimizer.replaced(**{f"schedule_{unit}": length})
         # Only a command that names a step goes back to it; the next one, without, continues.

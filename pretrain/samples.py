@@ -208,10 +208,10 @@ def _described(opened: OpenedModel, reference: str) -> tuple[str, str]:
         return name, f"An exported model, trained to think {when}."
     run = opened.tokenizer_directory.parent.resolve().name
     data = ", ".join(source.reference for source in recipe.data.sources.values())
-    trained = f"{recipe.model} trained with {recipe.objective.name} on {data}."
+    trained = f"{recipe.model} trained with {recipe.trained_with} on {data}."
     return (
         f"{run}, step {opened.state['step']:,}",
-        f"{trained} {find_objective(recipe.objective.name).sentence}".strip(),
+        f"{trained} {find_objective(recipe.thinking.name).sentence}".strip(),
     )
 
 
@@ -243,7 +243,7 @@ def settings_to_show(
 ) -> ObjectiveConfig | None:
     """The objective that the model was trained with, thinking at up to so many positions; None for one without."""
     if opened.recipe is not None:
-        return opened.recipe.objective.showing(length, temperature, positions)
+        return opened.recipe.thinking.showing(length, temperature, positions)
     if (trained := opened.thinking) is None:
         return None
     # An export says how to think, which is all that is shown of its objective.

@@ -60,6 +60,10 @@ class SpikeGuard:
         self.count += found is not None
         return found
 
+    def forget(self) -> None:
+        """What comes is not to be compared with what was: another objective has another loss."""
+        self._recent.clear()
+
     def counts(self) -> dict[str, int]:
         """For the records."""
         return {"spikes": self.count} | ({"rollbacks": self.rollbacks} if self.rollbacks else {})

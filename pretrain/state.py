@@ -58,6 +58,7 @@ def run_state(
         "delimiters": model.delimiters is not None,
         "mixing_head": model.mixing_head is not None,
         "version": __version__,
+        "stage": module.stage,
         "spikes": module.guard and module.guard.state(),
         **constants,
     }
@@ -198,5 +199,9 @@ def restore_after_setup(module: PretrainModule, snapshot: Snapshot) -> None:
         placed = stored.placed_like(parameter) if stored.shape else stored.whole().to(parameter.device)
         module.optimizer.state[parameter][entry] = placed
     stored_state = snapshot.tensors.get("objective", {})
-    module.objective.load_state(module.model, _Placed(stored_state, module.objective.state()))
+    if snapshot.state.get("stage", 0) == module.stage:
+        module.objective.load_state(module.model, _Placed(stored_state, module.objective.state()))
+    else:
+        # Back from a stage to weights of an earlier one.
+        module.objective.begin(module.model)
     _restore_random_states(snapshot.tensors["random"], module.global_rank)

@@ -90,7 +90,7 @@ def fitting_row(settings: Settings, objective: dict[str, Any]) -> Row:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, number + 1, recipe.budget.steps)
             pieces = micro_batches(text, recipe.micro_batch_rows)
-            step = Step(parts.objective, model, pieces, Rng(recipe.seed, number), parts.engine)
+            step = Step(parts.objectives[0], model, pieces, Rng(recipe.seed, number), parts.engine)
             optimizer.zero_grad()
             loss = torch.zeros((), dtype=torch.float64, device=settings.device)
             for output in step.losses():
@@ -98,7 +98,7 @@ def fitting_row(settings: Settings, objective: dict[str, Any]) -> Row:
                 loss += output.loss.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
-            parts.objective.after_step(model)
+            parts.objectives[0].after_step(model)
             found.append(loss.item())
         return figures("bare", begun, found)
 

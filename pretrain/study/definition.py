@@ -238,7 +238,7 @@ def _alike(recipe: Recipe, study: Study) -> Recipe:
     return recipe.replaced(
         control=None,
         data_changed="begin",  # an arm may have read something else
-        evaluation=evaluation.replaced(objective=evaluation.objective or recipe.objective),
+        evaluation=evaluation.replaced(objective=evaluation.objective or recipe.thinking),
     )
 
 

@@ -28,7 +28,7 @@ def run_study(path: str, overrides: Sequence[str], run_dir: str | None, dry_run:
     planned = load_study(path, overrides, run_dir, sizes_that_fit)
     if dry_run:
         for run in planned.runs:
-            say(f"{run.recipe.run_dir}: {run.recipe.objective.name}")
+            say(f"{run.recipe.run_dir}: {run.recipe.trained_with}")
         say(f"the study can be run: {len(planned.runs)} runs")
         return
     with RunDirectory(planned.directory).locked():

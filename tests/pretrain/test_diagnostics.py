@@ -155,6 +155,14 @@ def test_a_window_must_be_full_and_two_must_not_overlap():
     assert [w.name for w in follow(run(4, thought_closed=0.0), window=4)] == ["unclosed_thoughts"]
 
 
+def test_another_stage_is_judged_by_its_own_records():
+    """Shorter thoughts are then what was asked for."""
+    first, second = run(WINDOW), [r | {"stage": 1} for r in run(WINDOW, thought_length=5.0)]
+    assert names(first + second) == []
+    assert names([r | {"stage": 1} for r in first] + second) == ["length_collapse"]
+    assert length_trend(first[:10] + second[:10]) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_values_that_are_missing_or_not_finite_are_passed_over():
     gaps = [record for bad in run(thought_closed=0.0) for record in ({"step": 0, "thought_closed": math.nan}, bad)]
     assert follow(gaps)[0] == follow(run(thought_closed=0.0))[0]
@@ -191,4 +199,4 @@ def test_short_thoughts_on_a_real_model_are_warned_of_once(tiny_run, run_directo
     assert len(said) == 1
     assert "at most 4 tokens" in said[0] and "11.5 / 10.0 / 14.1 / 24.7 / 38.9 / 42.2" in said[0]
     assert [w["name"] for w in lines(run_directory / "warnings.jsonl")] == ["short_thoughts"]
-    assert at_start("lab", RlpConfig(length=8)) == at_start("smollm2-135m", RlpConfig(length=1024)) == []
+    assert at_start("lab", [RlpConfig(length=8)]) == at_start("smollm2-135m", [RlpConfig(length=1024)]) == []
