@@ -372,7 +372,7 @@ class Recipe(Part):
                 steps = min((self.budget.amount - spent) / cost, self.budget.steps - sum(found))
             else:
                 steps = after - sum(found) if after >= 1 else (after * whole - spent) / cost
-            found.append(max(0, round(steps)))
+            found.append(max(0 if after or found else 1, round(steps)))
             spent += found[-1] * cost
         return found
 
