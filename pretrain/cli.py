@@ -93,17 +93,27 @@ def plan(recipe: str, overrides: Sequence[str], **rest: Any) -> None:
     planning.plan(load_recipe(recipe, overrides), recipe, **rest)
 
 
-def study(study: str, overrides: Sequence[str], run_dir: str | None, dry_run: bool) -> None:
+def study(
+    study: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    dry_run: bool,
+    at_once: int | None,
+    launch: str | None,
+) -> None:
     """Train the arms of a study with every seed, and compare them on the same held-out documents.
 
     STUDY is a YAML file: a base recipe, arms that change it, a matrix of further values, seeds, what all runs spend
     alike, and controls; --key value changes the base. Runs are ordinary run directories, <run-dir>/<arm>/seed-<n>, one
-    after the other; the same command continues. Ends with a table, also as results.md and results.json,
-    and with report.html; repeated, the command adds to that what `evaluate` has found in the runs since then.
+    after the other, or one on each GPU; the same command continues. Ends with a table, also as results.md and
+    results.json, and with report.html; repeated, the command adds to that what `evaluate` has found in the runs since.
+
+    Under SLURM, --launch 'sbatch --wait --nodes 1 --ntasks-per-node 1 --gpus-per-node 1 pretrain/launch/slurm.sbatch'
+    makes each run a job of its own, on a file system that all machines share; its recipe is added to the command.
     """
     from pretrain.study.running import run_study
 
-    run_study(study, overrides, run_dir, dry_run)
+    run_study(study, overrides, run_dir, dry_run, at_once, launch)
 
 
 def export(checkpoint: str, out: str, thinking: bool) -> None:
@@ -248,6 +258,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     studying.add_argument("study", metavar="STUDY", help="YAML file; --key value as for fit, for all runs")
     studying.add_argument("--run-dir", metavar="DIR", help="default: runs/<name of the study>")
     studying.add_argument("--dry-run", action="store_true", help="validate every recipe, and stop")
+    studying.add_argument(
+        "--at-once",
+        type=_positive,
+        metavar="N",
+        help="runs at the same time; default: one on each GPU, or with --launch all",
+    )
+    studying.add_argument("--launch", metavar="COMMAND", help="what trains a recipe in place of `forethought fit`")
 
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")

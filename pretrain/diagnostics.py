@@ -20,6 +20,7 @@ DIAGNOSED = (
     "thought_length",
     "thought_closed",
     "thought_distinct",
+    "entropy",
     "target_in_thought",
     "answered",
     "zero_variance_groups",
@@ -29,6 +30,8 @@ DIAGNOSED = (
 
 FAR = 1.0  # nats above chance; fresh weights are less
 COLLAPSED = 0.5  # of the first window's length
+# Of the first window's entropy: by then reward has stopped to rise with it (Cui et al. 2025, arXiv 2505.22617).
+DETERMINISTIC = 0.1
 NEARLY_ALL, NEARLY_NONE = 0.9, 0.1
 # A thought may contain the next token by chance, the more often the longer it is: the first window measures how often.
 # A rise by a quarter to more than half is beyond the noise of a window of even a few hundred thoughts. In short
@@ -83,6 +86,7 @@ class Diagnostics:
         rules = {
             "worse_than_chance": (self._worse_than_chance, "nll_text"),
             "length_collapse": (self._length_collapse, "thought_length"),
+            "entropy_collapse": (self._entropy_collapse, "entropy"),
             "leakage": (self._leakage, "target_in_thought"),
             "dead_groups": (self._dead_groups, "zero_variance_groups"),
             "flat_reward": (self._flat_reward, "reward_std"),
@@ -131,6 +135,18 @@ class Diagnostics:
             f"thoughts shrank from {change[0]:.1f} to {change[1]:.1f} tokens (first and last {window} records): "
             f"usually they are not rewarded and the model learns to say little; try {thinking}, more "
             "objective.thoughts, or a lower optimizer.lr"
+        )
+
+    def _entropy_collapse(self) -> str | None:
+        change, distinct = self._change("entropy", self.window), self._recent("thought_distinct")
+        # The right thought of the lab's problems is a single one.
+        if change is None or self.lab or change[1] >= DETERMINISTIC * change[0]:
+            return None
+        known = "" if distinct is None else f", and {distinct:.0%} of thoughts are distinct"
+        return (
+            f"the policy's entropy fell from {change[0]:.2g} to {change[1]:.2g} nats per token (first and last "
+            f"{self.window} records){known}: usually it has stopped to explore, and rewards rise no further; try a "
+            "lower optimizer.lr, a higher objective.temperature, or more objective.thoughts"
         )
 
     def _leakage(self) -> str | None:

@@ -155,6 +155,8 @@ class LoggingConfig(Part):
         default="auto", description="auto: online if logged in, else offline"
     )
     wandb_project: str = Field(default="forethought", description="name of the project at wandb")
+    wandb_group: str | None = Field(default=None, description="of runs at wandb; in a study its name")
+    wandb_name: str | None = Field(default=None, description="of the run at wandb; default: its directory's")
 
 
 class RolloutConfig(Part):

@@ -7,11 +7,13 @@ import importlib.util
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -37,7 +39,7 @@ from pretrain.module import PretrainModule
 from pretrain.recipe import MOST_STEPS, LoggingConfig, Recipe, RecipeError
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.report import print_report, write_report
-from pretrain.run_directory import RunDirectory, writing
+from pretrain.run_directory import RunDirectory, write_durably, writing
 from pretrain.sharding import make_strategy
 from pretrain.state import restore_after_setup, restore_before_setup
 from pretrain.stopping import Stopped, StopSignals, TrainingStopped
@@ -305,15 +307,54 @@ class _Csv(CSVLogger):
         super().__init__(directory.path, name="", version="csv", flush_logs_every_n_steps=1)
         if is_rank_zero():
             shutil.rmtree(directory.path / "csv", ignore_errors=True)  # Lightning warns of what is there
-            records = [(r["step"], r) for r in directory.read(directory.metrics)]
-            records += [(r["step"], scalars(r)) for r in directory.read(directory.evaluations)]
-            for step, record in sorted(records, key=lambda pair: pair[0]):
+            for step, record in _logged(directory):
                 self.experiment.log_metrics(record, step)
             self.save()
 
     def save(self) -> None:
         with writing(Path(self.log_dir)):
             super().save()
+
+
+def _logged(directory: RunDirectory) -> list[tuple[int, dict[str, Any]]]:
+    """What loggers have been given of a run that is continued, by step."""
+    records = [(r["step"], r) for r in directory.read(directory.metrics)]
+    records += [(r["step"], scalars(r)) for r in directory.read(directory.evaluations)]
+    return sorted(records, key=lambda pair: pair[0])
+
+
+class _Wandb(WandbLogger):
+    """A run at wandb that a continuation goes on with. What is written offline is one file that has each step once:
+    made again, as a process that is killed leaves steps in it that its continuation takes once more."""
+
+    def __init__(self, config: LoggingConfig, directory: RunDirectory, mode: Literal["online", "offline"]):
+        identity = directory.path / "wandb" / "id"
+        super().__init__(
+            project=config.wandb_project,
+            name=config.wandb_name or directory.path.name,
+            group=config.wandb_group,
+            save_dir=str(directory.path),
+            id=identity.read_text() if identity.exists() else secrets.token_hex(4),
+            mode=mode,
+            resume="allow",
+        )
+        if not is_rank_zero():
+            return
+        if mode == "offline":
+            for old in identity.parent.glob("offline-run-*"):
+                shutil.rmtree(old)
+        with writing(identity.parent):
+            identity.parent.mkdir(exist_ok=True)
+        write_durably(identity, str(self._id))
+        if mode == "offline":
+            for step, record in _logged(directory):
+                self.log_metrics(record, step)
+
+    def finalize(self, status: str) -> None:
+        """Also ends the run, with which Lightning would go on in the next run of the process, as a control is."""
+        super().finalize(status)
+        if is_rank_zero():
+            self.experiment.finish()
 
 
 def _loggers(config: LoggingConfig, directory: RunDirectory) -> list[Logger]:
@@ -330,13 +371,5 @@ def _loggers(config: LoggingConfig, directory: RunDirectory) -> list[Logger]:
         os.environ.setdefault("WANDB_SILENT", "true")
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False) else "offline"
-        loggers.append(
-            WandbLogger(
-                project=config.wandb_project,
-                name=directory.path.name,
-                save_dir=str(directory.path),
-                mode=mode,
-                resume="allow",
-            )
-        )
+        loggers.append(_Wandb(config, directory, mode))
     return loggers

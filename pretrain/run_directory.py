@@ -165,7 +165,12 @@ class RunDirectory:
         """Removes a run and its control, to begin anew."""
         for path in (self.recipe, *self.records):
             path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.tokenizer, self.control, self.path / "downstream"):
+        for path in (
+            self.checkpoints,
+            self.tokenizer,
+            self.control,
+            *(self.path / name for name in ("downstream", "wandb")),
+        ):
             shutil.rmtree(path, ignore_errors=True)
 
     def create(self, recipe: Recipe, tokenizer_directory: Path) -> None:

@@ -134,12 +134,18 @@ class Planned:
 
     def recipe(self, run: Run) -> Recipe:
         """The recipe of a run, once the arm whose cost is its budget has come to its end."""
+        of, unit = self.budget_of(run), self.study.match
+        if of is None or unit is None:
+            return run.recipe
+        return run.recipe.replaced(**{unit: of.directory.read(of.directory.metrics)[-1][unit]})
+
+    def budget_of(self, run: Run) -> Run | None:
+        """The run whose cost is this one's budget; None where that is known ahead."""
         unit, budget = self.study.match, self.study.budget
         if unit in (None, "tokens") or not isinstance(budget, str) or run.cell.arm == budget:
-            return run.recipe
+            return None
         pair = (Cell(budget, run.cell.values), run.recipe.seed)
-        of = next(other.directory for other in self.runs if (other.cell, other.recipe.seed) == pair)
-        return run.recipe.replaced(**{unit: of.read(of.metrics)[-1][unit]})
+        return next(other for other in self.runs if (other.cell, other.recipe.seed) == pair)
 
     @property
     def tree(self) -> Tree:
@@ -185,15 +191,19 @@ def load_study(
         raise _error(line if of in every else f"{line} (in {of})" for line, of in where.items())
     rows = study.held_out_rows or scoring.evaluation.rows
     scoring = scoring.replaced(evaluation=scoring.evaluation.replaced(rows=rows))
-    runs = [
-        Run(cell, recipe.replaced(seed=seed, run_dir=str(directory / cell.name / f"seed-{seed}")))
-        for seed in study.seeds
-        for cell, recipe in recipes.items()
-    ]
+    runs = [_run(directory, cell, recipe, seed) for seed in study.seeds for cell, recipe in recipes.items()]
     planned = Planned(study, base, directory, scoring, runs)
     if found := list(_occupied(planned)):
         raise _error(found)
     return planned
+
+
+def _run(directory: Path, cell: Cell, recipe: Recipe, seed: int) -> Run:
+    run_dir, group = directory / cell.name / f"seed-{seed}", directory.resolve().name
+    logging = recipe.logging.replaced(
+        wandb_name=f"{group}/{run_dir.relative_to(directory)}", wandb_group=recipe.logging.wandb_group or group
+    )
+    return Run(cell, recipe.replaced(seed=seed, run_dir=str(run_dir), logging=logging))
 
 
 def _read(path: str) -> Study:

@@ -1,30 +1,40 @@
-"""Runs a study, one run after the other: `run_study`."""
+"""Runs a study to its table and report: `run_study`."""
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import torch
 import yaml
 
-from checkpoints.snapshots import all_checkpoints, name_of
 from pretrain.callbacks import say
 from pretrain.plan import sizes_that_fit
-from pretrain.recipe import Recipe
 from pretrain.run import fit
 from pretrain.run_directory import RunDirectory, write_durably
 from pretrain.stopping import TrainingStopped
-from pretrain.study.definition import Planned, Run, load_study
+from pretrain.study.definition import Planned, load_study
+from pretrain.study.processes import train_at_once
+from pretrain.study.progress import Progress
 from pretrain.study.report import write_report
 from pretrain.study.results import Finished, markdown, results
 from pretrain.study.scores import Scores, scores
 
 
-def run_study(path: str, overrides: Sequence[str], run_dir: str | None, dry_run: bool = False) -> None:
+def run_study(
+    path: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    dry_run: bool = False,
+    at_once: int | None = None,
+    launch: str | None = None,
+) -> None:
     """Trains what is not finished, scores what is not scored, and writes results.md, results.json and report.html into
-    the study's directory. Raises what `fit` does."""
+    the study's directory. Raises what `fit` does.
+
+    at_once: runs that are trained at the same time; default: one on each GPU, or all that can be if `launch` is given,
+    the command that trains a recipe in place of `forethought fit`.
+    """
     planned = load_study(path, overrides, run_dir, sizes_that_fit)
     if dry_run:
         for run in planned.runs:
@@ -33,7 +43,12 @@ def run_study(path: str, overrides: Sequence[str], run_dir: str | None, dry_run:
         return
     with RunDirectory(planned.directory).locked():
         write_durably(planned.directory / "study.yaml", yaml.safe_dump(planned.tree, sort_keys=False))
-        _train(planned)
+        if at_once is None:
+            at_once = len(planned.runs) if launch is not None else max(1, torch.cuda.device_count())
+        if at_once > 1 or launch is not None:
+            train_at_once(planned, Progress(planned), at_once, launch)
+        else:
+            _train(planned, Progress(planned))
         found = results(*_scored(planned))
     write_durably(planned.directory / "results.json", json.dumps(found, indent=1) + "\n")
     said = markdown(planned.directory.name, found, _match(planned))
@@ -42,35 +57,16 @@ def run_study(path: str, overrides: Sequence[str], run_dir: str | None, dry_run:
     say(f"report: {write_report(planned, found, _match(planned))}")
 
 
-def _train(planned: Planned) -> None:
-    took: dict[str, list[float]] = {}  # seconds, by cell
+def _train(planned: Planned, progress: Progress) -> None:
     for number, run in enumerate(planned.runs):
-        recipe, directory, started = planned.recipe(run), run.directory, time.perf_counter()
-        if _is_whole(directory, recipe):
-            seconds = directory.read(directory.metrics)[-1]["seconds"]
-        else:
-            say(f"run {number + 1} of {len(planned.runs)}: {recipe.run_dir}{_left(planned.runs[number:], took)}")
-            try:
-                fit(recipe, report=False)
-            except TrainingStopped as stopped:
-                raise TrainingStopped(f"{recipe.run_dir}, and the study with it: {stopped}") from None
-            seconds = time.perf_counter() - started
-        took.setdefault(run.cell.name, []).append(seconds)
-
-
-def _is_whole(directory: RunDirectory, recipe: Recipe) -> bool:
-    """Whether the run came to its end, and its last snapshot was written before anything killed it."""
-    written = {path.name for path in all_checkpoints(directory.checkpoints)}
-    return directory.is_finished(recipe) and name_of(directory.read(directory.metrics)[-1]["step"]) in written
-
-
-def _left(runs: Sequence[Run], took: Mapping[str, Sequence[float]]) -> str:
-    """How long they will take, by those that came to their end."""
-    if not took:
-        return ""
-    usual = statistics.mean(seconds for of in took.values() for seconds in of)
-    seconds = sum(statistics.mean(took.get(run.cell.name, [usual])) for run in runs)
-    return f", about {seconds / 60:.0f} minutes left" if seconds > 90 else f", about {seconds:.0f} seconds left"
+        if progress.is_whole(run):
+            continue
+        recipe = planned.recipe(run)
+        say(f"run {number + 1} of {len(planned.runs)}: {recipe.run_dir}{progress.left()}")
+        try:
+            fit(recipe, report=False)
+        except TrainingStopped as stopped:
+            raise TrainingStopped(f"{recipe.run_dir}, and the study with it: {stopped}") from None
 
 
 def _scored(planned: Planned) -> tuple[list[Finished], Sequence[str], Scores]:

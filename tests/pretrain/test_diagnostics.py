@@ -22,6 +22,7 @@ HEALTHY = {
     "thought_length": 40.0,
     "thought_closed": 0.8,
     "thought_distinct": 0.9,
+    "entropy": 1.2,
     "target_in_thought": 0.2,
     "answered": 0.9,
 }
@@ -51,6 +52,11 @@ def names(records: list[dict]) -> list[str]:
     ("name", "changed", "said"),
     [
         ("length_collapse", {"thought_length": (40.0, 5.0)}, "tokens"),
+        (
+            "entropy_collapse",
+            {"length": 400, "entropy": (2.0, 0.0)},
+            "nats per token (first and last 20 records), and 90% of thoughts",
+        ),
         ("leakage", {"target_in_thought": (0.1, 0.9)}, "of thoughts contain the token"),
         ("leakage", {"target_in_thought": 0.95}, "95% of thoughts contain the token"),
         ("leakage", {"target_in_thought": 0.95, "thought_length": None}, "95% of thoughts contain the token"),
@@ -92,6 +98,7 @@ def test_advice_for_the_lab_fits_the_lab():
     for changed in (
         {"thought_length": (40.0, 5.0)},
         {"target_in_thought": (0.1, 0.9)},
+        {"length": 400, "entropy": (2.0, 0.0)},
         {"zero_variance_groups": 0.97},
         {"reward": 0.82, "reward_std": 0.008},
         {"thought_closed": 0.02},

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from html import unescape
 from pathlib import Path
 
@@ -11,11 +15,13 @@ import pytest
 import yaml
 
 from objectives import Step
-from pretrain.cli import main
+from pretrain.cli import GAVE_UP, main
 from pretrain.recipe import RecipeError
 from pretrain.run_directory import RunDirectory
+from pretrain.stopping import UNFINISHED
 from pretrain.study import running, scores
 from pretrain.study.definition import load_study
+from pretrain.study.progress import Progress
 from pretrain.study.report import write_report
 from tests.pretrain.test_fit import lines
 
@@ -134,6 +140,47 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
     grown = {"arms": STUDY["arms"] | {"coin": {"objective.rewards": "random"}}, "seeds": [0, 1, 2]}
     assert main([*study(grown), "--dry-run"]) == 0
     assert "the study can be run: 9 runs" in capsys.readouterr().err
+
+
+def test_runs_at_once_of_which_some_fail(study, monkeypatch, capsys):
+    """Each by a command of the user's, here one that trains only one of them."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("launch.sh").write_text(
+        f"case $2 in */rlp/seed-0.*) exec {sys.executable} -m pretrain fit $2;; esac; echo no such node; exit 7"
+    )
+    assert main([*study(), "--launch", "bash launch.sh --option", "--at-once", "2"]) == GAVE_UP
+    said = capsys.readouterr().err.splitlines()
+    assert {
+        "out/rlp/seed-1 failed, exit code 7: no such node",
+        "out/rlp/seed-0 is finished: 1 of 4 runs finished, about 0 seconds left",
+        "out/next-token/seed-0 failed, exit code 7: no such node",
+    } <= {*said}
+    assert said[-1] == (
+        "forethought: out/rlp/seed-1, out/next-token/seed-0 failed, and 1 that take their budget from them were not "
+        "begun; all others are finished. What a run said is in out/rlp/seed-1.log; the same command goes on"
+    )
+    planned = load_study("study.yaml", study()[4:], "out")
+    assert [Progress(planned).is_whole(run) for run in planned.runs] == [True, False, False, False]
+    assert not Path("out/results.json").exists()
+    assert main([*study(out="other"), "--launch", "nowhere"]) == 1
+    assert "--launch: nowhere cannot be started (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_signal_stops_all_runs_at_once(study, monkeypatch):
+    """They are told, and waited for."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("launch.sh").write_text(
+        "trap 'touch $1.saved; exit 75' TERM; touch $1.began; while true; do sleep 0.05; done\n"
+    )
+    command = [sys.executable, "-m", "pretrain", *study({"match": None, "budget": None})]
+    process = subprocess.Popen([*command, "--launch", "bash launch.sh"], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len([*Path("out").glob("*/*.began")]) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == UNFINISHED, process.stderr.read()
+    assert len([*Path("out").glob("*/*.saved")]) == 4
 
 
 def test_the_grid_of_a_study(study):
