@@ -6,6 +6,7 @@ Shapes: S seeds, D documents.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from pretrain.evaluation.held_out import ENOUGH_DOCUMENTS
 from pretrain.page import Sheet
 from pretrain.report import CONDITIONS
+from pretrain.study.changed import shares
 from pretrain.study.definition import Cell
 from pretrain.study.scores import Scores
 from pretrain.study.statistics import holm, over_seeds, paired_differences
@@ -97,6 +99,16 @@ def _arm(runs: Sequence[Finished]) -> dict[str, Any]:
         "by_seed": values,
         "spent": spent,
         "counterfactual": _counterfactual([run.scores for run in runs]),
+        "changed": _changed([run.scores for run in runs]),
+    }
+
+
+def _changed(of_seeds: Sequence[Scores]) -> dict[str, dict[str, float]]:
+    """Shares of parameters, means over seeds; empty for runs that were scored before these were counted."""
+    of = [shares(scores.changed) for scores in of_seeds if scores.changed]
+    return {
+        where: {name: statistics.mean(found[where][name] for found in of) for name in names}
+        for where, names in (of[0] if of else {}).items()
     }
 
 
@@ -137,6 +149,8 @@ def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
         parts += [about_comparisons(found), comparisons(found)]
     if found["before"]["counterfactual"]:
         parts += [f"Does the thought matter? {ABOUT_COUNTERFACTUAL}", counterfactual(found)]
+    if any(arm.get("changed") for arm in found["arms"].values()):
+        parts += [ABOUT_CHANGED, changes(found)]
     return "\n\n".join(part if isinstance(part, str) else part.to_markdown() for part in parts) + "\n"
 
 
@@ -145,6 +159,11 @@ ABOUT_COUNTERFACTUAL = (
     f"{', '.join(f'{words} ({name})' for name, words in CONDITIONS.items() if name != 'own')}; with 95% intervals over "
     "seeds and documents, not corrected for their number. Only what its own gains over other, shuffled and filler is "
     "due to what a thought says."
+)
+
+
+ABOUT_CHANGED = (
+    "Parameters whose bf16 value training changed, by kind, means over seeds; results.json has them by layer, too."
 )
 
 
@@ -202,6 +221,20 @@ def counterfactual(found: Mapping[str, Any]) -> Sheet:
     models = {"the model before": before} | {cell: arm["counterfactual"] for cell, arm in found["arms"].items()}
     rows = [[model, *(_signed(of[c]) if c in of else "" for c in before)] for model, of in models.items()]
     return Sheet("Own thought minus …, nats", ["arm", *before], rows)
+
+
+def changes(found: Mapping[str, Any]) -> Sheet:
+    of = {cell: arm["changed"] for cell, arm in found["arms"].items() if arm.get("changed")}
+    kinds = list(dict.fromkeys(kind for arm in of.values() for kind in arm["kind"]))
+    rows = [
+        [
+            cell,
+            f"{arm['all']['all']:.1%}",
+            *(f"{arm['kind'][kind]:.1%}" if kind in arm["kind"] else "" for kind in kinds),
+        ]
+        for cell, arm in of.items()
+    ]
+    return Sheet("Parameters changed beyond rounding", ["arm", "all", *kinds], rows)
 
 
 def _signed(difference: Mapping[str, Any]) -> str:

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints.references import resolve
 from checkpoints.snapshots import newest_snapshot
 from models.philox import Rng
 from pretrain.assembly import assemble
 from pretrain.evaluation.held_out import HeldOutScores, score_held_out
+from pretrain.opening import open_reference
 from pretrain.recipe import Recipe
 from pretrain.recipe_files import recipe_to_tree
 from pretrain.run_directory import RunDirectory, write_durably
+from pretrain.state import model_of
+from pretrain.study.changed import Changed, changed
 
 # None of training's steps, and not that of evaluations in it.
 STEP = 2**32 - 2
@@ -29,12 +33,14 @@ STEP = 2**32 - 2
 @dataclass(frozen=True)
 class Scores:
     """nll: by condition of the counterfactual test, and "none" for that without a thought, the mean of each document's
-    scored tokens [D]. tokens_D: how many. right: share of right thoughts, where right ones are known."""
+    scored tokens [D]. tokens_D: how many. right: share of right thoughts, where right ones are known. changed: weights,
+    by the run."""
 
     documents_D: Tensor
     tokens_D: Tensor
     nll: Mapping[str, Tensor]
     right: float | None
+    changed: Changed = field(default_factory=dict)
 
 
 def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None) -> Scores:
@@ -52,12 +58,14 @@ def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(found) + "\n")
     nll = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["nll"].items()}
-    return Scores(torch.tensor(found["documents"]), torch.tensor(found["tokens"]), nll, found["right"])
+    weights = {name: (count, of) for name, (count, of) in found.get("changed", {}).items()}
+    return Scores(torch.tensor(found["documents"]), torch.tensor(found["tokens"]), nll, found["right"], weights)
 
 
 def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
     changes = {"data": scoring.data, "evaluation": scoring.evaluation, "data_changed": "begin", "seed": scoring.seed}
-    parts = assemble(recipe.replaced(**changes), None if run is None else newest_snapshot(run.checkpoints))
+    snapshot = None if run is None else newest_snapshot(run.checkpoints)
+    parts = assemble(recipe.replaced(**changes), snapshot)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts.load(device)
     rows = recipe.micro_batch_rows or recipe.rows_per_step
@@ -65,7 +73,10 @@ def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[s
     found = score_held_out(
         parts.evaluator, parts.model, held_out, Rng(scoring.seed, STEP), rows, parts.test, parts.engine
     )
-    return by_document(found)
+    if snapshot is None:
+        return by_document(found)
+    start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
+    return {**by_document(found), "changed": changed(start, model_of(snapshot, None))}
 
 
 def by_document(scores: HeldOutScores) -> dict[str, Any]:
