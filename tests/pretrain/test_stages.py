@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 
@@ -57,7 +58,7 @@ def test_each_update_is_that_of_its_stage_alone(staged):
     ]
     assert [record["spikes"] for record in records] == [0] * 6
     assert all(b["flops"] > a["flops"] for a, b in itertools.pairwise(records))
-    page = (directory / "report.html").read_text()
+    page = html.unescape((directory / "report.html").read_text()).replace("\xa0", " ")
     assert (
         "Stages" in page
         and "rlp (length 4, anchors_per_document 2, thoughts 3" in page
