@@ -163,7 +163,8 @@ ABOUT_COUNTERFACTUAL = (
 
 
 ABOUT_CHANGED = (
-    "Parameters whose bf16 value training changed, by kind, means over seeds; results.json has them by layer, too."
+    "Parameters whose bf16 value training changed (Mukherjee et al., 2505.11711), by kind, and the least and the most "
+    "changed layer; means over seeds. results.json has every layer."
 )
 
 
@@ -231,10 +232,16 @@ def changes(found: Mapping[str, Any]) -> Sheet:
             cell,
             f"{arm['all']['all']:.1%}",
             *(f"{arm['kind'][kind]:.1%}" if kind in arm["kind"] else "" for kind in kinds),
+            *(f"{share:.1%} ({layer})" for share, layer in _extremes(arm["layer"])),
         ]
         for cell, arm in of.items()
     ]
-    return Sheet("Parameters changed beyond rounding", ["arm", "all", *kinds], rows)
+    return Sheet("Parameters changed beyond rounding", ["arm", "all", *kinds, "least (layer)", "most (layer)"], rows)
+
+
+def _extremes(of_layers: Mapping[str, float]) -> tuple[tuple[float, str], tuple[float, str]]:
+    shares = [(share, layer) for layer, share in of_layers.items() if layer.isdecimal()]
+    return min(shares), max(shares)
 
 
 def _signed(difference: Mapping[str, Any]) -> str:
