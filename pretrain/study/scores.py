@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.references import resolve
-from checkpoints.snapshots import newest_snapshot
+from checkpoints.snapshots import find_snapshot, newest_snapshot
 from models.philox import Rng
 from pretrain.assembly import assemble
 from pretrain.evaluation.held_out import HeldOutScores, score_held_out
@@ -53,8 +53,14 @@ def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None
     alike = recipe_to_tree(scoring)
     how = {"step": step, "model": recipe.model, "data": alike["data"], "evaluation": alike["evaluation"]}
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if found.get("how") != how:
+    scored = found.get("how") == how
+    if not scored:
         found = {"how": how, **_scored(recipe, scoring, run)}
+    counted = run is None or "changed" in found  # not in older files
+    if run is not None and not counted:
+        start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
+        found["changed"] = changed(start, model_of(find_snapshot(run.path, ("model",)), None))
+    if not (scored and counted):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(found) + "\n")
     nll = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["nll"].items()}
@@ -64,8 +70,7 @@ def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None
 
 def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
     changes = {"data": scoring.data, "evaluation": scoring.evaluation, "data_changed": "begin", "seed": scoring.seed}
-    snapshot = None if run is None else newest_snapshot(run.checkpoints)
-    parts = assemble(recipe.replaced(**changes), snapshot)
+    parts = assemble(recipe.replaced(**changes), None if run is None else newest_snapshot(run.checkpoints))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts.load(device)
     rows = recipe.micro_batch_rows or recipe.rows_per_step
@@ -73,10 +78,7 @@ def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[s
     found = score_held_out(
         parts.evaluator, parts.model, held_out, Rng(scoring.seed, STEP), rows, parts.test, parts.engine
     )
-    if snapshot is None:
-        return by_document(found)
-    start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
-    return {**by_document(found), "changed": changed(start, model_of(snapshot, None))}
+    return by_document(found)
 
 
 def by_document(scores: HeldOutScores) -> dict[str, Any]:

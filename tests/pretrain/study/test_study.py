@@ -12,8 +12,10 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from checkpoints import find_checkpoint, load_checkpoint, load_thinking_model
 from objectives import Step
 from pretrain.cli import GAVE_UP, main
 from pretrain.recipe import RecipeError
@@ -90,6 +92,7 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
         assert path.name == f"seed-{recipe.seed}" and path in reported
         assert recipe.objective.name == {"rlp": "rlp", "next-token": "next_token"}[path.parent.name]
         assert recipe.evaluation.objective.name == "rlp"
+        assert (recipe.logging.wandb_group, recipe.logging.wandb_name) == ("out", str(path))
         spent[path.parent.name, recipe.seed] = [record["flops"] for record in records]
     assert len(spent) == 4
     for seed in (0, 1):
@@ -122,12 +125,27 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
     assert len(found["comparisons"]) == 3 and "3 comparisons were made" in said.out
     assert said.out.strip().endswith(Path("out/results.md").read_text().strip())
 
+    # What the runs have changed, of all weights in a row.
+    before = dict(load_thinking_model(Path(directory.load_recipe().model)).named_parameters())
+    shares = []
+    for seed in (0, 1):
+        after = load_checkpoint(find_checkpoint(Path(f"out/rlp/seed-{seed}")), ("model",))[0]["model"]
+        old, new = (torch.cat([x[name].detach().flatten() for name in before]).bfloat16() for x in (before, after))
+        shares.append((old != new).double().mean().item())
+    assert found["arms"]["rlp"]["changed"]["all"]["all"] == pytest.approx(sum(shares) / 2) and 0 < min(shares)
+
+    # Scores of a run in which changes were not counted yet are completed.
+    path = Path("out/rlp/seed-0.scores.json")
+    complete = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in complete.items() if name != "changed"}))
+
     # Once more: nothing is trained and nothing scored; but a run whose end was not saved is taken up again.
     trained: list[str] = []
     monkeypatch.setattr(running, "fit", lambda recipe, report: trained.append(recipe.run_dir))
     monkeypatch.setattr(scores, "score_held_out", None)
     assert main(study()) == 0
     assert json.loads(Path("out/results.json").read_text()) == found and not trained
+    assert json.loads(path.read_text()) == complete
     (last,) = Path("out/rlp/seed-1/checkpoints").iterdir()
     last.rename("elsewhere")
     assert main(study()) == 0 and trained == ["out/rlp/seed-1"]
