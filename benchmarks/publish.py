@@ -36,7 +36,7 @@ def with_table(readme: str, name: str, found: Mapping[str, Any]) -> str:
     """README with the table of a study in its place. Raises ValueError if it has none."""
     before, after = around_table(readme, name)
     said = f"What it found ([with comparisons](studies/results/{name}/results.md)):"
-    return f"{before}\n{said}\n\n{arms(found).to_markdown()}\n{after}"
+    return f"{before}\n{said}\n\n{arms(found, short=True).to_markdown()}\n{after}"
 
 
 def disagreements(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

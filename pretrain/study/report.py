@@ -237,7 +237,8 @@ def _compared(found: Mapping[str, Any], runs: Runs) -> list[Plot]:
         labels = [f"{c['arm']}\n− {c['control'].partition(',')[0]}" for c in of_metric]
         rows = [(l, c, styles[c["arm"]][0], c["p_holm"] < 0.05) for l, c in zip(labels, of_metric, strict=True)]
         if rows:
-            plots.append(_intervals(f"{metric}, minus the control's".capitalize(), rows))
+            unit = "share" if metric in results.SHARES else NATS
+            plots.append(_intervals(f"{metric[0].upper()}{metric[1:]}, minus the control's", rows, unit))
     return plots
 
 
@@ -248,18 +249,19 @@ def _counterfactuals(found: Mapping[str, Any], runs: Runs) -> list[Plot]:
         for arm, (colour, _) in _styles(runs).items():
             if condition in arms[arm]["counterfactual"]:
                 rows.append((arm, arms[arm]["counterfactual"][condition], colour, True))
-        plots.append(_intervals(f"Own minus {condition}", rows))
+        plots.append(_intervals(f"Own minus {condition}", rows, NATS))
     return plots
 
 
-def _intervals(title: str, rows: Sequence[tuple[str, Mapping[str, float], str, bool]]) -> Plot:
+def _intervals(title: str, rows: Sequence[tuple[str, Mapping[str, float], str, bool]], unit: str) -> Plot:
     """Means with intervals, by label; in colours, filled or not."""
     rows = [(label.replace(",", ",\n"), mean, colour, filled) for label, mean, colour, filled in rows]
     lines = max(label.count("\n") for label, *_ in rows) + 1
-    return Plot(title, partial(_draw_intervals, rows=rows), (INCHES[0], 1 + LINE_INCHES * (lines + 0.5) * len(rows)))
+    draw = partial(_draw_intervals, rows=rows, unit=unit)
+    return Plot(title, draw, (INCHES[0], 1 + LINE_INCHES * (lines + 0.5) * len(rows)))
 
 
-def _draw_intervals(axes: Axes, rows: Sequence[tuple[str, Mapping[str, float], str, bool]]) -> None:
+def _draw_intervals(axes: Axes, rows: Sequence[tuple[str, Mapping[str, float], str, bool]], unit: str) -> None:
     axes.axvline(0, color=INK, linewidth=0.5)
     for i, (_, difference, colour, filled) in enumerate(rows):
         axes.plot([difference["low"], difference["high"]], [i, i], color=colour, linewidth=1.5)
@@ -267,7 +269,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[tuple[str, Mapping[str, float], s
         axes.plot(difference["mean"], i, "o", markersize=5, markerfacecolor=face, markeredgecolor=colour)
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"{NATS}, 95% intervals", loc="right")
+    axes.set_xlabel(f"{unit}, 95% intervals", loc="right")
 
 
 def _by_decile(runs: Runs) -> tuple[list[Plot], list[Sheet]]:

@@ -1,4 +1,4 @@
-"""What a study found: each arm's held-out NLL and what it spent, and how it differs from the controls.
+"""What a study found: each arm's right answers and held-out NLL, what it spent, and how it differs from the controls.
 
 Shapes: S seeds, D documents.
 """
@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,26 @@ from pretrain.study.definition import Cell
 from pretrain.study.scores import Scores
 from pretrain.study.statistics import holm, over_seeds, paired_differences
 
-# What arms are compared by: the first condition's NLL, minus the second's.
+
+@dataclass(frozen=True)
+class Metric:
+    """Of the scored tokens, after one condition's thought: their NLL in nats, or the share that is right. minus: a
+    condition whose mean is subtracted."""
+
+    of: Literal["nll", "correct"]
+    condition: str
+    minus: str | None = None
+
+
+# What arms are compared by.
 METRICS = {
-    "without a thought": ("none", None),
-    "after its own thought": ("own", None),
-    "own minus shuffled": ("own", "shuffled"),
+    "right answers without a thought": Metric("correct", "none"),
+    "right answers after its own thought": Metric("correct", "own"),
+    "NLL without a thought": Metric("nll", "none"),
+    "NLL after its own thought": Metric("nll", "own"),
+    "own minus shuffled": Metric("nll", "own", "shuffled"),
 }
+SHARES = {"right thoughts", *(name for name, metric in METRICS.items() if metric.of == "correct")}
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,11 @@ def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -
 
 def _of(scores: Scores, metric: str) -> Tensor | None:
     """[D] of a metric; None where it is not scored."""
-    first, second = METRICS[metric]
-    if first not in scores.nll or (second is not None and second not in scores.nll):
+    which = METRICS[metric]
+    of: Mapping[str, Tensor] = getattr(scores, which.of)
+    if which.condition not in of or (which.minus is not None and which.minus not in of):
         return None
-    return scores.nll[first] - (scores.nll[second] if second is not None else 0)
+    return of[which.condition] - (of[which.minus] if which.minus is not None else 0)
 
 
 def _mean(scores: Scores, metric: str) -> float | None:
@@ -170,23 +185,28 @@ ABOUT_CHANGED = (
 
 def introduction(found: Mapping[str, Any], match: str) -> str:
     return (
-        f"{match} No run missed its budget by more than {found['missed']:.1%}. Held-out NLL, in nats per token, of "
-        f"{found['tokens']:,} tokens of {found['documents']:,} documents: the lower, the better. Own minus shuffled "
-        "is what the words of a thought are worth. Means over seeds with 95% intervals (Student's t)."
+        f"{match} No run missed its budget by more than {found['missed']:.1%}. Scored are {found['tokens']:,} tokens "
+        f"of {found['documents']:,} held-out documents. An answer is right if the model finds the true token "
+        "likeliest; NLL is in nats per token. Own minus shuffled is what the words of a thought are worth in NLL: the "
+        "lower, the better. Means over seeds with 95% intervals (Student's t; those of shares are cut at 0 and 100%)."
     )
 
 
-def arms(found: Mapping[str, Any]) -> Sheet:
+def arms(found: Mapping[str, Any], short: bool = False) -> Sheet:
+    """short: without right thoughts and seconds."""
     shown = [metric for metric in (*METRICS, "right thoughts") if found["before"][metric] is not None]
-    unit = {metric: "" if metric == "right thoughts" else ", nats" for metric in shown}
-    rows = [["the model before", "", *(f"{found['before'][metric]:.3f}" for metric in shown), "", ""]]
+    spent = {"flops": ("FLOPs", ".4g"), "seconds": ("seconds", ".0f")}
+    if short:
+        shown, spent = [metric for metric in shown if metric in METRICS], {"flops": spent["flops"]}
+    rows = [
+        ["the model before", "", *(_number(metric, found["before"][metric]) for metric in shown), *("" for _ in spent)]
+    ]
     for cell, arm in found["arms"].items():
-        spent = {key: sum(values) / len(values) for key, values in arm["spent"].items()}
-        metrics = [_shown(arm[metric]) for metric in shown]
         seeds = ", ".join(map(str, arm["seeds"]))
-        rows.append([cell, seeds, *metrics, f"{spent['flops']:.4g}", f"{spent['seconds']:.0f}"])
-    head = ["arm", "seeds", *(metric + unit[metric] for metric in shown), "FLOPs", "seconds"]
-    return Sheet("At the end of the runs", head, rows)
+        costs = [f"{statistics.mean(arm['spent'][name]):{how}}" for name, (_, how) in spent.items()]
+        rows.append([cell, seeds, *(_shown(metric, arm[metric]) for metric in shown), *costs])
+    head = ["arm", "seeds", *(metric if metric in SHARES else f"{metric}, nats" for metric in shown)]
+    return Sheet("At the end of the runs", [*head, *(name for name, _ in spent.values())], rows)
 
 
 def few_documents(found: Mapping[str, Any]) -> list[str]:
@@ -208,12 +228,12 @@ def about_comparisons(found: Mapping[str, Any]) -> str:
 def comparisons(found: Mapping[str, Any]) -> Sheet:
     rows = [
         [
-            *(c["arm"], c["control"], c["metric"], _signed(c)),
+            *(c["arm"], c["control"], c["metric"], _signed(c, c["metric"])),
             *(f"{c['p']:.3f}", f"{c['p_holm']:.3f}", "" if c["effect"] is None else f"{c['effect']:+.2f}"),
         ]
         for c in found["comparisons"]
     ]
-    head = ["arm", "minus control", "of", "difference, nats", "p", "p, Holm", "Cohen's d"]
+    head = ["arm", "minus control", "of", "difference, nats or points", "p", "p, Holm", "Cohen's d"]
     return Sheet("Differences from the controls", head, rows)
 
 
@@ -244,10 +264,20 @@ def _extremes(of_layers: Mapping[str, float]) -> tuple[tuple[float, str], tuple[
     return min(shares), max(shares)
 
 
-def _signed(difference: Mapping[str, Any]) -> str:
-    return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+def _signed(difference: Mapping[str, Any], metric: str = "") -> str:
+    """In nats; of shares in percentage points."""
+    scale, how = (100, "+.1f") if metric in SHARES else (1, "+.3f")
+    mean, low, high = (f"{scale * difference[name]:{how}}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
-def _shown(interval: Mapping[str, Any]) -> str:
-    mean = f"{interval['mean']:.3f}"
-    return mean if interval["low"] is None else f"{mean} [{interval['low']:.3f}, {interval['high']:.3f}]"
+def _shown(metric: str, interval: Mapping[str, Any]) -> str:
+    mean = _number(metric, interval["mean"])
+    if interval["low"] is None:
+        return mean
+    return f"{mean} [{_number(metric, interval['low'])}, {_number(metric, interval['high'])}]"
+
+
+def _number(metric: str, value: float) -> str:
+    """A share as it can be, whatever its interval says."""
+    return f"{min(max(value, 0.0), 1.0):.1%}" if metric in SHARES else f"{value:.3f}"

@@ -33,12 +33,14 @@ STEP = 2**32 - 2
 @dataclass(frozen=True)
 class Scores:
     """nll: by condition of the counterfactual test, and "none" for that without a thought, the mean of each document's
-    scored tokens [D]. tokens_D: how many. right: share of right thoughts, where right ones are known. changed: weights,
-    by the run."""
+    scored tokens [D]. correct: likewise, of "none" and "own", the share of them that the model finds likeliest.
+    tokens_D: how many are scored. right: share of right thoughts, where right ones are known. changed: weights, by the
+    run."""
 
     documents_D: Tensor
     tokens_D: Tensor
     nll: Mapping[str, Tensor]
+    correct: Mapping[str, Tensor]
     right: float | None
     changed: Changed = field(default_factory=dict)
 
@@ -53,19 +55,24 @@ def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None
     alike = recipe_to_tree(scoring)
     how = {"step": step, "model": recipe.model, "data": alike["data"], "evaluation": alike["evaluation"]}
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    scored = found.get("how") == how
+    scored = found.get("how") == how and "correct" in found  # not in older files
     if not scored:
         found = {"how": how, **_scored(recipe, scoring, run)}
-    counted = run is None or "changed" in found  # not in older files
+    counted = run is None or "changed" in found  # nor in still older ones
     if run is not None and not counted:
         start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
         found["changed"] = changed(start, model_of(find_snapshot(run.path, ("model",)), None))
     if not (scored and counted):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(found) + "\n")
-    nll = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["nll"].items()}
+    nll, correct = (
+        {condition: torch.tensor(values, dtype=torch.float64) for condition, values in found[name].items()}
+        for name in ("nll", "correct")
+    )
     weights = {name: (count, of) for name, (count, of) in found.get("changed", {}).items()}
-    return Scores(torch.tensor(found["documents"]), torch.tensor(found["tokens"]), nll, found["right"], weights)
+    return Scores(
+        torch.tensor(found["documents"]), torch.tensor(found["tokens"]), nll, correct, found["right"], weights
+    )
 
 
 def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
@@ -82,18 +89,28 @@ def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[s
 
 
 def by_document(scores: HeldOutScores) -> dict[str, Any]:
-    """JSON-able: documents, their scored tokens, mean NLL of these by condition, and the share of right thoughts."""
-    documents_D, index_E, tokens_D = scores.document_E.unique(return_inverse=True, return_counts=True)
-    nll_E = {"none": scores.text_nll_E, **scores.counterfactual_E}
-    if scores.thought_nll_E is not None:
-        nll_E["own"] = scores.thought_nll_E
-    known_E = torch.zeros(0) if scores.right_E is None else scores.right_E[~scores.right_E.isnan()]
-    if len(known_E) < len(index_E):
-        nll_E.pop("right", None)  # of some tokens it says nothing
+    """JSON-able: documents, their scored tokens, means of these by condition, and the share of right thoughts.
+
+    Where right thoughts are known of some tokens, as of a problem's answer, these alone are scored.
+    """
+    nll_E, correct_E = {"none": scores.text_nll_E, **scores.counterfactual_E}, {"none": scores.text_correct_E}
+    if scores.thought_nll_E is not None and scores.thought_correct_E is not None:
+        nll_E["own"], correct_E["own"] = scores.thought_nll_E, scores.thought_correct_E
+    right_E = torch.full_like(scores.text_nll_E, torch.nan) if scores.right_E is None else scores.right_E
+    known_E = ~right_E.isnan()
+    if not known_E.any():
+        nll_E.pop("right", None)
+    scored_E = known_E if known_E.any() else torch.ones_like(known_E)
+    documents_D, index_E, tokens_D = scores.document_E[scored_E].unique(return_inverse=True, return_counts=True)
     zeros_D = torch.zeros(len(documents_D), dtype=torch.float64)
+
+    def means(of: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        return {name: (zeros_D.index_add(0, index_E, x_E[scored_E]) / tokens_D).tolist() for name, x_E in of.items()}
+
     return {
         "documents": documents_D.tolist(),
         "tokens": tokens_D.tolist(),
-        "nll": {name: (zeros_D.index_add(0, index_E, x_E) / tokens_D).tolist() for name, x_E in nll_E.items()},
-        "right": known_E.mean().item() if len(known_E) else None,
+        "nll": means(nll_E),
+        "correct": means(correct_E),
+        "right": right_E[known_E].mean().item() if known_E.any() else None,
     }

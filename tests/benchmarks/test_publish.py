@@ -15,13 +15,16 @@ README = "# A\n\n<!-- small -->\nwhat was found before\n<!-- end of small -->\n\
 
 def results(rlp: float, half: float = 0.25) -> dict:
     before = {
-        "without a thought": 3.0,
-        "after its own thought": 2.0,
+        "right answers without a thought": 0.25,
+        "right answers after its own thought": None,
+        "NLL without a thought": 3.0,
+        "NLL after its own thought": 2.0,
         "own minus shuffled": None,
-        "right thoughts": None,
+        "right thoughts": 0.5,
     }
     interval = {"mean": rlp, "low": rlp - half, "high": rlp + half, "n": 3}
-    arm = {"seeds": [0, 1, 2], "without a thought": interval, "after its own thought": interval | {"low": None}}
+    arm = {"seeds": [0, 1, 2], "NLL without a thought": interval, "NLL after its own thought": interval | {"low": None}}
+    arm |= {"right answers without a thought": {"mean": 0.875, "low": 0.625, "high": 1.125, "n": 3}}
     return {"before": before, "arms": {"rlp": arm | {"spent": {"flops": [2e9, 4e9], "seconds": [1.0, 3.0]}}}}
 
 
@@ -47,8 +50,8 @@ def test_the_table_and_the_results_are_written(place):
     assert publish.publish("small.yaml", str(root / "run"), root=root) == 0
     written = (root / "README.md").read_text()
     assert written.startswith("# A\n\n<!-- small -->\n\n") and written.endswith("\n<!-- end of small -->\n\nmore\n")
-    assert "| the model before |  | 3.000 | 2.000 |  |  |\n" in written and "before\n<!--" not in written
-    assert "| rlp | 0, 1, 2 | 1.000 [0.750, 1.250] | 1.000 | 3e+09 | 2 |\n" in written
+    assert "| the model before |  | 25.0% | 3.000 | 2.000 |  |\n" in written and "before\n<!--" not in written
+    assert "| rlp | 0, 1, 2 | 87.5% [62.5%, 100.0%] | 1.000 [0.750, 1.250] | 1.000 | 3e+09 |\n" in written
     kept = json.loads((root / "studies/results/small/results.json").read_text())
     assert kept.pop("environment")["torch"] and kept == made[0]
     assert (root / "studies/results/small/results.md").read_text() == "# small\n"

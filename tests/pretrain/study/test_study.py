@@ -115,14 +115,14 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
         assert found["arms"][arm]["by_seed"]["own minus shuffled"] == pytest.approx(means)
         of_documents[arm] = [s["nll"]["own"] for s in of_seeds]
     assert found["tokens"] == sum(tokens) and found["documents"] == len(tokens) > 1
-    (own,) = [c for c in found["comparisons"] if c["metric"] == "after its own thought"]
+    (own,) = [c for c in found["comparisons"] if c["metric"] == "NLL after its own thought"]
     assert (own["arm"], own["control"], own["seeds"]) == ("rlp", "next-token", 2)
     expected = [
         sum(n * (a - b) for n, a, b in zip(tokens, *of, strict=True)) / sum(tokens)
         for of in zip(of_documents["rlp"], of_documents["next-token"], strict=True)
     ]
     assert own["mean"] == pytest.approx(sum(expected) / 2) and own["low"] <= own["mean"] <= own["high"]
-    assert len(found["comparisons"]) == 3 and "3 comparisons were made" in said.out
+    assert len(found["comparisons"]) == 5 and "5 comparisons were made" in said.out
     assert said.out.strip().endswith(Path("out/results.md").read_text().strip())
 
     # What the runs have changed, of all weights in a row.
@@ -134,18 +134,20 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
         shares.append((old != new).double().mean().item())
     assert found["arms"]["rlp"]["changed"]["all"]["all"] == pytest.approx(sum(shares) / 2) and 0 < min(shares)
 
-    # Scores of a run in which changes were not counted yet are completed.
-    path = Path("out/rlp/seed-0.scores.json")
-    complete = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in complete.items() if name != "changed"}))
+    # Of runs scored before changes were counted, these are added; those without right answers are scored anew.
+    paths = [Path(f"out/rlp/seed-{seed}.scores.json") for seed in (0, 1)]
+    complete = [json.loads(path.read_text()) for path in paths]
+    for path, of, missing in zip(paths, complete, ("changed", "correct"), strict=True):
+        path.write_text(json.dumps({name: value for name, value in of.items() if name != missing}))
 
-    # Once more: nothing is trained and nothing scored; but a run whose end was not saved is taken up again.
+    # Once more: nothing is trained and nothing else scored; but a run whose end was not saved is taken up again.
     trained: list[str] = []
     monkeypatch.setattr(running, "fit", lambda recipe, report: trained.append(recipe.run_dir))
-    monkeypatch.setattr(scores, "score_held_out", None)
+    scored, score = [], scores.score_held_out
+    monkeypatch.setattr(scores, "score_held_out", lambda *given: scored.append(given) or score(*given))
     assert main(study()) == 0
     assert json.loads(Path("out/results.json").read_text()) == found and not trained
-    assert json.loads(path.read_text()) == complete
+    assert [json.loads(path.read_text()) for path in paths] == complete and len(scored) == 1
     (last,) = Path("out/rlp/seed-1/checkpoints").iterdir()
     last.rename("elsewhere")
     assert main(study()) == 0 and trained == ["out/rlp/seed-1"]
@@ -284,10 +286,10 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     small = ["--model", "random:lab", "--steps", "2", "--rows_per_step", "1", "--data.length", "64"]
     assert main(["study", "lab.yaml", *small, "--objective.length", "4", "--evaluation.rows", "1"]) == 0
     found = json.loads(Path("runs/lab/results.json").read_text())
-    controls = {"next-token", "shuffled", "random", "mixed-sft"}
+    controls = {"next-token", "shuffled", "random", "pause", "mixed-sft"}
     assert set(found["arms"]) == {"rlp", "rpt", "quiet-star"} | controls
     assert found["arms"]["rlp"]["right thoughts"]["n"] == 1
-    assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 36
+    assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 75
     said = capsys.readouterr().out
     page = unescape(Path("runs/lab/report.html").read_text(encoding="utf-8"))
     for where in (said, page):

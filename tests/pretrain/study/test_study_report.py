@@ -30,10 +30,14 @@ def deciles(shuffled: float) -> dict:
     return {"shuffled": [{"nll": shuffled + i, "low": 0.0, "high": 9.0, "documents": 30} for i in range(10)]}
 
 
-def scores(own: list[float], shuffled: list[float]) -> Scores:
+def scores(own: list[float], shuffled: list[float], first_right: float = 1.0) -> Scores:
     nll = {"none": [3.0, 3.0], "own": own, "shuffled": shuffled}
-    as_tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in nll.items()}
-    return Scores(torch.tensor([4, 9]), torch.tensor([1, 3]), as_tensors, None)
+    # Of one token and of three.
+    correct = {"none": [0.0, 1 / 3], "own": [first_right, 2 / 3]}
+    as_tensors = [
+        {name: torch.tensor(values, dtype=torch.float64) for name, values in of.items()} for of in (nll, correct)
+    ]
+    return Scores(torch.tensor([4, 9]), torch.tensor([1, 3]), *as_tensors, None)
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def report(planned: Planned) -> str:
             run.recipe.seed,
             {"step": 20, "tokens": 2000, "flops": 2e12, "seconds": 10.0},
             0.0,
-            scores([own[run.cell] + run.recipe.seed, own[run.cell]], [2.5, 2.5]),
+            scores([own[run.cell] + run.recipe.seed, own[run.cell]], [2.5, 2.5], float(run.cell == RLP)),
         )
         for run in planned.runs
     ]
@@ -144,9 +148,17 @@ def test_the_page(planned):
     assert {how[:9] for how, _ in picked[4:]} == {"at random"} and len({*picked}) == 6
     assert {reward for _, reward in picked[4:]} <= {"+1.000", "+1.500", "+2.000", "+2.500"}
     assert "early" not in text
+    # One right answer of four without a thought; after it two of four, with RLP three.
+    right = {"the model before": ["25.0%", "75.0%"]}
+    right |= {RLP.name: ["25.0% [25.0%, 25.0%]", "75.0% [75.0%, 75.0%]"]}
+    right |= {NEXT.name: ["25.0% [25.0%, 25.0%]", "50.0% [50.0%, 50.0%]"]}
+    for arm, shown in right.items():
+        assert shown in [row[2:4] for row in table if row[0] == arm], arm
+    (row,) = [row for row in table if row[:3] == [RLP.name, NEXT.name, "right answers after its own thought"]]
+    assert row[3].startswith("+25.0 [+0.0, ")
     # The same documents and seeds: one nat less in each of them, so that nothing is left to chance.
     assert [RLP.name, NEXT.name, "own minus shuffled", "-1.000 [-1.000, -1.000]"] in [row[:4] for row in table]
-    assert "3 comparisons were made" in text
+    assert "5 comparisons were made" in text
     assert f"{RLP.name}, seed 1: leakage (step 20): <b>seed</b> 1" in text
     assert "controls:\n- next-token" in text
 
@@ -155,11 +167,11 @@ def test_the_page(planned):
     assert not re.search(r"https?:|//|<link|url\((?!#)|href=\"(?!#)|@import", page)
     # Every plot is there twice.
     plots = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
-    assert plots[3:10] == [
+    assert plots[5:12] == [
         *(f"NLL {how}, by {by}" for how in ("without a thought", "after its own thought") for by in BY),
         "Reward",
     ]
-    assert len(plots) == len({*plots}) == len(list((planned.directory / "pictures").iterdir())) == 15
+    assert len(plots) == len({*plots}) == len(list((planned.directory / "pictures").iterdir())) == 17
     with Image.open(planned.directory / "pictures" / "nll-without-a-thought-by-flops.png") as image:
         colours = [(r, g, b) for _, (r, g, b) in image.convert("RGB").getcolors(1 << 24)]
         # Both arms' lines are drawn, in their colours.
