@@ -1,8 +1,7 @@
 """Log-probs and samples from hidden states, without ever holding [tokens × vocabulary] logits.
 
 Logits are fp32 (fp64 for fp64) from the product on: rounded to bf16 they would err by up to 2⁻⁹ of their size, as much
-as all else that is bf16. A CPU pays for that with a product in fp32, which takes several times as long where it has
-instructions for bf16.
+as all else that is bf16.
 
 Both work through the rows in chunks; the differentiable one computes each chunk's logits again in backward.
 
@@ -11,12 +10,14 @@ Shapes: R rows (tokens), C rows of a chunk, W width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.flops import count_vocabulary
-from models.precision import accumulation_dtype, operands, wide, wide_linear
+from models.precision import accumulation_dtype, bf16_products, operands, wide, wide_linear
 
 # Logits held at once, in elements: 2²⁵ fp32 logits are 128 MiB. Each chunk adds to the whole gradient of the head, on
 # which a GPU would spend most of its time if chunks were small: 2²⁸ are 1 GiB.
@@ -32,6 +33,19 @@ def _slices(rows: int, size: int) -> list[slice]:
 def _chunks(hidden_RW: Tensor, weight_VW: Tensor) -> list[slice]:
     elements = CUDA_CHUNK_ELEMENTS if hidden_RW.is_cuda else CHUNK_ELEMENTS
     return _slices(len(hidden_RW), max(1, elements // len(weight_VW)))
+
+
+def _products(hidden_RW: Tensor, copy_VW: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk with its logits, which the next one's are written over."""
+    chunks = _chunks(hidden_RW, copy_VW)
+    dtype = accumulation_dtype(hidden_RW.dtype)
+    # One allocation: fresh pages cost a CPU about as long as a product in bf16.
+    held_CV = hidden_RW.new_empty(max((c.stop - c.start for c in chunks), default=0), len(copy_VW), dtype=dtype)
+    for c in chunks:
+        product_CV = held_CV[: c.stop - c.start]
+        with bf16_products(hidden_RW.dtype):
+            wide(hidden_RW[c].to(copy_VW.dtype), copy_VW.t(), out=product_CV)
+        yield c, product_CV
 
 
 def _in_cache(product_CV: Tensor) -> list[slice]:
@@ -56,8 +70,8 @@ class _TokenLogprobs(torch.autograd.Function):
         copy = operands(hidden_RW[:0], weight_VW)[1]
         logprobs_R = hidden_RW.new_empty(len(targets_R), dtype=accumulation_dtype(hidden_RW.dtype))
         lse_R = torch.empty_like(logprobs_R)
-        for c in _chunks(hidden_RW, weight_VW):
-            product_CV, targets_C1 = wide(hidden_RW[c].to(copy.dtype), copy.t()), targets_R[c, None]
+        for c, product_CV in _products(hidden_RW, copy):
+            targets_C1 = targets_R[c, None]
             for r in _in_cache(product_CV):
                 logits_rV = _logits(product_CV[r], temperature, banned_V)
                 target_r, highest_r1 = logits_rV.gather(-1, targets_C1[r])[:, 0], logits_rV.amax(-1, keepdim=True)
@@ -74,20 +88,20 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_R1, temperature = grad_R[:, None] / ctx.temperature, ctx.temperature
         grad_hidden = torch.empty_like(hidden_RW) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        for c in _chunks(hidden_RW, copy):
+        for c, product_CV in _products(hidden_RW, copy):
             hidden_CW = hidden_RW[c].to(copy.dtype)
-            product_CV = wide(hidden_CW, copy.t())
             targets_C1, lse_C1, scale_C1 = targets_R[c, None], lse_R[c, None], scale_R1[c]
             for r in _in_cache(product_CV):
                 # d logprob / d logits = (onehot − softmax) / temperature, which takes the place of the product.
                 grad_rV = _logits(product_CV[r], temperature, banned_V).sub_(lse_C1[r]).exp_().mul_(-scale_C1[r])
                 grad_rV.scatter_add_(-1, targets_C1[r], scale_C1[r])
             grad_CV = product_CV.to(copy.dtype)
-            if grad_hidden is not None:
-                grad_hidden[c] = grad_CV @ copy
-            if ctx.needs_input_grad[1]:
-                part_VW = wide(grad_CV.t(), hidden_CW)
-                grad_weight = part_VW if grad_weight is None else grad_weight.add_(part_VW)
+            with bf16_products(hidden_RW.dtype):
+                if grad_hidden is not None:
+                    grad_hidden[c] = grad_CV @ copy
+                if ctx.needs_input_grad[1]:
+                    part_VW = wide(grad_CV.t(), hidden_CW)
+                    grad_weight = part_VW if grad_weight is None else grad_weight.add_(part_VW)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(copy) if grad_weight is None else grad_weight
             grad_weight = grad_weight.to(ctx.master_dtype)

@@ -9,14 +9,15 @@ to the fp32 master.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-COPIES = ("_working_copy", "_packed_copy", "_native_copy")  # attributes of a weight that hold (state, copy)
+COPIES = ("_working_copy", "_wide_copy", "_packed_copy", "_native_copy")  # attributes of a weight that hold (state, copy)
 _optimizer_steps = 0
 
 
@@ -92,24 +93,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x and the weight, without gradient, as `wide` multiplies them: as they are on CUDA, in bf16 the working copy, and
-    elsewhere in fp32 (fp64 for fp64), since only CUDA hands out the fp32 sums of a product of bf16 operands."""
-    dtype = x.dtype if x.is_cuda else accumulation_dtype(x.dtype)
-    return x.to(dtype), working_copy(weight, dtype)
+    """x and the weight in x's dtype, without gradient, as `wide` multiplies them: only CUDA hands out the fp32 sums of
+    a product of bf16 operands, elsewhere these are held in fp32."""
+    if x.is_cuda or x.dtype == accumulation_dtype(x.dtype):
+        return x, working_copy(weight, x.dtype)
+    return x.to(accumulation_dtype(x.dtype)), kept([weight], "_wide_copy", x.dtype, lambda w: w.to(x.dtype).float())
 
 
-def wide(a: Tensor, b: Tensor) -> Tensor:
+def wide(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """The product of two matrices in the accumulation dtype, never rounded to that of the `operands`."""
     dtype = accumulation_dtype(a.dtype)
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b, out=out) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weightᵀ, without gradient, in the accumulation dtype; x [R, W]."""
+    dtype, (x, weight) = x.dtype, operands(x, weight)
     if x.is_cuda:
-        x, weight = operands(x, weight)
         return wide(x, weight.t())
-    return linear(x.to(accumulation_dtype(x.dtype)), weight)
+    with bf16_products(dtype):
+        return linear(x, weight)
+
+
+@contextmanager
+def bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Where `dtype` is bf16, and a CPU has instructions for it, it multiplies fp32 matrices in here as if they were
+    rounded to bf16. Of numbers that are, the sums are the same, in a fraction of the time."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16 and _onednn_takes(dtype):
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _MasterWeightLinear(torch.autograd.Function):

@@ -215,12 +215,12 @@ class Job:
         if sampled:
             found["sampling replica"] = element * p.blocks + FP32 * p.rest
         if element < FP32:
-            # Of shards, blocks are gathered in it; only CUDA multiplies bf16 for logits.
-            head = p.mixing + (p.head if self.hardware.cuda else 0)
-            copies = (models + sampled) * head + (0 if self.sharded else models * p.blocks)
-            found["copies of weights in the compute dtype"] = element * copies
+            # Of shards, blocks are gathered in it; a CPU holds the rounded head in fp32.
+            head = element * p.mixing + (element if self.hardware.cuda else FP32) * p.head
+            blocks = 0 if self.sharded else models * element * p.blocks
+            found["copies of weights in the compute dtype"] = (models + sampled) * head + blocks
         if not self.hardware.cuda and 0 < self.rollout_rows * self.work.thoughts * self.sampled <= FEW_ROWS:
-            # Packed for few rows; the head of a CPU is multiplied in fp32.
+            # Packed for few rows; a head that is multiplied layer by layer in fp32.
             found["copies of weights for sampling"] = element * p.blocks + FP32 * p.head
         return found
 
@@ -401,7 +401,7 @@ class Job:
         batches = math.ceil(self.rank_rows / self.rollout_rows) * math.ceil(self.anchors / self.sampled)
         rows, steps = at_once * w.thoughts, batches * w.sampled
         bandwidth = h.bandwidth * STREAMED
-        weights = self.activations.itemsize * p.blocks + (self.activations.itemsize if h.cuda else FP32) * p.head
+        weights = self.activations.itemsize * (p.blocks + p.head)
         # The thoughts of an anchor share what it sees of the text. At every position a tile of queries does.
         seen = w.prefix * at_once / (64 if w.everywhere else 1)
         # Thoughts that have ended leave the batch, and steps go on until the longest has. Of lengths without memory the

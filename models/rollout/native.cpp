@@ -475,17 +475,19 @@ constexpr long BLOCK = 256;
 
 // One token for each of at most DRAWN rows, by inverting its distribution function at that row's uniform, as sample_tokens
 // has it. hidden [R, W]; head: panels of whole blocks of columns; banned: 0, or -inf, of each column.
-void draw(long R, long W, long columns, const float* hidden, const float* head, const float* banned, float temperature,
+template <class T>
+void draw(long R, long W, long columns, const T* hidden, const T* head, const float* banned, float temperature,
           const float* uniforms, float* logits, int64_t* tokens, float* logprobs, int threads) {
   const long blocks = columns / BLOCK;
-  std::vector<float> input((R + TILE - 1) / TILE * TILE * W), top(R * blocks), mass(R * blocks), wrong(R * blocks);
+  std::vector<T> input((R + TILE - 1) / TILE * TILE * whole_chunks<T>(W));
+  std::vector<float> top(R * blocks), mass(R * blocks), wrong(R * blocks);
 
 #pragma omp parallel num_threads(threads)
   {
     Floats sums[TILE];
 #pragma omp for schedule(static)
     for (long n = 0; n < W; n += LANES)
-      for (long r = 0; r < R; r++) copy_all(&input[in_tiles<float>(r, n, W)], hidden + r * W + n);
+      for (long r = 0; r < R; r++) copy_all(&input[in_tiles<T>(r, n, W)], hidden + r * W + n);
 
 #pragma omp for schedule(static)
     for (long b = 0; b < blocks; b++)
@@ -494,7 +496,7 @@ void draw(long R, long W, long columns, const float* hidden, const float* head, 
         Floats tops[TILE], not_finite[TILE] = {};
         std::fill(tops, tops + TILE, Floats{} + LOWEST);
         for (long n = b * BLOCK; n < (b + 1) * BLOCK; n += LANES) {
-          multiply<float>(few, &input[in_tiles<float>(r, 0, W)], head + n * W, 0, LANES, W, sums);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], head + n * W, 0, CHUNK<T>, W, sums);
           for (long i = 0; i < few; i++) {
             not_finite[i] += sums[i] - sums[i];
             const Floats logit = sums[i] / temperature + load<Floats>(banned + n);
@@ -577,12 +579,17 @@ extern "C" void forethought_pack(const uint32_t* x, int64_t columns, int64_t wor
 extern "C" int64_t forethought_lanes() { return LANES; }
 
 // logits: room for `drawn` rows of so many columns, whole blocks of them. banned: 0 or -inf.
-extern "C" void forethought_draw(int64_t rows, int64_t width, int64_t columns, const float* hidden, const float* head,
-                                 const float* banned, float temperature, const float* uniforms, float* logits,
-                                 int64_t* tokens, float* logprobs, int32_t threads) {
-  for (int64_t r = 0; r < rows; r += DRAWN)
-    draw(std::min(DRAWN, long(rows - r)), width, columns, hidden + r * width, head, banned, temperature, uniforms + r,
-         logits, tokens + r, logprobs + r, threads);
+extern "C" void forethought_draw(int64_t rows, int64_t width, int64_t columns, int64_t low_precision,
+                                 const void* hidden, const void* head, const float* banned, float temperature,
+                                 const float* uniforms, float* logits, int64_t* tokens, float* logprobs,
+                                 int32_t threads) {
+  auto run = [&](auto kind) {
+    using T = decltype(kind);
+    for (int64_t r = 0; r < rows; r += DRAWN)
+      draw<T>(std::min(DRAWN, long(rows - r)), width, columns, static_cast<const T*>(hidden) + r * width,
+              static_cast<const T*>(head), banned, temperature, uniforms + r, logits, tokens + r, logprobs + r, threads);
+  };
+  low_precision ? run(bf16{}) : run(float{});
 }
 
 extern "C" int64_t forethought_block() { return BLOCK; }

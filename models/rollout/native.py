@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL:
     address, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.forethought_step.argtypes = [*[address] * 10, threads]
     loaded.forethought_pack.argtypes = [address, count, count, address, count, threads]
-    loaded.forethought_draw.argtypes = [*[count] * 3, *[address] * 3, ctypes.c_float, *[address] * 4, threads]
+    loaded.forethought_draw.argtypes = [*[count] * 4, *[address] * 3, ctypes.c_float, *[address] * 4, threads]
     for constant in (loaded.forethought_lanes, loaded.forethought_block, loaded.forethought_drawn):
         constant.restype = count
     for procedure in (loaded.forethought_step, loaded.forethought_pack, loaded.forethought_draw):
@@ -259,22 +259,22 @@ class NativeDraw:
             more = self._columns - len(banned_V)
             self._penalty = torch.zeros(self._columns).masked_fill_(F.pad(banned_V, (0, more), value=True), -math.inf)
             self._banned_V = banned_V
-        # Summed over panels of fp32, as `wide_linear` does on a CPU.
-        hidden_RW, uniforms_R = hidden_RW.float().contiguous(), uniforms_R.contiguous()
-        R, W = hidden_RW.shape
+        hidden_RW, uniforms_R = hidden_RW.contiguous(), uniforms_R.contiguous()
+        (R, W), dtype = hidden_RW.shape, hidden_RW.dtype
         tokens_R, logprobs_R = torch.empty(R, dtype=torch.int64), torch.empty(R)
-        arguments = map(_address, (hidden_RW, self._panels(), self._penalty))
+        arguments = map(_address, (hidden_RW, self._panels(dtype), self._penalty))
         results = map(_address, (uniforms_R, self._logits, tokens_R, logprobs_R))
         library().forethought_draw(
-            R, W, self._columns, *arguments, self._temperature, *results, torch.get_num_threads()
+            *(R, W, self._columns, dtype == torch.bfloat16),
+            *(*arguments, self._temperature, *results, torch.get_num_threads()),
         )
         return tokens_R, logprobs_R
 
-    def _panels(self) -> Tensor:
+    def _panels(self, dtype: torch.dtype) -> Tensor:
         def pack(head_VW: Tensor) -> Tensor:
-            return _panels([F.pad(head_VW.float(), (0, 0, 0, self._columns - len(head_VW)))])
+            return _panels([F.pad(head_VW.to(dtype), (0, 0, 0, self._columns - len(head_VW)))])
 
-        return kept([self._head_VW], "_native_copy", torch.float32, pack)
+        return kept([self._head_VW], "_native_copy", dtype, pack)
 
 
 def filled_up(tokens: int) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from models import logprobs
 from models.logprobs import sample_tokens, token_entropies, token_logprobs, top_tokens
+from models.precision import bf16_products
 from models.rollout.native import NativeDraw, compiler
 from tests.helpers import relative_error
 
@@ -70,14 +71,33 @@ def test_bf16_activations_give_the_master_its_gradient_in_its_own_dtype():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_logits_are_not_rounded_to_bf16(device):
-    """Log-probs, draws and entropies of bf16 hidden states, against fp64 from the same numbers."""
+    """Log-probs, draws and entropies of bf16 hidden states and a head rounded to bf16, against fp64."""
     hidden, weight, targets = (x.detach().to(device) for x in case(vocabulary=600, dtype=torch.bfloat16))
-    master, uniforms = weight.bfloat16().float(), torch.full((23,), 0.5, device=device)
-    exact = (hidden.double() @ master.double().T).log_softmax(-1)
+    master, uniforms = weight.float(), torch.full((23,), 0.5, device=device)
+    exact = (hidden.double() @ master.bfloat16().double().T).log_softmax(-1)
     assert relative_error(token_logprobs(hidden, master, targets), exact.gather(-1, targets[:, None])[:, 0]) <= 1e-6
     tokens, drawn = sample_tokens(hidden, master, uniforms, 1.0)
     assert relative_error(drawn, exact.gather(-1, tokens[:, None])[:, 0]) <= 1e-6
     assert relative_error(token_entropies(hidden, master), -(exact.exp() * exact).sum(-1)) <= 1e-6
+
+
+@pytest.fixture(params=["none", "ieee"])
+def set_before(request):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_how_fp32_matrices_are_multiplied_is_the_users(set_before):
+    hidden, weight, targets = case(rows=600, width=64, dtype=torch.bfloat16)
+    master = weight.detach().float().requires_grad_()
+    with pytest.raises(RuntimeError, match="in the middle"), bf16_products(torch.bfloat16):
+        raise RuntimeError("in the middle")
+    token_logprobs(hidden, master, targets).sum().backward()
+    assert torch.backends.mkldnn.matmul.fp32_precision == set_before
+    exact = master.detach().double() @ weight.detach()[0]
+    assert relative_error(master.detach() @ weight.detach()[0].float(), exact) <= 1e-6
 
 
 def test_no_logits_of_all_rows_are_held(monkeypatch):
@@ -140,7 +160,7 @@ def test_extreme_uniforms_never_draw_a_banned_token(sample):
 
 
 @pytest.mark.parametrize("vocabulary", [5, 4096, 4097, 4100, 4609, 5120])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @both
 def test_draws_invert_the_distribution_function(vocabulary, dtype, temperature, sample):
@@ -150,20 +170,21 @@ def test_draws_invert_the_distribution_function(vocabulary, dtype, temperature, 
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(1000, 16, generator=generator, dtype=dtype) / 2
     weight = torch.randn(vocabulary, 16, generator=generator, dtype=dtype)
+    masters = torch.promote_types(dtype, torch.float32)
     banned = torch.rand(vocabulary, generator=generator) < 0.5
     banned[256:512] |= vocabulary > 512
     banned[-1] = True
     banned[0] = False
     uniforms = torch.rand(1000, generator=generator).clamp(2.0**-24, 1 - 2.0**-24)
     uniforms[:2] = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    tokens, logprobs_R = sample(hidden, weight, uniforms, temperature, banned)
+    tokens, logprobs_R = sample(hidden, weight.to(masters), uniforms, temperature, banned)
     assert not banned[tokens].any()
     logits = (hidden.double() @ weight.double().T / temperature).masked_fill(banned, -torch.inf)
     truth = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    assert relative_error(logprobs_R, truth) <= (1e-6 if dtype == torch.float32 else 1e-14)
+    assert relative_error(logprobs_R, truth) <= (1e-14 if dtype == torch.float64 else 1e-6)
     upto = logits.softmax(-1).cumsum(-1)
     before = torch.nn.functional.pad(upto, (1, 0)).gather(1, tokens[:, None])[:, 0]
-    rounding = 2.0**-20 if dtype == torch.float32 else 2.0**-48
+    rounding = 2.0**-48 if dtype == torch.float64 else 2.0**-20
     assert (before <= uniforms + rounding).all()
     assert (uniforms <= upto.gather(1, tokens[:, None])[:, 0] + rounding).all()
 
