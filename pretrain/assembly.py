@@ -86,10 +86,10 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
 
     if checkpoint is None:
         source = open_reference(recipe.model, directory, dtype, recipe.seed)
-        needs = tuple(objective.needs for objective in (*trained, evaluator))
-        unloaded = _with_parts(source, needs, tokenizer, recipe.seed)
     else:
-        unloaded = model_of(checkpoint, dtype)
+        source = model_of(checkpoint, dtype)
+    needs = tuple(objective.needs for objective in (*trained, evaluator))
+    unloaded = _with_parts(source, needs, tokenizer, recipe.seed)
     model = unloaded.model
     _check_sizes(recipe, objectives, tokenizer, model)
     engine = make_engine(recipe, model, objectives)

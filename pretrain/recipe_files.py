@@ -138,15 +138,18 @@ def _read_tree(reference: str, overrides: Sequence[str], problems: list[str]) ->
         raise RecipeError(f"{reference} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{reference} must be a mapping of keys to values")
-    old = _rename(tree)
-    for key, value in _parse_overrides(overrides, problems):
-        if key in RENAMED:
-            old.append(key)
-            key = _renamed(key)
-        _override(tree, key, value, problems)
+    old = [*_rename(tree), *_override_all(tree, overrides, problems)]
     if old:
         log.warning("keys have new names: %s", ", ".join(f"{key} is now {_renamed(key)}" for key in dict.fromkeys(old)))
     return tree
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A whole recipe with overrides as `load_recipe` takes them. Raises RecipeError with all mistakes."""
+    problems: list[str] = []
+    tree = recipe_to_tree(recipe)
+    _override_all(tree, overrides, problems)
+    return recipe_from_tree(tree, problems)
 
 
 def recipe_from_tree(tree: Tree, problems: Sequence[str] = ()) -> Recipe:
@@ -270,6 +273,17 @@ def _read_value(value: str) -> Any:
         return read_yaml(value)
     except yaml.YAMLError:
         return value
+
+
+def _override_all(tree: Tree, overrides: Sequence[str], problems: list[str]) -> list[str]:
+    """Puts overrides into a tree; the old names of keys among them."""
+    old = []
+    for key, value in _parse_overrides(overrides, problems):
+        if key in RENAMED:
+            old.append(key)
+            key = _renamed(key)
+        _override(tree, key, value, problems)
+    return old
 
 
 def _override(tree: Tree, key: str, value: Any, problems: list[str]) -> None:

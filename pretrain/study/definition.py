@@ -10,6 +10,9 @@
     match: flops                              # tokens, flops or seconds, which all runs spend alike:
     budget: rlp                               # so many, or those of an arm with the same seed
     controls: [next-token]                    # what the other arms are compared with
+    shifts:                                   # further held-out documents, on which finished runs are scored:
+      longer: {data: "lab:tasks=sum,chain=6", evaluation.objective.length: 16}
+      prose: {data: texts.jsonl, evaluation.objective: next_token}
 
 All mistakes come in one message, ahead of all runs.
 """
@@ -26,13 +29,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from checkpoints.errors import CheckpointError
-from data_pipelines import DataError
+from data_pipelines import DataConfig, DataError, SourceConfig
 from pretrain.assembly import assemble
 from pretrain.recipe import UNITS, Part, Recipe, RecipeError
-from pretrain.recipe_files import Sizes, Tree, load_recipe, read_yaml
+from pretrain.recipe_files import Sizes, Tree, load_recipe, read_yaml, with_overrides
 from pretrain.run_directory import RunDirectory
 
 # Shares of a budget in tokens that whole steps may miss it by.
@@ -41,6 +44,8 @@ CLOSE = 0.01
 UNKNOWN = 1.0
 NAME = re.compile(r"\w[\w.-]*")
 Changes = dict[str, Any]
+# A text names data.
+Shift = Annotated[Changes, BeforeValidator(lambda value: {"data": value} if isinstance(value, str) else value)]
 
 
 class Study(Part):
@@ -63,12 +68,18 @@ class Study(Part):
     held_out_rows: int | None = Field(
         default=None, ge=1, description="rows that finished runs are scored on; default: evaluation.rows"
     )
+    shifts: dict[str, Shift] = Field(
+        default_factory=dict,
+        description="name and changes of data and evaluation: held-out documents that finished runs, and the model "
+        "before, are scored on as well; a text names the data",
+    )
 
     def problems(self) -> list[str]:
         arms, unit, budget = ", ".join(self.arms), self.match, self.budget
         found = [f"controls: {name!r} is no arm; arms: {arms}" for name in self.controls if name not in self.arms]
-        wrong = [name for name in self.arms if NAME.fullmatch(name) is None]
-        found += [f"arm {name!r} names a folder; use letters, digits, ., _ and -" for name in wrong]
+        for kind, names, what in (("arm", self.arms, "a folder"), ("shift", self.shifts, "rows of tables")):
+            wrong = [name for name in names if NAME.fullmatch(name) is None]
+            found += [f"{kind} {name!r} names {what}; use letters, digits, ., _ and -" for name in wrong]
         empty = [key for key, values in self.matrix.items() if not values]
         found += [f"matrix.{key} has no values; give some, or leave it out" for key in empty]
         if len({*self.seeds}) < len(self.seeds):
@@ -90,6 +101,9 @@ class Study(Part):
             if unit is not None and where not in ("changes", f"arms.{budget}"):
                 given = [key for key in changes if key in UNITS]
                 found += [f"{where} cannot set {key}: match {unit} says how long; leave it out" for key in given]
+        for name, changes in self.shifts.items():
+            other = [key for key in changes if key.partition(".")[0] not in ("data", "evaluation")]
+            found += [f"shifts.{name} cannot set {key}: a shift is of data and evaluation alone" for key in other]
         return found
 
 
@@ -123,7 +137,8 @@ class Run:
 class Planned:
     """A study with its runs, in their order: by seed, the arm whose cost is the budget first.
 
-    base: the overrides of its recipe. scoring: that recipe, which says how all runs are scored.
+    base: the overrides of its recipe. scoring: that recipe, which says how all runs are scored. shifts: likewise, by
+    name.
     """
 
     study: Study
@@ -131,6 +146,7 @@ class Planned:
     directory: Path
     scoring: Recipe
     runs: list[Run]
+    shifts: Mapping[str, Recipe] = field(default_factory=dict)
 
     def recipe(self, run: Run) -> Recipe:
         """The recipe of a run, once the arm whose cost is its budget has come to its end."""
@@ -179,20 +195,25 @@ def load_study(
 
     directory, cells = Path(run_dir or Path("runs") / Path(path).stem), _cells(study)
     base = [*_as_overrides(study.changes), *overrides]
-    scoring = attempted("", lambda: _alike(load_recipe(study.base, base), study))
+    scoring = attempted("", lambda: _alike(load_recipe(study.base, base)))
     recipes: dict[Cell, Recipe] = {}
     for cell in cells if scoring is not None else []:
         changes = [*base, *_as_overrides({**(study.arms[cell.arm] or {}), **dict(cell.values)})]
         like = recipes.get(Cell(str(study.budget), cell.values))
         recipes[cell] = attempted(cell.name, partial(_assembled, study, scoring, cell, changes, like, sizes))
+    scored = None if scoring is None else _with_rows(scoring, study)
+    shifts = {
+        name: attempted(f"shifts.{name}", partial(_shifted, scored, changes))
+        for name, changes in study.shifts.items()
+        if scored is not None
+    }
     if mistakes:
-        every = {"", ", ".join(cell.name for cell in cells)}
-        where = {line: ", ".join(of) for line, of in mistakes.items()}
-        raise _error(line if of in every else f"{line} (in {of})" for line, of in where.items())
-    rows = study.held_out_rows or scoring.evaluation.rows
-    scoring = scoring.replaced(evaluation=scoring.evaluation.replaced(rows=rows))
+        every = {cell.name for cell in cells}
+        alike = {line for line, of in mistakes.items() if "" in of or every <= {*of}}
+        raise _error(line if line in alike else f"{line} (in {', '.join(of)})" for line, of in mistakes.items())
+    assert scored is not None
     runs = [_run(directory, cell, recipe, seed) for seed in study.seeds for cell, recipe in recipes.items()]
-    planned = Planned(study, base, directory, scoring, runs)
+    planned = Planned(study, base, directory, scored, runs, shifts)
     if found := list(_occupied(planned)):
         raise _error(found)
     return planned
@@ -242,14 +263,34 @@ def _cells(study: Study) -> list[Cell]:
     return [Cell(arm, values) for values in every for arm in arms]
 
 
-def _alike(recipe: Recipe, study: Study) -> Recipe:
-    """The base with the evaluation of all arms, that of the base's objective unless it names another."""
+def _alike(recipe: Recipe) -> Recipe:
+    """The base with the evaluation of all arms, that of the base's objective unless it names another. Raises
+    RecipeError."""
+    if recipe.data.held_out == 0:
+        raise RecipeError("data.held_out is 0, which leaves nothing to score; raise it")
     evaluation = recipe.evaluation
     return recipe.replaced(
         control=None,
         data_changed="begin",  # an arm may have read something else
         evaluation=evaluation.replaced(objective=evaluation.objective or recipe.thinking),
     )
+
+
+def _with_rows(scoring: Recipe, study: Study) -> Recipe:
+    rows = study.held_out_rows or scoring.evaluation.rows
+    return scoring.replaced(evaluation=scoring.evaluation.replaced(rows=rows))
+
+
+def _shifted(scoring: Recipe, changes: Changes) -> Recipe:
+    """How runs are scored elsewhere, once it has been assembled. Raises what that raises."""
+    data = changes.get("data")
+    if "data.reference" in changes or isinstance(data, str) or (isinstance(data, dict) and "reference" in data):
+        # What the base says of its own source, of another one is wrong.
+        fresh = {name: DataConfig.model_fields[name].default for name in (*SourceConfig.model_fields, "mixture")}
+        scoring = scoring.replaced(data=scoring.data.model_copy(update=fresh))
+    recipe = _alike(with_overrides(scoring, _as_overrides(changes)))
+    assemble(recipe)
+    return recipe
 
 
 def _assembled(
@@ -297,12 +338,13 @@ def _matched(recipe: Recipe, study: Study, like: Recipe | None) -> Recipe:
 
 
 def _occupied(planned: Planned) -> Iterator[str]:
-    """Why the directory cannot be the study's. It may have grown: by arms, seeds and controls."""
+    """Why the directory cannot be the study's. It may have grown by arms, seeds and controls; shifts may change."""
     path, new = planned.directory / "study.yaml", planned.tree
     if path.exists():
         old = read_yaml(path.read_text(encoding="utf-8"))
         both = [name for name in old["arms"] if name in new["arms"]]
-        differing = [key for key in new if key not in ("arms", "seeds", "controls") and old.get(key) != new[key]]
+        free = ("arms", "seeds", "controls", "shifts")
+        differing = [key for key in new if key not in free and old.get(key) != new[key]]
         differing += [f"arms.{name}" for name in both if (old["arms"][name] or {}) != (new["arms"][name] or {})]
         if differing:
             yield (

@@ -101,6 +101,9 @@ def _page(planned: Planned, runs: Runs, found: Mapping[str, Any], match: str) ->
         about = "Filled where p, Holm, is below 0.05. Cohen's d is in standard deviations of a document's difference."
         parts += ["<h2>Compared with the controls</h2>", paragraph(f"{results.about_comparisons(found)} {about}")]
         parts += [plotted(_compared(found, runs)), results.comparisons(found).to_html()]
+    if found["elsewhere"]:
+        parts += ["<h2>Elsewhere</h2>", paragraph(results.ABOUT_ELSEWHERE)]
+        parts += [sheet.to_html() for sheet in results.elsewhere(found)]
     parts += ["<h2>In training</h2>", paragraph(ABOUT_CURVES)]
     parts += [plotted([*_held_out(runs), *_in_training(runs)])]
     if found["before"]["counterfactual"]:

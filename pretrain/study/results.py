@@ -72,19 +72,15 @@ def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -
     differences = [_difference(of[cell], of[control], metric) for cell, control, metric in comparisons]
     adjusted = holm([found["p"] for found in differences])
     return {
-        "documents": len(before.documents_D),
-        "tokens": int(before.tokens_D.sum()),
-        "before": {
-            **{metric: _mean(before, metric) for metric in METRICS},
-            "right thoughts": before.right,
-            "counterfactual": _counterfactual([before]),
-        },
+        **_size(before),
+        "before": {**_values(before), "counterfactual": _counterfactual([before])},
         "missed": max(run.missed for run in runs),
         "arms": {cell.name: _arm(of[cell]) for cell in cells},
         "comparisons": [
             {"arm": cell.name, "control": control.name, "metric": metric, **found, "p_holm": p}
             for (cell, control, metric), found, p in zip(comparisons, differences, adjusted, strict=True)
         ],
+        "elsewhere": {shift: _elsewhere(shift, of, before.shifts[shift]) for shift in before.shifts},
     }
 
 
@@ -103,18 +99,49 @@ def _mean(scores: Scores, metric: str) -> float | None:
     return None if value_D is None else ((value_D * scores.tokens_D).sum() / scores.tokens_D.sum()).item()
 
 
+def _size(scores: Scores) -> dict[str, int]:
+    return {"documents": len(scores.documents_D), "tokens": int(scores.tokens_D.sum())}
+
+
+def _values(scores: Scores) -> dict[str, float | None]:
+    return {**{metric: _mean(scores, metric) for metric in METRICS}, "right thoughts": scores.right}
+
+
+def _over_seeds(of_seeds: Sequence[Scores]) -> dict[str, Any]:
+    values = [_values(scores) for scores in of_seeds]
+    by_seed = {metric: [of[metric] for of in values] for metric in values[0]}
+    known = {metric: [x for x in of if x is not None] for metric, of in by_seed.items()}
+    means = {metric: _json(vars(over_seeds(of))) for metric, of in known.items() if of}
+    return {**means, "by_seed": by_seed}
+
+
 def _arm(runs: Sequence[Finished]) -> dict[str, Any]:
-    values = {metric: [_mean(run.scores, metric) for run in runs] for metric in METRICS}
-    values["right thoughts"] = [run.scores.right for run in runs]
-    spent = {name: [run.spent[name] for run in runs] for name in ("step", "tokens", "flops", "seconds")}
-    known = {name: [x for x in of if x is not None] for name, of in values.items()}
+    of_seeds = [run.scores for run in runs]
     return {
         "seeds": [run.seed for run in runs],
-        **{name: _json(vars(over_seeds(of))) for name, of in known.items() if of},
-        "by_seed": values,
-        "spent": spent,
-        "counterfactual": _counterfactual([run.scores for run in runs]),
-        "changed": _changed([run.scores for run in runs]),
+        **_over_seeds(of_seeds),
+        "spent": {name: [run.spent[name] for run in runs] for name in ("step", "tokens", "flops", "seconds")},
+        "counterfactual": _counterfactual(of_seeds),
+        "changed": _changed(of_seeds),
+    }
+
+
+def _elsewhere(shift: str, runs: Mapping[Cell, Sequence[Finished]], before: Scores) -> dict[str, Any]:
+    arms = {cell.name: [run.scores.shifts[shift] for run in of] for cell, of in runs.items()}
+    scored = {metric: value_D for metric in METRICS if (value_D := _of(before, metric)) is not None}
+    return {
+        **_size(before),
+        "before": _values(before),
+        "arms": {
+            arm: {
+                **_over_seeds(of_seeds),
+                "minus before": {
+                    metric: _paired([_of(scores, metric) - value_D for scores in of_seeds], before.tokens_D)  # type: ignore[operator]
+                    for metric, value_D in scored.items()
+                },
+            }
+            for arm, of_seeds in arms.items()
+        },
     }
 
 
@@ -162,11 +189,21 @@ def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
     parts: list[str | Sheet] = [f"# {name}", introduction(found, match), arms(found), *few_documents(found)]
     if found["comparisons"]:
         parts += [about_comparisons(found), comparisons(found)]
+    if found["elsewhere"]:
+        parts += [f"Elsewhere. {ABOUT_ELSEWHERE}", *elsewhere(found)]
     if found["before"]["counterfactual"]:
         parts += [f"Does the thought matter? {ABOUT_COUNTERFACTUAL}", counterfactual(found)]
     if any(arm.get("changed") for arm in found["arms"].values()):
         parts += [ABOUT_CHANGED, changes(found)]
     return "\n\n".join(part if isinstance(part, str) else part.to_markdown() for part in parts) + "\n"
+
+
+ABOUT_ELSEWHERE = (
+    "The same models on the documents of each of the study's shifts. Means over seeds with 95% intervals "
+    "(Student's t). Differences to the model before are on the same documents, with 95% intervals over seeds and "
+    "documents. None of these is among the comparisons that Holm allows for. A shift that is scored by next_token has "
+    "no thoughts, and NLL is of all tokens."
+)
 
 
 ABOUT_COUNTERFACTUAL = (
@@ -211,9 +248,13 @@ def arms(found: Mapping[str, Any], short: bool = False) -> Sheet:
 
 def few_documents(found: Mapping[str, Any]) -> list[str]:
     """What must be known of intervals over documents, if anything."""
-    if found["documents"] >= ENOUGH_DOCUMENTS:
-        return []
-    return [f"Of fewer than {ENOUGH_DOCUMENTS} documents: too few for intervals over them; raise held_out_rows."]
+    places = {"": found, **{f"{shift}: of": of for shift, of in found["elsewhere"].items()}}
+    return [
+        f"{place or 'Of'} fewer than {ENOUGH_DOCUMENTS} documents: too few for intervals over them; raise "
+        + ("evaluation.rows." if place else "held_out_rows.")
+        for place, of in places.items()
+        if of["documents"] < ENOUGH_DOCUMENTS
+    ]
 
 
 def about_comparisons(found: Mapping[str, Any]) -> str:
@@ -235,6 +276,28 @@ def comparisons(found: Mapping[str, Any]) -> Sheet:
     ]
     head = ["arm", "minus control", "of", "difference, nats or points", "p", "p, Holm", "Cohen's d"]
     return Sheet("Differences from the controls", head, rows)
+
+
+def elsewhere(found: Mapping[str, Any]) -> list[Sheet]:
+    """One row for each shift."""
+    shifts, plain = found["elsewhere"], "NLL without a thought"
+    sheets = []
+    for metric in ("right answers after its own thought", "NLL after its own thought", plain):
+        rows = [
+            [
+                shift,
+                _number(metric, of["before"][metric]),
+                *(_shown(metric, arm[metric]) for arm in of["arms"].values()),
+            ]
+            for shift, of in shifts.items()
+            if of["before"][metric] is not None
+        ]
+        sheets.append(Sheet("Elsewhere", [metric, "the model before", *found["arms"]], rows))
+    differences = [
+        [shift, *(_signed(arm["minus before"][plain]) for arm in of["arms"].values())] for shift, of in shifts.items()
+    ]
+    sheets.append(Sheet("Elsewhere", [f"{plain}, minus the model before's", *found["arms"]], differences))
+    return [sheet for sheet in sheets if sheet.rows]
 
 
 def counterfactual(found: Mapping[str, Any]) -> Sheet:

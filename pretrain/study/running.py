@@ -71,18 +71,17 @@ def _train(planned: Planned, progress: Progress) -> None:
 
 def _scored(planned: Planned) -> tuple[list[Finished], Sequence[str], Scores]:
     """What `results` takes."""
-    scoring = planned.scoring
-    before = scores(scoring, scoring, planned.directory / "before.scores.json", None)
+    scoring, shifts = planned.scoring, planned.shifts
+    before = scores(scoring, scoring, shifts, planned.directory / "before.scores.json", None)
     found = []
-    for number, run in enumerate(planned.runs):
+    for run in planned.runs:
         recipe, directory = planned.recipe(run), run.directory
         path = directory.path.with_name(f"{directory.path.name}.scores.json")
-        if not path.exists():
-            say(f"scoring run {number + 1} of {len(planned.runs)}: {recipe.run_dir}")
         last = directory.read(directory.metrics)[-1]
         spent = {name: last[name] for name in ("step", "tokens", "flops", "seconds")}
         missed = 0.0 if recipe.budget.unit == "steps" else abs(last[recipe.budget.unit] / recipe.budget.amount - 1)
-        found.append(Finished(run.cell, recipe.seed, spent, missed, scores(recipe, scoring, path, directory)))
+        scored = scores(recipe, scoring, shifts, path, directory)
+        found.append(Finished(run.cell, recipe.seed, spent, missed, scored))
     return found, planned.study.controls, before
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from checkpoints.references import resolve
 from checkpoints.snapshots import find_snapshot, newest_snapshot
 from models.philox import Rng
 from pretrain.assembly import assemble
+from pretrain.callbacks import say
 from pretrain.evaluation.held_out import HeldOutScores, score_held_out
 from pretrain.opening import open_reference
 from pretrain.recipe import Recipe
@@ -35,7 +36,7 @@ class Scores:
     """nll: by condition of the counterfactual test, and "none" for that without a thought, the mean of each document's
     scored tokens [D]. correct: likewise, of "none" and "own", the share of them that the model finds likeliest.
     tokens_D: how many are scored. right: share of right thoughts, where right ones are known. changed: weights, by the
-    run."""
+    run. shifts: on each shift's documents."""
 
     documents_D: Tensor
     tokens_D: Tensor
@@ -43,36 +44,50 @@ class Scores:
     correct: Mapping[str, Tensor]
     right: float | None
     changed: Changed = field(default_factory=dict)
+    shifts: Mapping[str, Scores] = field(default_factory=dict)
 
 
-def scores(recipe: Recipe, scoring: Recipe, path: Path, run: RunDirectory | None) -> Scores:
-    """The scores of a run's newest model, or, for None, of the one that training starts from; read from `path`, if
-    they are there.
+def scores(
+    recipe: Recipe, scoring: Recipe, shifts: Mapping[str, Recipe], path: Path, run: RunDirectory | None
+) -> Scores:
+    """The scores of a run's newest model, or, for None, of the one that training starts from; read from `path`, as far
+    as they are there.
 
-    recipe: of the run. scoring: whose data and evaluation are used.
+    recipe: of the run. scoring: whose data and evaluation are used; shifts: and these, by name.
     """
     step = 0 if run is None else run.read(run.metrics)[-1]["step"]
-    alike = recipe_to_tree(scoring)
-    how = {"step": step, "model": recipe.model, "data": alike["data"], "evaluation": alike["evaluation"]}
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    scored = found.get("how") == how and "correct" in found  # not in older files
-    if not scored:
-        found = {"how": how, **_scored(recipe, scoring, run)}
-    counted = run is None or "changed" in found  # nor in still older ones
-    if run is not None and not counted:
-        start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
-        found["changed"] = changed(start, model_of(find_snapshot(run.path, ("model",)), None))
-    if not (scored and counted):
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept.setdefault("shifts", {})
+
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, json.dumps(found) + "\n")
+        write_durably(path, json.dumps(kept) + "\n")
+
+    for shift, scored_by in {"": scoring, **shifts}.items():
+        found = kept["shifts"].setdefault(shift, {}) if shift else kept
+        tree = recipe_to_tree(scored_by)
+        how = {"step": step, "model": recipe.model, "data": tree["data"], "evaluation": tree["evaluation"]}
+        if found.get("how") == how and "correct" in found:  # not in older files
+            continue
+        say(f"scoring {'the model before' if run is None else run.path}{f' on {shift}' if shift else ''}")
+        found.pop("changed", None)
+        found.update(how=how, **_scored(recipe, scored_by, run))
+        write()
+    if run is not None and "changed" not in kept:  # nor in still older ones
+        start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
+        kept["changed"] = changed(start, model_of(find_snapshot(run.path, ("model",)), None))
+        write()
+    return replace(_read(kept), shifts={shift: _read(kept["shifts"][shift]) for shift in shifts})
+
+
+def _read(found: Mapping[str, Any]) -> Scores:
     nll, correct = (
         {condition: torch.tensor(values, dtype=torch.float64) for condition, values in found[name].items()}
         for name in ("nll", "correct")
     )
     weights = {name: (count, of) for name, (count, of) in found.get("changed", {}).items()}
-    return Scores(
-        torch.tensor(found["documents"]), torch.tensor(found["tokens"]), nll, correct, found["right"], weights
-    )
+    documents_D, tokens_D = torch.tensor(found["documents"]), torch.tensor(found["tokens"])
+    return Scores(documents_D, tokens_D, nll, correct, found["right"], weights)
 
 
 def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:

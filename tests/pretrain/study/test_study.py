@@ -16,8 +16,11 @@ import torch
 import yaml
 
 from checkpoints import find_checkpoint, load_checkpoint, load_thinking_model
+from data_pipelines import DataConfig, open_data
+from models import Text
 from objectives import Step
 from pretrain.cli import GAVE_UP, main
+from pretrain.opening import open_model
 from pretrain.recipe import RecipeError
 from pretrain.run_directory import RunDirectory
 from pretrain.stopping import UNFINISHED
@@ -162,6 +165,50 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
     assert "the study can be run: 9 runs" in capsys.readouterr().err
 
 
+def test_shifts_are_scored_when_they_come(study, monkeypatch, capsys):
+    """Of runs that are finished, and nothing twice."""
+    notes = "".join(json.dumps({"text": f"Note {n} says that it is {n * n}. " * 3}) + "\n" for n in range(12))
+    Path("notes.jsonl").write_text(notes)
+    small = {"arms": {"rlp": None}, "controls": [], "match": None, "budget": None}
+
+    def scored(shifts: dict) -> list[str]:
+        capsys.readouterr()
+        assert main(study(small | {"shifts": shifts})) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("scoring")]
+
+    assert main(study(small)) == 0
+    models = ["the model before", "out/rlp/seed-0", "out/rlp/seed-1"]
+    monkeypatch.setattr(running, "fit", None)
+    shifts = {"notes": {"data": "notes.jsonl", "data.held_out": 0.5, "evaluation.objective": "next_token"}}
+    assert scored(shifts) == [f"scoring {model} on notes" for model in models]
+    shifts["longer"] = {"data.length": 48, "evaluation.objective.length": 5}
+    assert scored(shifts) == [f"scoring {model} on longer" for model in models]
+    shifts["longer"]["evaluation.rows"] = 2
+    assert scored(shifts) == [f"scoring {model} on longer" for model in models]
+    assert not scored(shifts)
+
+    # Half of the notes are held out; all of their tokens are read, by the documents alone.
+    opened = open_model("out/rlp/seed-0")
+    config = DataConfig(reference="notes.jsonl", held_out=0.5, length=32, end_of_document="<|endoftext|>")
+    rows = open_data(config, opened.tokenizer, 0).held_out_rows(24)
+    text = Text(**rows)
+    logprobs_BNV = (opened.model.read(text).hidden_BNW @ opened.model.head_weight_VW.T).log_softmax(-1)
+    follows_BN = (text.document_BN[:, 1:] >= 0) & (text.document_BN[:, 1:] == text.document_BN[:, :-1])
+    nll_BN = -logprobs_BNV[:, :-1].gather(2, text.tokens_BN[:, 1:, None])[..., 0]
+    found = json.loads(Path("out/results.json").read_text())
+    elsewhere = found["elsewhere"]["notes"]
+    assert elsewhere["documents"] == 6 and elsewhere["tokens"] == follows_BN.sum()
+    by_seed = elsewhere["arms"]["rlp"]["by_seed"]
+    assert by_seed["NLL without a thought"][0] == pytest.approx(nll_BN[follows_BN].mean().item(), rel=1e-5)
+    assert by_seed["NLL after its own thought"] == [None, None]
+    gained = sum(by_seed["NLL without a thought"]) / 2 - elsewhere["before"]["NLL without a thought"]
+    assert elsewhere["arms"]["rlp"]["minus before"]["NLL without a thought"]["mean"] == pytest.approx(gained)
+    longer = json.loads(Path("out/rlp/seed-1.scores.json").read_text())["shifts"]["longer"]
+    assert longer["how"]["evaluation"]["objective"]["length"] == 5 and longer["how"]["data"]["length"] == 48
+    said = Path("out/results.md").read_text()
+    assert "notes: of fewer than 20 documents" in said and "| longer | " in said
+
+
 def test_runs_at_once_of_which_some_fail(study, monkeypatch, capsys):
     """Each by a command of the user's, here one that trains only one of them."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -253,6 +300,21 @@ def test_the_grid_of_a_study(study):
         ),
         ({"sed": 3}, ["unknown key 'sed'; known: base, changes, arms, matrix, seeds, match, budget, controls, "]),
         ({"base": "nowhere"}, ["no recipe 'nowhere': give a YAML file or one of "]),
+        (
+            {"shifts": {"a|b": "python-docs", "far": {"model": "lab"}}},
+            [
+                "shift 'a|b' names rows of tables; use letters, digits, ., _ and -",
+                "shifts.far cannot set model: a shift is of data and evaluation alone",
+            ],
+        ),
+        (
+            {"shifts": {"far": "nowhere.jsonl", "none": {"data.held_out": 0}, "long": {"data.lenght": 9}}},
+            [
+                "data reference 'nowhere.jsonl' is neither a known name nor an existing path; ",
+                "data.held_out is 0, which leaves nothing to score; raise it (in shifts.none)",
+                "unknown key 'data.lenght'; did you mean 'length'? (in shifts.long)",
+            ],
+        ),
         ({"changes": {"devices": 2}}, ["a study's runs take one device each; set devices and nodes to 1"]),
         ({"changes": {"model": "nowhere at all"}}, ["no model 'nowhere at all'; give a local Hugging Face directory"]),
     ],
@@ -281,7 +343,10 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     """Two steps of each arm with random weights, of one seed; all the rest as it is, the report included."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(running, "write_report", write_report)
-    tree = yaml.safe_load((ROOT / "studies" / "lab.yaml").read_text()) | {"seeds": [0], "held_out_rows": 2}
+    path = ROOT / "studies" / "lab.yaml"
+    assert len(load_study(str(path), [], None).shifts) == 12
+    tree = yaml.safe_load(path.read_text()) | {"seeds": [0], "held_out_rows": 2}
+    tree["shifts"] = {"mixed-in": tree["shifts"]["mixed-in"] | {"evaluation.rows": 2}}
     Path("lab.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     small = ["--model", "random:lab", "--steps", "2", "--rows_per_step", "1", "--data.length", "64"]
     assert main(["study", "lab.yaml", *small, "--objective.length", "4", "--evaluation.rows", "1"]) == 0
@@ -290,6 +355,10 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     assert set(found["arms"]) == {"rlp", "rpt", "quiet-star"} | controls
     assert found["arms"]["rlp"]["right thoughts"]["n"] == 1
     assert all(math.isfinite(c["mean"]) for c in found["comparisons"]) and len(found["comparisons"]) == 75
+    # Quiet-STaR's own way of thinking, for which the other models have untrained parts; scored are answers alone.
+    mixed = found["elsewhere"]["mixed-in"]
+    assert mixed["documents"] == mixed["tokens"] == found["documents"]
+    assert {"right thoughts", "own minus shuffled"} <= mixed["arms"]["quiet-star"].keys() & mixed["arms"]["rlp"].keys()
     said = capsys.readouterr().out
     page = unescape(Path("runs/lab/report.html").read_text(encoding="utf-8"))
     for where in (said, page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -76,19 +77,22 @@ def planned(tmp_path) -> Planned:
     return Planned(study, [], tmp_path, recipes[RLP], runs)
 
 
+def read(*none: float) -> dict[str, Scores]:
+    """Of two documents of one token each, elsewhere and without thoughts."""
+    of = {"none": torch.tensor(none, dtype=torch.float64)}
+    return {"far": Scores(torch.tensor([1, 2]), torch.tensor([1, 1]), of, {"none": torch.zeros(2).double()}, None)}
+
+
 def report(planned: Planned) -> str:
     own = {RLP: 1.0, NEXT: 2.0}
-    finished = [
-        Finished(
-            run.cell,
-            run.recipe.seed,
-            {"step": 20, "tokens": 2000, "flops": 2e12, "seconds": 10.0},
-            0.0,
-            scores([own[run.cell] + run.recipe.seed, own[run.cell]], [2.5, 2.5], float(run.cell == RLP)),
-        )
-        for run in planned.runs
-    ]
-    found = results(finished, ["next-token"], scores([2.0, 2.0], [2.25, 2.25]))
+    finished = []
+    for run in planned.runs:
+        nll, seed = own[run.cell], run.recipe.seed
+        scored = scores([nll + seed, nll], [2.5, 2.5], float(run.cell == RLP))
+        spent = {"step": 20, "tokens": 2000, "flops": 2e12, "seconds": 10.0}
+        finished.append(Finished(run.cell, seed, spent, 0.0, replace(scored, shifts=read(nll + seed, nll + seed + 2))))
+    before = replace(scores([2.0, 2.0], [2.25, 2.25]), shifts=read(3.0, 3.0))
+    found = results(finished, ["next-token"], before)
     return write_report(planned, found, "All spent alike.").read_text(encoding="utf-8")
 
 
@@ -156,6 +160,12 @@ def test_the_page(planned):
         assert shown in [row[2:4] for row in table if row[0] == arm], arm
     (row,) = [row for row in table if row[:3] == [RLP.name, NEXT.name, "right answers after its own thought"]]
     assert row[3].startswith("+25.0 [+0.0, ")
+    # Elsewhere (1 + 3)/2 and (2 + 4)/2 nats with RLP, 3 before; a nat more with next-token prediction.
+    far = [row for row in table if row[0] == "far"]
+    shown = [f"{mean:.3f} [{mean - T / 2:.3f}, {mean + T / 2:.3f}]" for mean in (2.5, 3.5)]
+    assert len(far) == 2 and far[0] == ["far", "3.000", *shown]
+    assert [cell.partition(" ")[0] for cell in far[1]] == ["far", "-0.500", "+0.500"]
+    assert "far: of fewer than 20 documents" in text
     # The same documents and seeds: one nat less in each of them, so that nothing is left to chance.
     assert [RLP.name, NEXT.name, "own minus shuffled", "-1.000 [-1.000, -1.000]"] in [row[:4] for row in table]
     assert "5 comparisons were made" in text
