@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-COPIES = ("_working_copy", "_wide_copy", "_packed_copy", "_native_copy")  # attributes of a weight that hold (state, copy)
+# Attributes of a weight that hold (state, copy).
+COPIES = ("_working_copy", "_wide_copy", "_packed_copy", "_native_copy")
 _optimizer_steps = 0
 
 
@@ -119,7 +120,7 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
 def bf16_products(dtype: torch.dtype) -> Iterator[None]:
     """Where `dtype` is bf16, and a CPU has instructions for it, it multiplies fp32 matrices in here as if they were
     rounded to bf16. Of numbers that are, the sums are the same, in a fraction of the time."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if dtype == torch.bfloat16 and _onednn_takes(dtype):
         matmul.fp32_precision = "bf16"
