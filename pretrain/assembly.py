@@ -89,7 +89,7 @@ def assemble(recipe: Recipe, checkpoint: Snapshot | None = None) -> Assembled:
     else:
         source = model_of(checkpoint, dtype)
     needs = tuple(objective.needs for objective in (*trained, evaluator))
-    unloaded = _with_parts(source, needs, tokenizer, recipe.seed)
+    unloaded = _with_parts(source, needs, tokenizer, recipe.seed, keep=checkpoint is not None)
     model = unloaded.model
     _check_sizes(recipe, objectives, tokenizer, model)
     engine = make_engine(recipe, model, objectives)
@@ -207,11 +207,18 @@ def _check_delimiters(recipe: Recipe, objectives: Mapping[str, Objective]) -> No
             )
 
 
-def _with_parts(source: UnloadedModel, needs: tuple[Needs, ...], tokenizer: Tokenizer, seed: int) -> UnloadedModel:
-    """The model with the parts that its objectives need; parts that it already brings are kept as they are."""
+def _with_parts(
+    source: UnloadedModel, needs: tuple[Needs, ...], tokenizer: Tokenizer, seed: int, keep: bool
+) -> UnloadedModel:
+    """The model with the parts that its objectives need, as it brings them if it does. keep: also with those that none
+    needs, of which an optimizer has states."""
     config, dtype = source.model.decoder.config, source.model.decoder.compute_dtype
     origins = next((n.delimiters for n in needs if n.delimiters is not None), None)
-    model = empty_model(config, dtype, origins is not None, any(n.mixing_head for n in needs))
+    has_delimiters, has_head = (
+        keep and part is not None for part in (source.model.delimiters, source.model.mixing_head)
+    )
+    with_head = has_head or any(n.mixing_head for n in needs)
+    model = empty_model(config, dtype, has_delimiters or origins is not None, with_head)
     made: dict[str, Tensor] = {}
     if origins is not None and source.model.delimiters is None:
         ids = [encode_tag(tokenizer, origin)[:1] for origin in origins]

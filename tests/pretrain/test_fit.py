@@ -730,6 +730,16 @@ def test_difficulty_survives_a_resume(tiny_run, run_directory):
     assert [e["step"] for e in lines(run_directory / "evaluations.jsonl")] == [0, 2, 4]
 
 
+def test_an_evaluation_that_brought_parts_may_be_left_out(tiny_run, run_directory):
+    """The model keeps its delimiters and mixing head, whose moments are in the checkpoint."""
+    common = [*OBJECTIVES["next_token"], "--evaluation.counterfactuals", "false"]
+    assert fit(tiny_run, *common, "--evaluation.objective.name", "quiet_star", "--steps", "1") == 0
+    first = load_checkpoint(find_checkpoint(run_directory))[0]
+    assert fit(tiny_run, *common, "--steps", "2") == 0
+    second = load_checkpoint(find_checkpoint(run_directory))[0]
+    assert second["model"].keys() == first["model"].keys() and "mixing_head.out.weight" in first["model"]
+
+
 ONE_ANCHOR = [
     *("--evaluation.objective.name", "rlp", "--evaluation.objective.anchors_per_document", "1"),
     *("--evaluation.objective.length", "4", "--evaluation.objective.thoughts", "3"),
