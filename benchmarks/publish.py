@@ -1,9 +1,11 @@
 """Runs a study, or goes on with it, and shows what it found where readers look:
 
     python -m benchmarks.publish studies/lab.yaml            # writes studies/results/lab/ and the table in README.md
-    python -m benchmarks.publish studies/lab.yaml --check    # compares with what is there, and writes nothing
+    python -m benchmarks.publish studies/lab.yaml --check    # compares with what is there, and writes nothing there
 
-README's table stands between <!-- lab --> and <!-- end of lab -->.
+Records of finished runs are kept in studies/results/lab/runs/ as they come: committed, they count as finished wherever
+the command is repeated. Further arguments are those of `forethought study`, like --minutes 100. README's table stands
+between <!-- lab --> and <!-- end of lab -->; a study without such a place has none.
 """
 
 from __future__ import annotations
@@ -11,32 +13,39 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
 from pretrain import cli
-from pretrain.study.results import arms
+from pretrain.study.results import arms, missing_runs
 
 ROOT = Path(__file__).parents[1]
 
 
-def around_table(readme: str, name: str) -> tuple[str, str]:
-    """What stands before and after a study's table, markers included. Raises ValueError if it has no place."""
+def around_table(readme: str, name: str) -> tuple[str, str] | None:
+    """What stands before and after a study's table, markers included; None if it has no place. Raises ValueError if it
+    has half of one."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, begins, rest = readme.partition(begin)
     _, ends, after = rest.partition(end)
-    if not (begins and ends):
-        raise ValueError(f"README.md has no place for the table; put {begin.strip()} and {end} on lines of their own")
-    return before + begin, end + after
+    if begins and ends:
+        return before + begin, end + after
+    if begins or end in readme:
+        raise ValueError(f"README.md: put {begin.strip()} and {end}, in this order, on lines of their own")
+    return None
 
 
 def with_table(readme: str, name: str, found: Mapping[str, Any]) -> str:
-    """README with the table of a study in its place. Raises ValueError if it has none."""
-    before, after = around_table(readme, name)
+    """README with the table of a study in its place, if it has one. Raises ValueError if that has no end."""
+    place = around_table(readme, name)
+    if place is None:
+        return readme
+    before, after = place
     said = f"What it found ([with comparisons](studies/results/{name}/results.md)):"
-    return f"{before}\n{said}\n\n{arms(found, short=True).to_markdown()}\n{after}"
+    parts = [said, *missing_runs(found), arms(found, short=True).to_markdown()]
+    return "\n".join([before, *(f"{part}\n" for part in parts)]) + after
 
 
 def disagreements(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -54,15 +63,20 @@ def disagreements(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def publish(study: str, run_dir: str, check: bool = False, root: Path = ROOT) -> int:
+def publish(study: str, run_dir: str, check: bool = False, options: Sequence[str] = (), root: Path = ROOT) -> int:
     """Runs a study and writes what it found below `root`, or compares it; returns the exit code. Raises ValueError for
-    a study without a place in README, or without anything to compare with."""
+    a study without anything to compare with, or whose place in README has no end.
+
+    options: of `forethought study`.
+    """
     name, readme = Path(study).stem, root / "README.md"
     kept = root / "studies" / "results" / name
     around_table(readme.read_text(encoding="utf-8"), name)  # ahead of what takes an hour
     if check and not (kept / "results.json").exists():
         raise ValueError(f"there is no {kept / 'results.json'} to compare with; leave --check out")
-    if code := cli.main(["study", study, "--run-dir", run_dir]):
+    if not check:
+        options = [*options, "--keep", str(kept / "runs")]
+    if code := cli.main(["study", study, "--run-dir", run_dir, *options]):
         return code
     found = json.loads((Path(run_dir) / "results.json").read_text(encoding="utf-8"))
     if check:
@@ -82,9 +96,9 @@ def main() -> None:
     parser.add_argument("study", help="YAML file")
     parser.add_argument("--run-dir", help="default: runs/<name of the study>")
     parser.add_argument("--check", action="store_true", help="compare with what was found before, and write nothing")
-    given = parser.parse_args()
+    given, options = parser.parse_known_args()
     try:
-        sys.exit(publish(given.study, given.run_dir or f"runs/{Path(given.study).stem}", given.check))
+        sys.exit(publish(given.study, given.run_dir or f"runs/{Path(given.study).stem}", given.check, options))
     except ValueError as error:
         sys.exit(str(error))
 

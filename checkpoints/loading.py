@@ -3,6 +3,7 @@ rank's part straight from the files."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,16 @@ class UnloadedModel:
         fill_parameters(self.model, self.weights)
         self.weights = {}  # else weights that were in memory are there twice for as long as anybody holds this
         return self.model
+
+    def fingerprint(self) -> str:
+        """sha256 of all weights, their names, dtypes and shapes, read one after the other."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            stored = self.weights[name]
+            weight = (stored if isinstance(stored, Tensor) else stored.whole()).detach().cpu().contiguous()
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            digest.update(weight.flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def row(self, name: str, index: int) -> Tensor:
         """A row of a matrix, in fp32."""

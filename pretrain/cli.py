@@ -98,8 +98,7 @@ def study(
     overrides: Sequence[str],
     run_dir: str | None,
     dry_run: bool,
-    at_once: int | None,
-    launch: str | None,
+    **rest: Any,
 ) -> None:
     """Train the arms of a study with every seed, and compare them on the same held-out documents.
 
@@ -108,12 +107,16 @@ def study(
     after the other, or one on each GPU; the same command continues. Ends with a table, also as results.md and
     results.json, and with report.html; repeated, the command adds to that what `evaluate` has found in the runs since.
 
+    A study may be run in several sittings and on several machines: --only, --seeds and --minutes train part of it, and
+    the table says which runs are missing; --keep DIR takes the records of finished runs from DIR and adds those that
+    finish here, without weights, so that DIR is small enough to be committed.
+
     Under SLURM, --launch 'sbatch --wait --nodes 1 --ntasks-per-node 1 --gpus-per-node 1 pretrain/launch/slurm.sbatch'
     makes each run a job of its own, on a file system that all machines share; its recipe is added to the command.
     """
     from pretrain.study.running import run_study
 
-    run_study(study, overrides, run_dir, dry_run, at_once, launch)
+    run_study(study, overrides, run_dir, dry_run, **rest)
 
 
 def export(checkpoint: str, out: str, thinking: bool) -> None:
@@ -223,6 +226,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             description=doc,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # else a recipe's --seed would be a study's --seeds
         )
         added.set_defaults(function=function)
         return added
@@ -265,6 +269,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         help="runs at the same time; default: one on each GPU, or with --launch all",
     )
     studying.add_argument("--launch", metavar="COMMAND", help="what trains a recipe in place of `forethought fit`")
+    studying.add_argument(
+        "--keep", dest="kept", metavar="DIR", help="runs that are there are finished; adds those that finish here"
+    )
+    studying.add_argument(
+        "--only", type=lambda names: names.split(","), metavar="ARM,…", help="train these arms; default: all"
+    )
+    studying.add_argument("--seeds", type=_numbers, metavar="N,…", help="train runs with these seeds; default: all")
+    studying.add_argument("--minutes", type=float, metavar="N", help="after which no run is begun")
 
     exporting = command(export)
     exporting.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory or checkpoint")
@@ -317,6 +329,10 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _temperature(text: str) -> float:

@@ -116,14 +116,17 @@ class RunDirectory:
         if not self.recipe.exists():
             return
         free = free_keys(recipe) | ({"optimizer"} if self._goes_back(recipe) else set())
-        differing = _differences(recipe_to_tree(self.settle(self.load_recipe())), recipe_to_tree(recipe), free)
-        if differing:
+        if differing := self.differing(recipe, free):
             optimizer = any(key.startswith("optimizer.") for key in differing)
             raise RecipeError(
                 f"{self.path} holds a run of another recipe ({', '.join(differing)} differ); "
                 f"choose another --run-dir, or repeat the command that made it"
                 + ("; optimizer.* may change from a checkpoint on, by --continue-from STEP" if optimizer else "")
             )
+
+    def differing(self, recipe: Recipe, free: Set[str]) -> list[str]:
+        """Dotted keys, but for those that are free, in which a settled recipe is not that of the run."""
+        return [*_differences(recipe_to_tree(self.settle(self.load_recipe())), recipe_to_tree(recipe), free)]
 
     def changes(self, recipe: Recipe) -> str:
         """What a continuation by this recipe changes, as `key old → new, …`."""

@@ -87,6 +87,5 @@ def test_tables_of_studies_are_those_of_their_results():
         assert with_table(README, name, found) == README, f"python -m benchmarks.publish studies/{name}.yaml"
         assert arms(found).to_markdown() in (RESULTS / name / "results.md").read_text()
     places = re.findall(r"<!-- end of (.*) -->", README)
-    assert kept.keys() <= {*places}
     for name in {*places} - kept.keys():
         assert f"<!-- {name} -->\n<!-- end of {name} -->" in README, f"a table without studies/results/{name}"

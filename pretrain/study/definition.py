@@ -23,7 +23,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,6 +132,20 @@ class Run:
         assert self.recipe.run_dir is not None
         return RunDirectory(self.recipe.run_dir)
 
+    @property
+    def scores(self) -> Path:
+        """The file of its final scores."""
+        return self.directory.path.with_name(f"{self.directory.path.name}.scores.json")
+
+    def at(self, directory: Path) -> Run:
+        """The run in a study's directory."""
+        run_dir, group = directory / self.cell.name / f"seed-{self.recipe.seed}", directory.resolve().name
+        logging = self.recipe.logging.replaced(
+            wandb_name=f"{group}/{run_dir.relative_to(directory)}",
+            wandb_group=self.recipe.logging.wandb_group or group,
+        )
+        return Run(self.cell, self.recipe.replaced(run_dir=str(run_dir), logging=logging))
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -164,6 +178,14 @@ class Planned:
         return next(other for other in self.runs if (other.cell, other.recipe.seed) == pair)
 
     @property
+    def before(self) -> Path:
+        """The file of the scores of the model that training starts from."""
+        return self.directory / "before.scores.json"
+
+    def at(self, directory: Path) -> Planned:
+        return replace(self, directory=directory, runs=[run.at(directory) for run in self.runs])
+
+    @property
     def tree(self) -> Tree:
         """What study.yaml holds."""
         return self.study.model_dump(mode="json") | {"changes": self.base}
@@ -182,7 +204,7 @@ def load_study(
     """
     study = _read(path)
     if found := study.problems():
-        raise _error(found)
+        raise study_error(found)
     mistakes: dict[str, list[str]] = {}  # cells by what is wrong with them
 
     def attempted(cell: str, make: Callable[[], Any]) -> Any:
@@ -210,21 +232,13 @@ def load_study(
     if mistakes:
         every = {cell.name for cell in cells}
         alike = {line for line, of in mistakes.items() if "" in of or every <= {*of}}
-        raise _error(line if line in alike else f"{line} (in {', '.join(of)})" for line, of in mistakes.items())
+        raise study_error(line if line in alike else f"{line} (in {', '.join(of)})" for line, of in mistakes.items())
     assert scored is not None
-    runs = [_run(directory, cell, recipe, seed) for seed in study.seeds for cell, recipe in recipes.items()]
-    planned = Planned(study, base, directory, scored, runs, shifts)
+    runs = [Run(cell, recipe.replaced(seed=seed)) for seed in study.seeds for cell, recipe in recipes.items()]
+    planned = Planned(study, base, directory, scored, runs, shifts).at(directory)
     if found := list(_occupied(planned)):
-        raise _error(found)
+        raise study_error(found)
     return planned
-
-
-def _run(directory: Path, cell: Cell, recipe: Recipe, seed: int) -> Run:
-    run_dir, group = directory / cell.name / f"seed-{seed}", directory.resolve().name
-    logging = recipe.logging.replaced(
-        wandb_name=f"{group}/{run_dir.relative_to(directory)}", wandb_group=recipe.logging.wandb_group or group
-    )
-    return Run(cell, recipe.replaced(seed=seed, run_dir=str(run_dir), logging=logging))
 
 
 def _read(path: str) -> Study:
@@ -244,10 +258,11 @@ def _read(path: str) -> Study:
             else f"{'.'.join(map(str, e['loc'])) or path}: {e['msg'][0].lower()}{e['msg'][1:]}"
             for e in error.errors(include_url=False)
         ]
-        raise _error(lines) from None
+        raise study_error(lines) from None
 
 
-def _error(lines: Iterable[str]) -> RecipeError:
+def study_error(lines: Iterable[str]) -> RecipeError:
+    """All that is wrong with a study."""
     return RecipeError("the study cannot be run:\n" + "\n".join(f"  - {line}" for line in lines))
 
 

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +35,21 @@ class Started:
     process: subprocess.Popen[bytes]
 
 
-def train_at_once(planned: Planned, progress: Progress, at_once: int, launch: str | None) -> None:
-    """Trains what is not finished, `at_once` runs at a time. A run that fails leaves the others alone.
+def train_at_once(
+    planned: Planned,
+    progress: Progress,
+    at_once: int,
+    launch: str | None,
+    in_time: Callable[[], bool] = lambda: True,
+) -> None:
+    """Trains what is asked for and not finished, `at_once` runs at a time. A run that fails leaves the others alone.
 
     launch: the command that is given a recipe, and ends when its run has; default: `forethought fit`, each on a GPU
-    or with its share of the CPU. Raises TrainingStopped that names the runs that failed, RecipeError for a command that
-    cannot be started. A signal is handed on, and ends this once all runs have saved.
+    or with its share of the CPU. in_time: whether runs may still be begun. Raises TrainingStopped that names the runs
+    that failed, RecipeError for a command that cannot be started. A signal is handed on, and ends this once all runs
+    have saved.
     """
-    waiting = [run for run in planned.runs if not progress.is_whole(run)]
+    waiting = [run for run in progress.asked if not progress.is_whole(run)]
     running: list[Started] = []
     failed: list[Run] = []
     try:
@@ -55,7 +62,10 @@ def train_at_once(planned: Planned, progress: Progress, at_once: int, launch: st
                 else:
                     failed.append(started.run)
                     say(_why(started))
-            while len(running) < at_once and (run := next(_ready(planned, waiting, progress), None)) is not None:
+            while len(running) < at_once and in_time():
+                run = next(_ready(planned, waiting, progress), None)
+                if run is None:
+                    break
                 waiting.remove(run)
                 slot = next(n for n in itertools.count() if n not in {started.slot for started in running})
                 number = planned.runs.index(run) + 1
@@ -70,9 +80,11 @@ def train_at_once(planned: Planned, progress: Progress, at_once: int, launch: st
         for started in running:
             started.process.wait()
     if failed:
-        also = f", and {len(waiting)} that take their budget from them were not begun" if waiting else ""
+        after = sum(planned.budget_of(run) in failed for run in waiting)
+        also = f", and {after} that take their budget from them were not begun" if after else ""
+        others = "all others are finished" if after == len(waiting) else "for some others there was no time"
         raise TrainingStopped(
-            f"{', '.join(str(run.directory.path) for run in failed)} failed{also}; all others are finished. What a run "
+            f"{', '.join(str(run.directory.path) for run in failed)} failed{also}; {others}. What a run "
             f"said is in {_log(failed[0])}; the same command goes on"
         )
 
@@ -88,6 +100,7 @@ def _ready(planned: Planned, waiting: Sequence[Run], progress: Progress) -> Iter
 def _start(planned: Planned, run: Run, slot: int, at_once: int, launch: str | None) -> subprocess.Popen[bytes]:
     path, log = run.directory.path.with_name(f"{run.directory.path.name}.recipe.yaml"), _log(run)
     path.parent.mkdir(parents=True, exist_ok=True)
+    run.scores.unlink(missing_ok=True)  # of an older run, of which there is no more
     write_durably(path, recipe_to_yaml(planned.recipe(run)))
     command = [*(FIT if launch is None else shlex.split(launch)), str(path)]
     own = _share(slot, at_once) if launch is None else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.snapshots import all_checkpoints, name_of
@@ -10,14 +11,17 @@ from pretrain.study.definition import Planned, Run
 
 
 class Progress:
-    """Over all runs of a study, whoever trains them."""
+    """Over all runs of a study, whoever trains them. asked: those of them that are to be trained; default: all."""
 
-    def __init__(self, planned: Planned):
-        self.planned = planned
+    def __init__(self, planned: Planned, asked: Sequence[Run] | None = None):
+        self.planned, self.asked = planned, planned.runs if asked is None else asked
         self._seconds: dict[Path, float] = {}  # of runs that are whole
 
     def is_whole(self, run: Run) -> bool:
-        """Whether the run came to its end, and its last snapshot was written before anything killed it."""
+        """Whether the run came to its end, and its last snapshot was written before anything killed it.
+
+        Of a run that is scored, no weights are needed any more.
+        """
         directory, of = run.directory, self.planned.budget_of(run)
         if directory.path in self._seconds:
             return True
@@ -25,7 +29,9 @@ class Progress:
         if not records or (of is not None and not of.directory.read(of.directory.metrics)):
             return False
         written = {path.name for path in all_checkpoints(directory.checkpoints)}
-        if name_of(records[-1]["step"]) not in written or not directory.is_finished(self.planned.recipe(run)):
+        if not (run.scores.exists() or name_of(records[-1]["step"]) in written):
+            return False
+        if not directory.is_finished(self.planned.recipe(run)):
             return False
         self._seconds[directory.path] = records[-1]["seconds"]
         return True
@@ -37,7 +43,7 @@ class Progress:
     def left(self, at_once: int = 1) -> str:
         """How long the others will take, by those that came to their end."""
         whole = [run for run in self.planned.runs if self.is_whole(run)]
-        others = [run for run in self.planned.runs if not self.is_whole(run)]
+        others = [run for run in self.asked if not self.is_whole(run)]
         if not whole or not others:
             return ""
         took: dict[str, list[float]] = {}

@@ -78,7 +78,7 @@ def mean_curve(of_seeds: Sequence[Points]) -> Curve:
 def write_report(planned: Planned, found: Mapping[str, Any], match: str) -> Path:
     """Writes the report of runs that are all at their end; returns the path of report.html.
 
-    found: what `results` gives. match: what the runs spent alike, in words.
+    planned: of these runs. found: what `results` gives. match: what the runs spent alike, in words.
     """
     runs: dict[str, list[RunRecords]] = {}
     for run in planned.runs:
@@ -89,13 +89,14 @@ def write_report(planned: Planned, found: Mapping[str, Any], match: str) -> Path
 
 
 def _page(planned: Planned, runs: Runs, found: Mapping[str, Any], match: str) -> str:
-    seeds = ", ".join(map(str, planned.study.seeds))
+    seeds = ", ".join(map(str, dict.fromkeys(run.recipe.seed for run in planned.runs)))
     title = f"{planned.directory.resolve().name}: {len(runs)} arms, each with seed {seeds}"
 
     def plotted(plots: Iterable[Plot]) -> str:
         return pictures(plots, pngs=planned.directory / "pictures")
 
-    parts = [f"<h1>{escape(title)}</h1>", paragraph(results.introduction(found, match)), results.arms(found).to_html()]
+    parts = [f"<h1>{escape(title)}</h1>", paragraph(results.introduction(found, match))]
+    parts += [*map(paragraph, results.missing_runs(found)), results.arms(found).to_html()]
     parts += map(paragraph, results.few_documents(found))
     if found["comparisons"]:
         about = "Filled where p, Holm, is below 0.05. Cohen's d is in standard deviations of a document's difference."
@@ -328,7 +329,7 @@ def _differing(recipes: Mapping[str, Recipe]) -> Sheet:
     rows = []
     for key in dict.fromkeys(key for tree in trees.values() for key in tree):
         values = [tree.get(key, "") for tree in trees.values()]
-        if key not in ("seed", "run_dir") and len({*values} - {""}) > 1:
+        if not key.startswith(("seed", "run_dir", "logging.wandb_")) and len({*values} - {""}) > 1:
             rows.append([key, *values])
     title = "Keys of the recipes, of the first seed; those that only one objective has are not listed"
     return Sheet(title, ["key", *trees], rows, words=True)

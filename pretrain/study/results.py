@@ -56,8 +56,10 @@ class Finished:
     scores: Scores
 
 
-def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -> dict[str, Any]:
-    """JSON-able. before: of the model that training starts from."""
+def results(
+    runs: Sequence[Finished], controls: Sequence[str], before: Scores, missing: Sequence[tuple[Cell, int]] = ()
+) -> dict[str, Any]:
+    """JSON-able. before: of the model that training starts from. missing: runs that are not finished, with seeds."""
     cells = list(dict.fromkeys(run.cell for run in runs))
     of = {cell: [run for run in runs if run.cell == cell] for cell in cells}
     comparisons = [
@@ -65,7 +67,7 @@ def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -
         for cell in cells
         if cell.arm not in controls
         for control in (Cell(name, cell.values) for name in controls)
-        if control in of
+        if control in of and {run.seed for run in of[cell]} & {run.seed for run in of[control]}
         for metric in METRICS
         if _of(before, metric) is not None
     ]
@@ -74,6 +76,10 @@ def results(runs: Sequence[Finished], controls: Sequence[str], before: Scores) -
     return {
         **_size(before),
         "before": {**_values(before), "counterfactual": _counterfactual([before])},
+        "missing": {
+            cell.name: [seed for of_seed, seed in missing if of_seed == cell]
+            for cell in dict.fromkeys(cell for cell, _ in missing)
+        },
         "missed": max(run.missed for run in runs),
         "arms": {cell.name: _arm(of[cell]) for cell in cells},
         "comparisons": [
@@ -186,7 +192,13 @@ def _paired(of_seeds: Sequence[Tensor], tokens_D: Tensor) -> dict[str, Any]:
 
 def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
     """match: what the runs spent alike, in words."""
-    parts: list[str | Sheet] = [f"# {name}", introduction(found, match), arms(found), *few_documents(found)]
+    parts: list[str | Sheet] = [
+        f"# {name}",
+        introduction(found, match),
+        *missing_runs(found),
+        arms(found),
+        *few_documents(found),
+    ]
     if found["comparisons"]:
         parts += [about_comparisons(found), comparisons(found)]
     if found["elsewhere"]:
@@ -244,6 +256,12 @@ def arms(found: Mapping[str, Any], short: bool = False) -> Sheet:
         rows.append([cell, seeds, *(_shown(metric, arm[metric]) for metric in shown), *costs])
     head = ["arm", "seeds", *(metric if metric in SHARES else f"{metric}, nats" for metric in shown)]
     return Sheet("At the end of the runs", [*head, *(name for name, _ in spent.values())], rows)
+
+
+def missing_runs(found: Mapping[str, Any]) -> list[str]:
+    """What must be known of a study that is not finished."""
+    missing = [f"{cell} (seed {', '.join(map(str, seeds))})" for cell, seeds in found.get("missing", {}).items()]
+    return [f"Not finished, and missing here: {', '.join(missing)}."] if missing else []
 
 
 def few_documents(found: Mapping[str, Any]) -> list[str]:

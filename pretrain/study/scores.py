@@ -5,6 +5,7 @@ All runs of a study are scored alike: on the same documents at the same anchors,
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.references import resolve
-from checkpoints.snapshots import find_snapshot, newest_snapshot
+from checkpoints.snapshots import find_snapshot
 from models.philox import Rng
 from pretrain.assembly import assemble
 from pretrain.callbacks import say
@@ -51,27 +52,22 @@ def scores(
     recipe: Recipe, scoring: Recipe, shifts: Mapping[str, Recipe], path: Path, run: RunDirectory | None
 ) -> Scores:
     """The scores of a run's newest model, or, for None, of the one that training starts from; read from `path`, as far
-    as they are there.
+    as they are there. Raises CheckpointError for a run whose weights are needed and gone.
 
     recipe: of the run. scoring: whose data and evaluation are used; shifts: and these, by name.
     """
-    step = 0 if run is None else run.read(run.metrics)[-1]["step"]
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept.setdefault("shifts", {})
+    anew = differing(kept, recipe, scoring, shifts, run)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(kept) + "\n")
 
-    for shift, scored_by in {"": scoring, **shifts}.items():
-        found = kept["shifts"].setdefault(shift, {}) if shift else kept
-        tree = recipe_to_tree(scored_by)
-        how = {"step": step, "model": recipe.model, "data": tree["data"], "evaluation": tree["evaluation"]}
-        if found.get("how") == how and "correct" in found:  # not in older files
-            continue
+    for shift in anew:
+        found, scored_by = _place(kept, shift), shifts[shift] if shift else scoring
         say(f"scoring {'the model before' if run is None else run.path}{f' on {shift}' if shift else ''}")
         found.pop("changed", None)
-        found.update(how=how, **_scored(recipe, scored_by, run))
+        found.update(how=_how(recipe, scored_by, run), **_scored(recipe, scored_by, run))
         write()
     if run is not None and "changed" not in kept:  # nor in still older ones
         start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
@@ -90,9 +86,49 @@ def _read(found: Mapping[str, Any]) -> Scores:
     return Scores(documents_D, tokens_D, nll, correct, found["right"], weights)
 
 
+def differing(
+    kept: dict[str, Any], recipe: Recipe, scoring: Recipe, shifts: Mapping[str, Recipe], run: RunDirectory | None
+) -> dict[str, list[str]]:
+    """In what kept scores are not those that `scores` is asked for (step, model, start, data, evaluation, or that there
+    are any), by shift, or "" for those that are of none; empty where nothing is to be scored anew."""
+    found = {}
+    for shift, scored_by in {"": scoring, **shifts}.items():
+        there = _place(kept, shift)
+        how = _how(recipe, scored_by, run)
+        keys = [key for key, value in how.items() if there["how"].get(key) != value] if "how" in there else []
+        if "correct" not in there:  # nor in older files
+            keys.append("scores")
+        if keys:
+            found[shift] = keys
+    return found
+
+
+def _place(kept: dict[str, Any], shift: str) -> dict[str, Any]:
+    """Where the scores of a shift are."""
+    return kept.setdefault("shifts", {}).setdefault(shift, {}) if shift else kept
+
+
+def _how(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
+    tree = recipe_to_tree(scoring)
+    return {
+        "step": 0 if run is None else run.read(run.metrics)[-1]["step"],
+        "model": recipe.model,
+        "start": _fingerprint(recipe.model, recipe.seed if recipe.model.startswith("random:") else 0),
+        "data": tree["data"],
+        "evaluation": tree["evaluation"],
+    }
+
+
+@functools.cache
+def _fingerprint(model: str, seed: int) -> str:
+    """Of the weights that a run starts from. A directory may be made anew while runs go on: those count that were there
+    before."""
+    return open_reference(model, resolve(model), None, seed).fingerprint()
+
+
 def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
     changes = {"data": scoring.data, "evaluation": scoring.evaluation, "data_changed": "begin", "seed": scoring.seed}
-    parts = assemble(recipe.replaced(**changes), None if run is None else newest_snapshot(run.checkpoints))
+    parts = assemble(recipe.replaced(**changes), None if run is None else find_snapshot(run.path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts.load(device)
     rows = recipe.micro_batch_rows or recipe.rows_per_step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
@@ -33,20 +32,21 @@ def place(tmp_path, monkeypatch):
     """A project with a README; running a study writes results of its choice."""
 
     def study(arguments: list[str]) -> int:
-        assert arguments == ["study", "small.yaml", "--run-dir", str(tmp_path / "run")]
+        assert arguments[:4] == ["study", "small.yaml", "--run-dir", str(tmp_path / "run")]
+        options.append(arguments[4:])
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "results.json").write_text(json.dumps(made[-1]))
         (tmp_path / "run" / "results.md").write_text("# small\n")
         return 3 if made[-1] == {} else 0
 
-    made = [results(1.0)]
+    made, options = [results(1.0)], []
     (tmp_path / "README.md").write_text(README)
     monkeypatch.setattr(cli, "main", study)
-    return tmp_path, made
+    return tmp_path, made, options
 
 
 def test_the_table_and_the_results_are_written(place):
-    root, made = place
+    root, made, options = place
     assert publish.publish("small.yaml", str(root / "run"), root=root) == 0
     written = (root / "README.md").read_text()
     assert written.startswith("# A\n\n<!-- small -->\n\n") and written.endswith("\n<!-- end of small -->\n\nmore\n")
@@ -58,7 +58,9 @@ def test_the_table_and_the_results_are_written(place):
     # Once more it is the same; a study that does not come to its end changes nothing.
     assert publish.publish("small.yaml", str(root / "run"), root=root) == 0
     made.append({})
-    assert publish.publish("small.yaml", str(root / "run"), root=root) == 3
+    assert publish.publish("small.yaml", str(root / "run"), options=["--minutes", "9"], root=root) == 3
+    kept = ["--keep", str(root / "studies/results/small/runs")]
+    assert options == [kept, kept, ["--minutes", "9", *kept]]
     assert (root / "README.md").read_text() == written
 
 
@@ -66,19 +68,28 @@ def test_the_table_and_the_results_are_written(place):
     ("now", "said"), [(1.4, "agrees"), (1.6, "without a thought: 1.000 [0.750, 1.250], now 1.600")]
 )
 def test_a_check_compares_intervals(now, said, place, capsys):
-    root, made = place
+    root, made, options = place
     publish.publish("small.yaml", str(root / "run"), root=root)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "run" not in path.parts}
     made.append(results(now))
     assert publish.publish("small.yaml", str(root / "run"), check=True, root=root) == int(said != "agrees")
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().out and options[-1] == []
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_what_cannot_be_published_is_one_line(place, monkeypatch):
-    root, _ = place
+def test_what_cannot_be_published_is_one_line(place):
+    root, *_ = place
     with pytest.raises(ValueError, match=r"^there is no .*results.json to compare with; leave --check out$"):
         publish.publish("small.yaml", "run", check=True, root=root)
-    monkeypatch.setattr(sys, "argv", ["publish", "studies/another.yaml"])
-    with pytest.raises(SystemExit, match=r"put <!-- another --> and <!-- end of another --> on lines of their own"):
-        publish.main()
+    (root / "README.md").write_text(README.replace("<!-- small -->\n", ""))
+    with pytest.raises(ValueError, match=r"put <!-- small --> and <!-- end of small -->, in this order, on lines of"):
+        publish.publish("small.yaml", "run", root=root)
+
+
+def test_a_study_without_a_place_in_readme_and_with_runs_to_come(place):
+    root, made, _ = place
+    made.append(results(1.0) | {"missing": {"rlp": [1, 2], "next-token": [2]}})
+    assert publish.with_table("# Another\n", "small", made[-1]) == "# Another\n"
+    publish.publish("small.yaml", str(root / "run"), root=root)
+    said = "Not finished, and missing here: rlp (seed 1, 2), next-token (seed 2)."
+    assert f"results.md)):\n\n{said}\n\n| arm |" in (root / "README.md").read_text()

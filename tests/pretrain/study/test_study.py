@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
     for path, of, missing in zip(paths, complete, ("changed", "correct"), strict=True):
         path.write_text(json.dumps({name: value for name, value in of.items() if name != missing}))
 
-    # Once more: nothing is trained and nothing else scored; but a run whose end was not saved is taken up again.
+    # Once more: nothing is trained and nothing else scored; but a run whose end was not saved is taken up again, until
+    # it is scored.
     trained: list[str] = []
     monkeypatch.setattr(running, "fit", lambda recipe, report: trained.append(recipe.run_dir))
     scored, score = [], scores.score_held_out
@@ -153,8 +155,12 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
     assert [json.loads(path.read_text()) for path in paths] == complete and len(scored) == 1
     (last,) = Path("out/rlp/seed-1/checkpoints").iterdir()
     last.rename("elsewhere")
+    assert main(study()) == 0 and not trained
+    paths[1].rename("scores elsewhere")
     assert main(study()) == 0 and trained == ["out/rlp/seed-1"]
+    assert json.loads(Path("out/results.json").read_text())["missing"] == {"rlp": [1]}
     Path("elsewhere").rename(last)
+    Path("scores elsewhere").rename(paths[1])
 
     # It may grow, and nothing else may change.
     assert main(study({"budget": "next-token", "arms": STUDY["arms"] | {"rlp": {"objective.length": 2}}})) == 1
@@ -207,6 +213,86 @@ def test_shifts_are_scored_when_they_come(study, monkeypatch, capsys):
     assert longer["how"]["evaluation"]["objective"]["length"] == 5 and longer["how"]["data"]["length"] == 48
     said = Path("out/results.md").read_text()
     assert "notes: of fewer than 20 documents" in said and "| longer | " in said
+
+
+def refused(arguments: list[str], capsys) -> list[str]:
+    """What is wrong with a study, by line."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "forethought: the study cannot be run:"
+    return [line.removeprefix("  - ") for line in lines]
+
+
+def without_seconds(results: dict) -> dict:
+    for arm in results["arms"].values():
+        del arm["spent"]["seconds"]
+    return results
+
+
+def test_a_study_in_two_places(study, tiny_directory, monkeypatch, capsys):
+    """What one has finished is kept, and the other, which has nothing else of it, makes the rest."""
+    shutil.copytree(tiny_directory, "start")
+    own = "--model=start"
+    assert main([*study(out="whole"), own]) == 0
+    trained, train = [], running.fit
+    monkeypatch.setattr(running, "fit", lambda recipe, **rest: trained.append(recipe.run_dir) or train(recipe, **rest))
+    kept = [own, "--keep", "kept"]
+    assert main([*study(out="first"), *kept, "--seeds", "0"]) == 0
+    assert "Not finished, and missing here: rlp (seed 1), next-token (seed 1)." in capsys.readouterr().out
+    assert len(json.loads(Path("first/results.json").read_text())["comparisons"]) == 5
+    assert {path.suffix for path in Path("kept").rglob("*") if path.is_file()} == {".json", ".jsonl", ".yaml"}
+
+    trained.clear()
+    assert main([*study(out="second"), *kept]) == 0
+    assert trained == ["second/rlp/seed-1", "second/next-token/seed-1"]
+    both = [json.loads(Path(f"{out}/results.json").read_text()) for out in ("whole", "second")]
+    found = both[1]["arms"]["rlp"]["spent"]["seconds"]
+    assert without_seconds(both[0]) == without_seconds(both[1]) and not both[0]["missing"]
+    for path in Path("whole").glob("*/*/evaluations.jsonl"):
+        assert path.read_text() == Path("second", *path.parts[1:]).read_text()
+
+    # Where all is kept nothing is left to do, however little time there is.
+    trained.clear()
+    assert main([*study(out="third"), *kept, "--minutes", "0", "--at-once", "2"]) == 0
+    third = json.loads(Path("third/results.json").read_text())
+    assert third["arms"]["rlp"]["spent"]["seconds"] == found and without_seconds(third) == both[0] and not trained
+    assert main([*study(out="no time"), own, "--minutes", "0"]) == GAVE_UP
+    assert "no run of the study is finished" in capsys.readouterr().err
+
+    # A kept run is the planned one, or nothing runs.
+    arms = STUDY["arms"] | {"rlp": {"objective.length": 2}}
+    lines = refused([*study({"arms": arms}, "fourth"), *kept], capsys)
+    assert lines == [
+        f"kept/rlp/seed-{seed} is a run of another recipe (objective.length differ); move it away, or keep runs "
+        "elsewhere"
+        for seed in (0, 1)
+    ]
+    lines = refused([*study({"held_out_rows": 12}, "fourth"), *kept], capsys)
+    assert len(lines) == 4 and lines[0].startswith(
+        "kept/rlp/seed-0.scores.json was scored in another way (evaluation differ), and has no weights to be scored"
+    )
+    weights = Path("start/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    scores._fingerprint.cache_clear()
+    elsewhere = "is of a run from other weights than start has now; bring those back, or move the run away"
+    lines = refused([*study(out="fourth"), *kept], capsys)
+    assert lines[0] == f"kept/rlp/seed-0.scores.json {elsewhere}" and len(lines) == 4
+    assert refused([*study(out="third"), own], capsys)[0] == f"third/before.scores.json {elsewhere}"
+    Path("kept/rlp/seed-0.scores.json").unlink()
+    assert refused([*study(out="fourth"), *kept], capsys)[0] == (
+        "kept/next-token/seed-0 takes its budget from kept/rlp/seed-0, which is not there; bring that back or move both"
+    )
+    assert not trained and not Path("fourth").exists()
+
+
+def test_a_part_of_a_study_that_could_never_run(study, capsys):
+    line = "--only: out/next-token/seed-1 takes its budget from out/rlp/seed-1; run rlp as well"
+    assert refused([*study(), "--only", "next-token", "--seeds", "1"], capsys) == [line]
+    assert refused([*study(), "--only", "rpl,rlp", "--seeds", "7"], capsys) == [
+        "--only: 'rpl' is no arm; arms: next-token, rlp",
+        "--seeds: 7 is none of the study's, which are 0, 1",
+    ]
 
 
 def test_runs_at_once_of_which_some_fail(study, monkeypatch, capsys):
