@@ -116,8 +116,8 @@ def _legs(entry: Mapping[str, Any]) -> Problem | None:
     def said(legs: Sequence[int], sums: Sequence[int]) -> str:
         have = ["has" if count == 1 else "have" for count in animals.values()]
         parts = [f"{group} {verb} {NUMBERS[n]}" for group, verb, n in zip(groups, have, legs, strict=True)]
-        so_far = [legs[0], *sums]
-        parts += [f"{NUMBERS[a]} plus {NUMBERS[b]} is {NUMBERS[c]}" for a, b, c in zip(so_far, legs[1:], sums, strict=False)]
+        added = zip([legs[0], *sums[:-1]], legs[1:], sums, strict=True)
+        parts += [f"{NUMBERS[a]} plus {NUMBERS[b]} is {NUMBERS[c]}" for a, b, c in added]
         return ", ".join(parts)
 
     def garbage(draw: random.Random) -> str:

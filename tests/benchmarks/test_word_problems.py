@@ -81,7 +81,7 @@ def test_legs(changes):
                 assert NUMBERS[legs[name.removesuffix("s")] * NUMBERS.index(count)] == total
         a, _, b, _, c = last.split()
         assert NUMBERS.index(a) + NUMBERS.index(b) == NUMBERS.index(c)
-    assert checked >= 10
+    assert checked >= 5
 
 
 def test_equations():
