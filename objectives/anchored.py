@@ -9,7 +9,6 @@ thought, H tokens behind an anchor, W width.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -112,10 +111,6 @@ class Anchored(Objective):
         anchors = self.choice.choose(text, rng, no_think, by.head_weight_VW)
         return same_number_of_chunks(model, anchors, self.config.anchors_at_once)
 
-    @abstractmethod
-    def own_bodies(self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine) -> Tensor:
-        """What one thought at each anchor says [B, L, M], PAD behind its end."""
-
     def text_terms(self, model: ThinkingModel, state: TextState, batch: Any) -> TextPart:
         """Plain cross-entropy, where the settings ask for a mixed update (2606.04272)."""
         part = TextPart(metrics={"documents_skipped": documents_skipped(state.text, batch.anchors)})
@@ -150,7 +145,7 @@ class Anchored(Objective):
         """
         state = model.read(text)
         anchors = self.choice.choose_without_model(text, rng)
-        body_BLM = self.own_bodies(model, state, anchors, rng, engine)
+        body_BLM = self.own_bodies(model, state, anchors, rng, engine)[:, 0]
         bodies = Bodies(body_BLM, anchors, anchors.index_BM >= 0)
         # Padding anchors point past the row's end and are cut off again.
         place_BM = torch.where(bodies.real_BM, anchors.index_BM, text.shape[1])

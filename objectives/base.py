@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.decoder import TextState
-from models.logprobs import token_logprobs
+from models.logprobs import most_probable, token_logprobs
 from models.philox import Rng
 from models.rollout import EAGER, Engine
 from models.thinking import ThinkingModel, TrainedThinking
@@ -386,6 +386,19 @@ class Objective(ABC):
         """The hidden states [B, M, W] that predict each anchor's next token after a thought that says `bodies`, without
         gradient and in the same chunks; for objectives whose `evaluate` gives bodies."""
         raise TypeError(f"{type(self).__name__} evaluates thoughts but has no hidden_after")
+
+    def own_bodies(
+        self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine, thoughts: int = 1
+    ) -> Tensor:
+        """What so many thoughts at each anchor say [B, K, L, M], PAD behind their ends, sampled at the temperature of
+        training; for objectives whose `evaluate` gives bodies."""
+        raise TypeError(f"{type(self).__name__} evaluates thoughts but has no own_bodies")
+
+    @torch.no_grad()
+    def right_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:
+        """bool [B, M], whether the true next token is the likeliest after a thought that says `bodies`."""
+        hidden_BMW = self.hidden_after(model, state, bodies)
+        return (most_probable(hidden_BMW, model.head_weight_VW) == bodies.anchors.next_BM) & bodies.real_BM
 
     @torch.no_grad()
     def nll_after(self, model: ThinkingModel, state: TextState, bodies: Bodies) -> Tensor:

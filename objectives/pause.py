@@ -75,15 +75,16 @@ class Pause(Anchored):
         looked_up = w.looked_up + w.anchors
         return replace(w, prompt=0, sampled=0, appended=self.longest_thought, predicted=1, looked_up=looked_up)
 
-    def own_bodies(self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine) -> Tensor:
-        index_BM = anchors.index_BM
-        return torch.full_like(index_BM, self.filler_id)[:, None].expand(-1, self.config.length, -1)
+    def own_bodies(
+        self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine, thoughts: int = 1
+    ) -> Tensor:
+        filler_BM = torch.full_like(anchors.index_BM, self.filler_id)
+        return filler_BM[:, None, None].expand(-1, thoughts, self.config.length, -1)
 
     def sample(self, model: ThinkingModel, state: TextState, rng: Rng, engine: Engine) -> Batch:
         """The pauses, of which nothing is sampled."""
         anchors = self.choose_anchors(model, state.text, rng, state, by=model)
-        body_BLM = self.own_bodies(model, state, anchors, rng, engine)
-        return Batch(self.template.write(body_BLM[:, None], anchors))
+        return Batch(self.template.write(self.own_bodies(model, state, anchors, rng, engine), anchors))
 
     def thought_terms(
         self, model: ThinkingModel, state: TextState, batch: Batch, thought: ThoughtState, text: Any

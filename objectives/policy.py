@@ -150,8 +150,10 @@ class RewardedThoughts(Anchored):
         """The tokens between the tags [B, K, L, M], PAD behind them."""
         return self.template.bodies(rollout, self.config.length)
 
-    def own_bodies(self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine) -> Tensor:
-        return self.bodies(engine.sample(self.request(model, state, anchors, 1, rng)))[:, 0]
+    def own_bodies(
+        self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine, thoughts: int = 1
+    ) -> Tensor:
+        return self.bodies(engine.sample(self.request(model, state, anchors, thoughts, rng)))
 
     def workload(self, length: int, documents: float) -> Workload:
         c = self.config

@@ -287,6 +287,11 @@ class QuietStar(Objective):
             mixed=c.A * c.mixing_head,
         )
 
+    def own_bodies(
+        self, model: ThinkingModel, state: TextState, anchors: Anchors, rng: Rng, engine: Engine, thoughts: int = 1
+    ) -> Tensor:
+        return self._sample(model, state, thoughts, rng, self.config.temperature, engine).tokens_BKSM[:, :, 1:]
+
     @torch.no_grad()
     def evaluate(self, model: ThinkingModel, text: Text, rng: Rng, engine: Engine = EAGER) -> TokenScores:
         """The next token's NLL from the text alone, and mixed with one thought, which is greedy in the paper's variant

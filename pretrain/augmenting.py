@@ -135,7 +135,7 @@ def _with_thoughts(
         packed = packed_rows(first, [[ids] for ids in rows], max(map(len, rows)))
         text = Text(**packed).to(model.head_weight_VW.device)
         state, anchors = model.read(text), objective.choice.choose_without_model(text, rng)
-        body_BLM = objective.own_bodies(model, state, anchors, rng, EAGER)
+        body_BLM = objective.own_bodies(model, state, anchors, rng, EAGER)[:, 0]
         for piece, index_M, body_LM in zip(batch, anchors.index_BM.tolist(), body_BLM, strict=True):
             parts = [*([""] * len(begin)), *piece.texts]
             for n, body_L in zip(index_M, body_LM.T.tolist(), strict=True):

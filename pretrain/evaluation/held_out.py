@@ -49,7 +49,7 @@ class HeldOutScores:
 
     document_E: int64, the true documents' numbers. counterfactual_E: NLL by condition of the counterfactual test.
     right_E: 1 where the thought is the right one, nan where no right one is known; there counterfactual_E["right"] has
-    no meaning.
+    no meaning. passes_E: int64, after how many of the sampled thoughts the true token is the likeliest.
     """
 
     document_E: Tensor
@@ -59,6 +59,7 @@ class HeldOutScores:
     thought_correct_E: Tensor | None = None
     counterfactual_E: dict[str, Tensor] = field(default_factory=dict)
     right_E: Tensor | None = None
+    passes_E: Tensor | None = None
 
 
 @torch.no_grad()
@@ -71,9 +72,11 @@ def score_held_out(
     test: CounterfactualTest | None = None,
     engine: Engine = EAGER,
     before_each: Callable[[], None] = lambda: None,
+    sampled: int = 0,
 ) -> HeldOutScores:
     """Scores of all tokens of held-out text that the objective evaluates; up to rounding the same however it is cut.
 
+    sampled: thoughts at each anchor for `passes_E`; 0: it is not counted.
     before_each: called before each pass over `rows_at_once` rows, where it may raise.
     """
     rows = range(0, held_out.text.shape[0], rows_at_once)
@@ -100,6 +103,16 @@ def score_held_out(
         gathered([s.thought_correct_BN for s in scores], valid_BN),
     )
     own = [s.bodies for s in scores if s.bodies is not None]
+    if sampled and own:
+        passes_E = []
+        for part, bodies in zip(parts, own, strict=True):
+            before_each()
+            state = model.read(part)
+            body_BKLM = objective.own_bodies(model, state, bodies.anchors, rng, engine, sampled)
+            said = [replace(bodies, tokens_BLM=body_BLM) for body_BLM in body_BKLM.unbind(1)]
+            right_BM = torch.stack([objective.right_after(model, state, x) for x in said]).sum(0)
+            passes_E.append(right_BM[bodies.real_BM].cpu())
+        found = replace(found, passes_E=torch.cat(passes_E))
     if test is None or not own or found.thought_nll_E is None:
         return found
     conditions = test.conditions(own, document_BN, rng)

@@ -10,6 +10,7 @@
     match: flops                              # tokens, flops or seconds, which all runs spend alike:
     budget: rlp                               # so many, or those of an arm with the same seed
     controls: [next-token]                    # what the other arms are compared with
+    pass_at: 16                               # thoughts that are sampled for pass@k
     shifts:                                   # further held-out documents, on which finished runs are scored:
       longer: {data: "lab:tasks=sum,chain=6", evaluation.objective.length: 16}
       prose: {data: texts.jsonl, evaluation.objective: next_token}
@@ -72,6 +73,13 @@ class Study(Part):
         default_factory=dict,
         description="name and changes of data and evaluation: held-out documents that finished runs, and the model "
         "before, are scored on as well; a text names the data",
+    )
+
+    pass_at: int | None = Field(
+        default=None,
+        ge=1,
+        description="n, thoughts that finished runs, and the model before, sample at each scored token for pass@k, "
+        "k up to n; default: none",
     )
 
     def problems(self) -> list[str]:
@@ -229,6 +237,9 @@ def load_study(
         for name, changes in study.shifts.items()
         if scored is not None
     }
+    evaluator = None if scored is None else scored.evaluation.objective
+    if study.pass_at is not None and evaluator is not None and evaluator.showing(None, 0.0, 1) is None:
+        mistakes["pass_at: evaluation.objective samples no thoughts; name one that does, or leave it out"] = [""]
     if mistakes:
         every = {cell.name for cell in cells}
         alike = {line for line, of in mistakes.items() if "" in of or every <= {*of}}
@@ -353,12 +364,13 @@ def _matched(recipe: Recipe, study: Study, like: Recipe | None) -> Recipe:
 
 
 def _occupied(planned: Planned) -> Iterator[str]:
-    """Why the directory cannot be the study's. It may have grown by arms, seeds and controls; shifts may change."""
+    """Why the directory cannot be the study's. It may have grown by arms, seeds and controls; what is scored
+    may change."""
     path, new = planned.directory / "study.yaml", planned.tree
     if path.exists():
         old = read_yaml(path.read_text(encoding="utf-8"))
         both = [name for name in old["arms"] if name in new["arms"]]
-        free = ("arms", "seeds", "controls", "shifts")
+        free = ("arms", "seeds", "controls", "shifts", "pass_at")
         differing = [key for key in new if key not in free and old.get(key) != new[key]]
         differing += [f"arms.{name}" for name in both if (old["arms"][name] or {}) != (new["arms"][name] or {})]
         if differing:

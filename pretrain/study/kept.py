@@ -76,7 +76,7 @@ def _unlike(planned: Planned, path: Path, recipe: Recipe, run: RunDirectory | No
     if not path.exists():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    of_places = differing(found, recipe, planned.scoring, planned.shifts, run)
+    of_places = differing(found, recipe, planned.scoring, planned.shifts, run, planned.study.pass_at)
     keys = [f"{shift}: {key}" if shift else key for shift, of in of_places.items() for key in of]
     # Older scores do not say.
     if "start" in found.get("how", {}) and "start" in keys and "model" not in keys:

@@ -110,6 +110,9 @@ def _page(planned: Planned, runs: Runs, found: Mapping[str, Any], match: str) ->
     if found["before"]["counterfactual"]:
         parts += ["<h2>Does the thought matter?</h2>", paragraph(results.ABOUT_COUNTERFACTUAL)]
         parts += [plotted(_counterfactuals(found, runs)), results.counterfactual(found).to_html()]
+    if found["passes"]:
+        parts += ["<h2>Pass@k</h2>", paragraph(results.ABOUT_PASSES), plotted([_passes(found, runs)])]
+        parts += [results.passes(found).to_html()]
     plots, sheets = _by_decile(runs)
     if plots:
         parts += ["<h2>By difficulty of the token</h2>", paragraph(ABOUT_DECILES)]
@@ -255,6 +258,29 @@ def _counterfactuals(found: Mapping[str, Any], runs: Runs) -> list[Plot]:
                 rows.append((arm, arms[arm]["counterfactual"][condition], colour, True))
         plots.append(_intervals(f"Own minus {condition}", rows, NATS))
     return plots
+
+
+def _passes(found: Mapping[str, Any], runs: Runs) -> Plot:
+    of, styles = found["passes"], {"the model before": (INK, "-")} | _styles(runs)
+    draw = partial(_draw_passes, k=of["k"], curves={"the model before": of["before"]} | of["arms"], styles=styles)
+    return Plot("Pass@k", draw, (INCHES[0], INCHES[1] + LINE_INCHES * len(styles)))
+
+
+def _draw_passes(
+    axes: Axes,
+    k: Sequence[int],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    styles: Mapping[str, tuple[str, str]],
+) -> None:
+    for model, curve in curves.items():
+        colour, dashes = styles[model]
+        mean, low, high = ([of[end] for of in curve] for end in ("mean", "low", "high"))
+        axes.plot(k, mean, dashes, color=colour, linewidth=1.5, marker=".", label=model)
+        axes.fill_between(k, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(k, list(map(str, k)))
+    axes.set(xlabel="k, sampled thoughts", ylabel="share", ylim=(0, 1))
+    legend_below(axes, 1)
 
 
 def _intervals(title: str, rows: Sequence[tuple[str, Mapping[str, float], str, bool]], unit: str) -> Plot:

@@ -41,7 +41,8 @@ METRICS = {
     "NLL after its own thought": Metric("nll", "own"),
     "own minus shuffled": Metric("nll", "own", "shuffled"),
 }
-SHARES = {"right thoughts", *(name for name, metric in METRICS.items() if metric.of == "correct")}
+PASSES = "pass@k"
+SHARES = {PASSES, "right thoughts", *(name for name, metric in METRICS.items() if metric.of == "correct")}
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def results(
             {"arm": cell.name, "control": control.name, "metric": metric, **found, "p_holm": p}
             for (cell, control, metric), found, p in zip(comparisons, differences, adjusted, strict=True)
         ],
+        "passes": _passes(of, before),
         "elsewhere": {shift: _elsewhere(shift, of, before.shifts[shift]) for shift in before.shifts},
     }
 
@@ -160,6 +162,25 @@ def _changed(of_seeds: Sequence[Scores]) -> dict[str, dict[str, float]]:
     }
 
 
+def _passes(of: Mapping[Cell, Sequence[Finished]], before: Scores) -> dict[str, Any]:
+    """pass@k at each k, of the model before and each arm, and the k from which on the former's is higher; empty where
+    it was not asked for."""
+
+    def curve(of_seeds: Sequence[Scores]) -> list[dict[str, Any]]:
+        return [_paired([scores.passes[k] for scores in of_seeds], before.tokens_D) for k in before.passes]
+
+    if not before.passes:
+        return {}
+    base = curve([before])
+    arms = {cell.name: curve([run.scores for run in runs]) for cell, runs in of.items()}
+    overtaken: dict[str, int | None] = {}
+    for name, means in arms.items():
+        ahead = [b["mean"] > a["mean"] for a, b in zip(means, base, strict=True)]
+        ends = [k for i, k in enumerate(before.passes) if all(ahead[i:])]
+        overtaken[name] = min(ends, default=None)
+    return {"k": [*before.passes], "before": base, "arms": arms, "overtaken": overtaken}
+
+
 def _counterfactual(of_seeds: Sequence[Scores]) -> dict[str, dict[str, Any]]:
     """By condition, the own thought's NLL minus that after it. Empty for models that do not think."""
     both = [c for c in CONDITIONS if all(c in scores.nll and "own" in scores.nll for scores in of_seeds)]
@@ -205,6 +226,8 @@ def markdown(name: str, found: Mapping[str, Any], match: str) -> str:
         parts += [f"Elsewhere. {ABOUT_ELSEWHERE}", *elsewhere(found)]
     if found["before"]["counterfactual"]:
         parts += [f"Does the thought matter? {ABOUT_COUNTERFACTUAL}", counterfactual(found)]
+    if found["passes"]:
+        parts += [f"Pass@k. {ABOUT_PASSES}", passes(found)]
     if any(arm.get("changed") for arm in found["arms"].values()):
         parts += [ABOUT_CHANGED, changes(found)]
     return "\n\n".join(part if isinstance(part, str) else part.to_markdown() for part in parts) + "\n"
@@ -225,6 +248,12 @@ ABOUT_COUNTERFACTUAL = (
     "due to what a thought says."
 )
 
+
+ABOUT_PASSES = (
+    "Probability that after at least one of k sampled thoughts the true token is the likeliest (Yue et al., "
+    "2504.13837; by the unbiased estimate of Chen et al., 2107.03374), with 95% intervals over seeds and documents. "
+    "From which k on the model before is ahead is by the means alone."
+)
 
 ABOUT_CHANGED = (
     "Parameters whose bf16 value training changed (Mukherjee et al., 2505.11711), by kind, and the least and the most "
@@ -323,6 +352,16 @@ def counterfactual(found: Mapping[str, Any]) -> Sheet:
     models = {"the model before": before} | {cell: arm["counterfactual"] for cell, arm in found["arms"].items()}
     rows = [[model, *(_signed(of[c]) if c in of else "" for c in before)] for model, of in models.items()]
     return Sheet("Own thought minus …, nats", ["arm", *before], rows)
+
+
+def passes(found: Mapping[str, Any]) -> Sheet:
+    of = found["passes"]
+    rows = []
+    for model, curve in ({"the model before": of["before"]} | of["arms"]).items():
+        overtaken = of["overtaken"].get(model)
+        ahead = "" if model not in of["overtaken"] else "none" if overtaken is None else str(overtaken)
+        rows.append([model, *(_shown(PASSES, mean) for mean in (curve[0], curve[-1])), ahead])
+    return Sheet("Pass@k", ["model", "k = 1", f"k = {of['k'][-1]}", "the model before is ahead from k ="], rows)
 
 
 def changes(found: Mapping[str, Any]) -> Sheet:

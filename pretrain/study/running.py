@@ -131,8 +131,10 @@ def _train(planned: Planned, progress: Progress, score: Callable[[Run], Scores],
 
 def _scores(planned: Planned, run: Run | None) -> Scores:
     if run is None:
-        return scores(planned.scoring, planned.scoring, planned.shifts, planned.before, None)
-    return scores(planned.recipe(run), planned.scoring, planned.shifts, run.scores, run.directory)
+        return scores(planned.scoring, planned.scoring, planned.shifts, planned.before, None, planned.study.pass_at)
+    return scores(
+        planned.recipe(run), planned.scoring, planned.shifts, run.scores, run.directory, planned.study.pass_at
+    )
 
 
 def _finished(planned: Planned, run: Run, scored: Scores) -> Finished:

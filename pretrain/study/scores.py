@@ -27,6 +27,7 @@ from pretrain.recipe_files import recipe_to_tree
 from pretrain.run_directory import RunDirectory, write_durably
 from pretrain.state import model_of
 from pretrain.study.changed import Changed, changed
+from pretrain.study.statistics import pass_at
 
 # None of training's steps, and not that of evaluations in it.
 STEP = 2**32 - 2
@@ -37,7 +38,7 @@ class Scores:
     """nll: by condition of the counterfactual test, and "none" for that without a thought, the mean of each document's
     scored tokens [D]. correct: likewise, of "none" and "own", the share of them that the model finds likeliest.
     tokens_D: how many are scored. right: share of right thoughts, where right ones are known. changed: weights, by the
-    run. shifts: on each shift's documents."""
+    run. passes: by k, the mean pass@k of each document's scored tokens [D]. shifts: on each shift's documents."""
 
     documents_D: Tensor
     tokens_D: Tensor
@@ -45,29 +46,36 @@ class Scores:
     correct: Mapping[str, Tensor]
     right: float | None
     changed: Changed = field(default_factory=dict)
+    passes: Mapping[int, Tensor] = field(default_factory=dict)
     shifts: Mapping[str, Scores] = field(default_factory=dict)
 
 
 def scores(
-    recipe: Recipe, scoring: Recipe, shifts: Mapping[str, Recipe], path: Path, run: RunDirectory | None
+    recipe: Recipe,
+    scoring: Recipe,
+    shifts: Mapping[str, Recipe],
+    path: Path,
+    run: RunDirectory | None,
+    sampled: int | None = None,
 ) -> Scores:
     """The scores of a run's newest model, or, for None, of the one that training starts from; read from `path`, as far
     as they are there. Raises CheckpointError for a run whose weights are needed and gone.
 
     recipe: of the run. scoring: whose data and evaluation are used; shifts: and these, by name.
+    sampled: thoughts for pass@k, which shifts have none of.
     """
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    anew = differing(kept, recipe, scoring, shifts, run)
+    anew = differing(kept, recipe, scoring, shifts, run, sampled)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(kept) + "\n")
 
     for shift in anew:
-        found, scored_by = _place(kept, shift), shifts[shift] if shift else scoring
+        found, (scored_by, n) = _place(kept, shift), (shifts[shift], None) if shift else (scoring, sampled)
         say(f"scoring {'the model before' if run is None else run.path}{f' on {shift}' if shift else ''}")
         found.pop("changed", None)
-        found.update(how=_how(recipe, scored_by, run), **_scored(recipe, scored_by, run))
+        found.update(how=_how(recipe, scored_by, run, n), **_scored(recipe, scored_by, run, n))
         write()
     if run is not None and "changed" not in kept:  # nor in still older ones
         start = open_reference(recipe.model, resolve(recipe.model), None, recipe.seed)
@@ -83,18 +91,28 @@ def _read(found: Mapping[str, Any]) -> Scores:
     )
     weights = {name: (count, of) for name, (count, of) in found.get("changed", {}).items()}
     documents_D, tokens_D = torch.tensor(found["documents"]), torch.tensor(found["tokens"])
-    return Scores(documents_D, tokens_D, nll, correct, found["right"], weights)
+    n = found["how"].get("pass_at", 0) if "passes" in found else 0
+    passes = {
+        k: torch.stack([pass_at(k, torch.tensor(right), n).mean() for right in found["passes"]])
+        for k in sorted({n, *(2**i for i in range(n.bit_length()))} if n else ())
+    }
+    return Scores(documents_D, tokens_D, nll, correct, found["right"], weights, passes)
 
 
 def differing(
-    kept: dict[str, Any], recipe: Recipe, scoring: Recipe, shifts: Mapping[str, Recipe], run: RunDirectory | None
+    kept: dict[str, Any],
+    recipe: Recipe,
+    scoring: Recipe,
+    shifts: Mapping[str, Recipe],
+    run: RunDirectory | None,
+    sampled: int | None = None,
 ) -> dict[str, list[str]]:
-    """In what kept scores are not those that `scores` is asked for (step, model, start, data, evaluation, or that there
-    are any), by shift, or "" for those that are of none; empty where nothing is to be scored anew."""
+    """In what kept scores are not those that `scores` is asked for (step, model, start, data, evaluation, pass_at, or
+    that there are any), by shift, or "" for those that are of none; empty where nothing is to be scored anew."""
     found = {}
     for shift, scored_by in {"": scoring, **shifts}.items():
         there = _place(kept, shift)
-        how = _how(recipe, scored_by, run)
+        how = _how(recipe, scored_by, run, None if shift else sampled)
         keys = [key for key, value in how.items() if there["how"].get(key) != value] if "how" in there else []
         if "correct" not in there:  # nor in older files
             keys.append("scores")
@@ -108,7 +126,7 @@ def _place(kept: dict[str, Any], shift: str) -> dict[str, Any]:
     return kept.setdefault("shifts", {}).setdefault(shift, {}) if shift else kept
 
 
-def _how(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
+def _how(recipe: Recipe, scoring: Recipe, run: RunDirectory | None, sampled: int | None) -> dict[str, Any]:
     tree = recipe_to_tree(scoring)
     return {
         "step": 0 if run is None else run.read(run.metrics)[-1]["step"],
@@ -116,6 +134,7 @@ def _how(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str,
         "start": _fingerprint(recipe.model, recipe.seed if recipe.model.startswith("random:") else 0),
         "data": tree["data"],
         "evaluation": tree["evaluation"],
+        **({} if sampled is None else {"pass_at": sampled}),
     }
 
 
@@ -126,7 +145,7 @@ def _fingerprint(model: str, seed: int) -> str:
     return open_reference(model, resolve(model), None, seed).fingerprint()
 
 
-def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[str, Any]:
+def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None, sampled: int | None) -> dict[str, Any]:
     changes = {"data": scoring.data, "evaluation": scoring.evaluation, "data_changed": "begin", "seed": scoring.seed}
     parts = assemble(recipe.replaced(**changes), None if run is None else find_snapshot(run.path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,13 +153,15 @@ def _scored(recipe: Recipe, scoring: Recipe, run: RunDirectory | None) -> dict[s
     rows = recipe.micro_batch_rows or recipe.rows_per_step
     held_out = parts.held_out.to(device)
     found = score_held_out(
-        parts.evaluator, parts.model, held_out, Rng(scoring.seed, STEP), rows, parts.test, parts.engine
+        *(parts.evaluator, parts.model, held_out, Rng(scoring.seed, STEP), rows, parts.test, parts.engine),
+        sampled=sampled or 0,
     )
     return by_document(found)
 
 
 def by_document(scores: HeldOutScores) -> dict[str, Any]:
-    """JSON-able: documents, their scored tokens, means of these by condition, and the share of right thoughts.
+    """JSON-able: documents, their scored tokens, means of these by condition, the share of right thoughts, and, if any
+    were sampled, after how many the true token is the likeliest, of each token.
 
     Where right thoughts are known of some tokens, as of a problem's answer, these alone are scored.
     """
@@ -158,7 +179,14 @@ def by_document(scores: HeldOutScores) -> dict[str, Any]:
     def means(of: Mapping[str, Tensor]) -> dict[str, list[float]]:
         return {name: (zeros_D.index_add(0, index_E, x_E[scored_E]) / tokens_D).tolist() for name, x_E in of.items()}
 
+    passes_E = scores.passes_E
+    passes = (
+        {}
+        if passes_E is None
+        else {"passes": [passes_E[scored_E][index_E == d].tolist() for d in range(len(tokens_D))]}
+    )
     return {
+        **passes,
         "documents": documents_D.tolist(),
         "tokens": tokens_D.tolist(),
         "nll": means(nll_E),

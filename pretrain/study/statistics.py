@@ -100,6 +100,14 @@ def _draws_of_t(freedom: int, generator: torch.Generator) -> Tensor:
     return quantile_R[torch.randperm(RESAMPLES, generator=generator)]
 
 
+def pass_at(k: int, right: Tensor, n: int) -> Tensor:
+    """1 − C(n − c, k) / C(n, k), fp64: the probability that k of n samples hold one of the c right ones.
+
+    right: int64, c. Unbiased for k fresh samples (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    """
+    return torch.tensor([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)], dtype=torch.float64)[right]
+
+
 def holm(probabilities: Sequence[float]) -> list[float]:
     """Adjusted so that with probability 0.95 none of all that are below 0.05 is so by chance (Holm 1979)."""
     n, largest = len(probabilities), 0.0

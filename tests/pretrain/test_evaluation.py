@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from models.philox import Rng
-from models.thoughts import Text
+from models.rollout import EAGER
+from models.thoughts import PAD, Text
 from objectives import CounterfactualTest, QuietStar, QuietStarConfig, Rlp, RlpConfig, Template
 from pretrain.evaluation.held_out import HeldOut, HeldOutScores, interval, score_held_out, summarise
 from tests.helpers import document_numbers, packed_text, tiny_model
@@ -25,6 +26,32 @@ def rlp(**changes) -> Rlp:
 
 def held_out(text: Text, document_BN: torch.Tensor | None = None) -> HeldOut:
     return HeldOut(text, document_numbers(text) if document_BN is None else document_BN)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_passes_are_counted_over_the_sampled_thoughts(rows_at_once):
+    """Each thought written into its text behind the anchor, and the prediction behind it."""
+    n, objective = 8, rlp(anchors_per_document=3, temperature=1.5)
+    model, source = tiny_model(vocab_size=10), packed_text([[5, 6], [11], [7, 4]], 11, vocab_size=10)
+    state = model.read(source)
+    anchors = objective.choice.choose_without_model(source, RNG)
+    rollout = EAGER.sample(objective.request(model, state, anchors, n, RNG))
+    expected = []
+    for b, m in (anchors.index_BM >= 0).nonzero().tolist():
+        at = int(anchors.index_BM[b, m])
+        begin = at - int(source.position_BN[b, at])
+        read = source.tokens_BN[b, begin : at + 1].tolist()
+        right = 0
+        for body_L in objective.bodies(rollout)[b, :, :, m].tolist():
+            row = torch.tensor([[*read, 7, 8, *(token for token in body_L if token != PAD), 9]])
+            hidden_W = model.read(Text.from_rows(row)).hidden_BNW[0, -1]
+            right += int((model.head_weight_VW @ hidden_W).argmax() == source.tokens_BN[b, at + 1])
+        expected.append(right)
+    scores = score_held_out(objective, model, held_out(source), RNG, rows_at_once, sampled=n)
+    assert scores.passes_E.tolist() == expected and {0, n} != {*expected} != {0}
+    own = score_held_out(objective, model, held_out(source), RNG, rows_at_once, sampled=1)
+    assert own.passes_E.tolist() == own.thought_correct_E.tolist()
+    assert own.counterfactual_E == {} and score_held_out(objective, model, held_out(source), RNG, 3).passes_E is None
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3, 9])

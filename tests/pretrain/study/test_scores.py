@@ -37,6 +37,10 @@ def test_scores_by_document():
     assert known["nll"] == {"none": [2.0, 3.0], "own": [1.0, 1.0], "filler": [4.0, 6.0], "right": [9.0, 9.0]}
     assert known["correct"] == {"none": [0.0, 0.0], "own": [1.0, 1.0]}
 
+    # After how many of the sampled thoughts it is right, by token.
+    counted = HeldOutScores(**vars(scores) | {"passes_E": torch.tensor([4, 0, 2, 1])})
+    assert by_document(counted)["passes"] == [[0], [4, 2, 1]] and "passes" not in found
+
     # Of an objective that does not think.
     plain = by_document(HeldOutScores(scores.document_E, scores.text_nll_E, scores.text_correct_E))
     assert set(plain["nll"]) == set(plain["correct"]) == {"none"}

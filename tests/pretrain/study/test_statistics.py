@@ -7,12 +7,13 @@ Shapes: N studies, S seeds, D documents.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from pretrain.study.statistics import holm, over_seeds, paired_differences
+from pretrain.study.statistics import holm, over_seeds, paired_differences, pass_at
 
 N, S, D = 1000, 3, 200
 SLACK = 0.014
@@ -80,3 +81,11 @@ def test_holm_against_an_example_and_by_its_rate():
     by_chance = torch.rand(N, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
     assert sum(min(row) < 0.05 for row in by_chance) / N > 0.3
     assert sum(min(holm(row)) < 0.05 for row in by_chance) / N <= 0.05 + SLACK
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_sample(n):
+    for k in range(1, n + 1):
+        draws = [*itertools.combinations(range(n), k)]
+        expected = [sum(any(i < c for i in draw) for draw in draws) / len(draws) for c in range(n + 1)]
+        assert pass_at(k, torch.arange(n + 1), n).tolist() == pytest.approx(expected, abs=1e-15)

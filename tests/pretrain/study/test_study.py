@@ -193,6 +193,21 @@ def test_shifts_are_scored_when_they_come(study, monkeypatch, capsys):
     assert scored(shifts) == [f"scoring {model} on longer" for model in models]
     assert not scored(shifts)
 
+    # Nor are thoughts for pass@k.
+    (path,) = Path("out").glob("rlp/seed-0.scores.json")
+    of_notes = json.loads(path.read_text())["shifts"]
+    small |= {"pass_at": 3}
+    assert scored(shifts) == [f"scoring {model}" for model in models]
+    again = json.loads(path.read_text())
+    assert again["shifts"] == of_notes and all(0 <= c <= 3 for right in again["passes"] for c in right)
+    passes = json.loads(Path("out/results.json").read_text())["passes"]
+    assert passes["k"] == [1, 2, 3] and set(passes["arms"]) == set(passes["overtaken"]) == {"rlp"}
+    right = [c / 3 for of in again["passes"] for c in of]
+    other = json.loads(Path("out/rlp/seed-1.scores.json").read_text())["passes"]
+    right += [c / 3 for of in other for c in of]
+    assert passes["arms"]["rlp"][0]["mean"] == pytest.approx(sum(right) / len(right))
+    assert "Pass@k." in Path("out/results.md").read_text()
+
     # Half of the notes are held out; all of their tokens are read, by the documents alone.
     opened = open_model("out/rlp/seed-0")
     config = DataConfig(reference="notes.jsonl", held_out=0.5, length=32, end_of_document="<|endoftext|>")
@@ -384,6 +399,10 @@ def test_the_grid_of_a_study(study):
                 "arms.a/b cannot set evaluation.rows: all arms are scored alike; set it in changes",
             ],
         ),
+        (
+            {"pass_at": 4, "changes": {"evaluation.objective": "next_token"}},
+            ["pass_at: evaluation.objective samples no thoughts; name one that does, or leave it out"],
+        ),
         ({"sed": 3}, ["unknown key 'sed'; known: base, changes, arms, matrix, seeds, match, budget, controls, "]),
         ({"base": "nowhere"}, ["no recipe 'nowhere': give a YAML file or one of "]),
         (
@@ -431,7 +450,7 @@ def test_the_lab_s_study_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(running, "write_report", write_report)
     path = ROOT / "studies" / "lab.yaml"
     assert len(load_study(str(path), [], None).shifts) == 12
-    tree = yaml.safe_load(path.read_text()) | {"seeds": [0], "held_out_rows": 2}
+    tree = yaml.safe_load(path.read_text()) | {"seeds": [0], "held_out_rows": 2, "pass_at": 2}
     tree["shifts"] = {"mixed-in": tree["shifts"]["mixed-in"] | {"evaluation.rows": 2}}
     Path("lab.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     small = ["--model", "random:lab", "--steps", "2", "--rows_per_step", "1", "--data.length", "64"]

@@ -18,7 +18,7 @@ from pretrain.recipe import Recipe
 from pretrain.report import RunRecords
 from pretrain.study.definition import Cell, Planned, Run, Study
 from pretrain.study.report import evaluated, mean_curve, write_report
-from pretrain.study.results import Finished, results
+from pretrain.study.results import Finished, passes, results
 from pretrain.study.scores import Scores
 from tests.pretrain.test_report import HOSTILE, evaluation, make, metrics, rows, sample
 
@@ -186,3 +186,20 @@ def test_the_page(planned):
         colours = [(r, g, b) for _, (r, g, b) in image.convert("RGB").getcolors(1 << 24)]
         # Both arms' lines are drawn, in their colours.
         assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= {*colours}
+
+
+def test_the_k_from_which_the_model_before_is_ahead():
+    def at(*shares: float) -> Scores:
+        both = {
+            k: torch.tensor([share, share], dtype=torch.float64) for k, share in zip((1, 2, 4), shares, strict=True)
+        }
+        return replace(scores([1.0, 1.0], [1.0, 1.0]), passes=both)
+
+    spent = {"step": 1, "tokens": 1, "flops": 1.0, "seconds": 1.0}
+    curves = {"sharper": (0.5, 0.5, 0.5), "better": (0.5, 0.75, 1.0), "worse": (0.0, 0.5, 0.5), "once": (0.5, 0.5, 1.0)}
+    finished = [Finished(Cell(arm, ()), 0, spent, 0.0, at(*shares)) for arm, shares in curves.items()]
+    found = results(finished, [], at(0.25, 0.625, 0.875))
+    assert found["passes"]["overtaken"] == {"sharper": 2, "better": None, "worse": 1, "once": None}
+    table = passes(found)
+    assert [row[-1] for row in table.rows] == ["", "2", "none", "1", "none"]
+    assert table.rows[1][1:3] == ["50.0% [50.0%, 50.0%]"] * 2
