@@ -23,7 +23,8 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-RESAMPLES = 2000
+# Enough for p of a hundred comparisons to be told from 0.05; so many at a time are held.
+RESAMPLES, AT_ONCE = 20_000, 2000
 LEVEL = 0.95
 
 
@@ -73,16 +74,11 @@ def paired_differences(difference_SD: Tensor, tokens_D: Tensor | None = None) ->
     S, D = difference_SD.shape[-2:]
     weight_D = torch.ones(D, dtype=torch.float64) if tokens_D is None else tokens_D.double()
     generator = torch.Generator().manual_seed(0)
-    drawn_RD = torch.randint(D, (RESAMPLES, D), generator=generator)
-    count_RD = torch.zeros(RESAMPLES, D, dtype=torch.float64).scatter_add_(
-        1, drawn_RD, torch.ones(RESAMPLES, D, dtype=torch.float64)
-    )
-    weight_RD = count_RD * weight_D
-    weight_RD = weight_RD / weight_RD.sum(dim=1, keepdim=True)
     document_D = difference_SD.mean(dim=-2)
     mean_S = difference_SD @ (weight_D / weight_D.sum())
     mean = mean_S.mean(dim=-1)
-    resampled_R = document_D @ weight_RD.T
+    weights = (_resampled(weight_D, AT_ONCE, generator) for _ in range(RESAMPLES // AT_ONCE))
+    resampled_R = torch.cat([document_D @ weight_RD.T for weight_RD in weights], dim=-1)
     if S > 1:
         error = mean_S.std(dim=-1) / math.sqrt(S)
         resampled_R = resampled_R + error[..., None] * _draws_of_t(S - 1, generator)
@@ -91,6 +87,13 @@ def paired_differences(difference_SD: Tensor, tokens_D: Tensor | None = None) ->
     below, above = ((sign * resampled_R >= 0).sum(dim=-1) for sign in (-1, 1))
     p = (2 * (1 + torch.minimum(below, above)) / (1 + RESAMPLES)).clamp(max=1)
     return Differences(mean, low, high, p, document_D.mean(dim=-1) / document_D.std(dim=-1, correction=int(D > 1)))
+
+
+def _resampled(weight_D: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count, D], each row the weights of as many documents, drawn with replacement; their sum is 1."""
+    drawn_RD = torch.randint(len(weight_D), (count, len(weight_D)), generator=generator)
+    weight_RD = torch.zeros(drawn_RD.shape, dtype=torch.float64).scatter_add_(1, drawn_RD, weight_D[drawn_RD])
+    return weight_RD / weight_RD.sum(dim=1, keepdim=True)
 
 
 def _draws_of_t(freedom: int, generator: torch.Generator) -> Tensor:
