@@ -317,7 +317,7 @@ def comparisons(found: Mapping[str, Any]) -> Sheet:
     rows = [
         [
             *(c["arm"], c["control"], c["metric"], _signed(c, c["metric"])),
-            *(f"{c['p']:.3f}", f"{c['p_holm']:.3f}", "" if c["effect"] is None else f"{c['effect']:+.2f}"),
+            *(f"{c['p']:.4f}", f"{c['p_holm']:.3f}", "" if c["effect"] is None else f"{c['effect']:+.2f}"),
         ]
         for c in found["comparisons"]
     ]
