@@ -149,7 +149,7 @@ def test_a_study_killed_in_the_middle_of_a_run(study, reported, monkeypatch, cap
     trained: list[str] = []
     monkeypatch.setattr(running, "fit", lambda recipe, report: trained.append(recipe.run_dir))
     scored, score = [], scores.score_held_out
-    monkeypatch.setattr(scores, "score_held_out", lambda *given: scored.append(given) or score(*given))
+    monkeypatch.setattr(scores, "score_held_out", lambda *given, **rest: scored.append(given) or score(*given, **rest))
     assert main(study()) == 0
     assert json.loads(Path("out/results.json").read_text()) == found and not trained
     assert [json.loads(path.read_text()) for path in paths] == complete and len(scored) == 1
