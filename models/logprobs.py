@@ -35,17 +35,17 @@ def _chunks(hidden_RW: Tensor, weight_VW: Tensor) -> list[slice]:
     return _slices(len(hidden_RW), max(1, elements // len(weight_VW)))
 
 
-def _products(hidden_RW: Tensor, copy_VW: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk with its logits, which the next one's are written over."""
+def _products(hidden_RW: Tensor, copy_VW: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each chunk with its hidden states in the copy's dtype and their logits, which the next one's are written over."""
     chunks = _chunks(hidden_RW, copy_VW)
     dtype = accumulation_dtype(hidden_RW.dtype)
     # One allocation: fresh pages cost a CPU about as long as a product in bf16.
     held_CV = hidden_RW.new_empty(max((c.stop - c.start for c in chunks), default=0), len(copy_VW), dtype=dtype)
     for c in chunks:
-        product_CV = held_CV[: c.stop - c.start]
+        hidden_CW, product_CV = hidden_RW[c].to(copy_VW.dtype), held_CV[: c.stop - c.start]
         with bf16_products(hidden_RW.dtype):
-            wide(hidden_RW[c].to(copy_VW.dtype), copy_VW.t(), out=product_CV)
-        yield c, product_CV
+            wide(hidden_CW, copy_VW.t(), out=product_CV)
+        yield c, hidden_CW, product_CV
 
 
 def _in_cache(product_CV: Tensor) -> list[slice]:
@@ -70,7 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
         copy = operands(hidden_RW[:0], weight_VW)[1]
         logprobs_R = hidden_RW.new_empty(len(targets_R), dtype=accumulation_dtype(hidden_RW.dtype))
         lse_R = torch.empty_like(logprobs_R)
-        for c, product_CV in _products(hidden_RW, copy):
+        for c, _, product_CV in _products(hidden_RW, copy):
             targets_C1 = targets_R[c, None]
             for r in _in_cache(product_CV):
                 logits_rV = _logits(product_CV[r], temperature, banned_V)
@@ -88,8 +88,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_R1, temperature = grad_R[:, None] / ctx.temperature, ctx.temperature
         grad_hidden = torch.empty_like(hidden_RW) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        for c, product_CV in _products(hidden_RW, copy):
-            hidden_CW = hidden_RW[c].to(copy.dtype)
+        for c, hidden_CW, product_CV in _products(hidden_RW, copy):
             targets_C1, lse_C1, scale_C1 = targets_R[c, None], lse_R[c, None], scale_R1[c]
             for r in _in_cache(product_CV):
                 # d logprob / d logits = (onehot − softmax) / temperature, which takes the place of the product.

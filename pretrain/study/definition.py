@@ -74,7 +74,6 @@ class Study(Part):
         description="name and changes of data and evaluation: held-out documents that finished runs, and the model "
         "before, are scored on as well; a text names the data",
     )
-
     pass_at: int | None = Field(
         default=None,
         ge=1,
