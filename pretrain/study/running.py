@@ -149,5 +149,7 @@ def _match(planned: Planned) -> str:
     unit, budget = planned.study.match, planned.study.budget
     if unit is None:
         return "Each run is as long as its recipe says."
-    amount = f"the {unit} of {budget}" if isinstance(budget, str) else f"{budget:.4g} {unit}"
-    return f"All runs spent {amount}."
+    named = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}[unit]
+    if isinstance(budget, str):
+        return f"Each run spent as many {named} as {budget} with its seed."
+    return f"Each run spent {budget:.4g} {named}."
