@@ -49,17 +49,25 @@ def with_table(readme: str, name: str, found: Mapping[str, Any]) -> str:
 
 
 def disagreements(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Where an arm's intervals over seeds have nothing in common, of the arms and metrics that both results have."""
+    """Where an arm's intervals over seeds have nothing in common, of the arms and metrics that both results have, on
+    the study's own documents and on those of its shifts."""
+    found = _apart(old["arms"], new["arms"], "")
+    shifts = [of.get("elsewhere", {}) for of in (old, new)]
+    for name in sorted(shifts[0].keys() & shifts[1].keys()):
+        found += _apart(shifts[0][name]["arms"], shifts[1][name]["arms"], f", on {name}")
+    return found
+
+
+def _apart(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list[str]:
     found = []
-    for arm in sorted(old["arms"].keys() & new["arms"].keys()):
-        both = [of["arms"][arm] for of in (old, new)]
-        metrics = [name for name in both[0] if all("low" in (of.get(name) or {}) for of in both)]
+    for arm in sorted(old.keys() & new.keys()):
+        metrics = [name for name in old[arm] if all("low" in (of[arm].get(name) or {}) for of in (old, new))]
         for metric in metrics:
-            a, b = (of[metric] for of in both)
+            a, b = old[arm][metric], new[arm][metric]
             # Of one seed there is no interval.
             if None not in (a["low"], b["low"]) and (a["high"] < b["low"] or b["high"] < a["low"]):
                 shown = (f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in (a, b))
-                found.append(f"{arm}, {metric}: {', now '.join(shown)}")
+                found.append(f"{arm}{where}, {metric}: {', now '.join(shown)}")
     return found
 
 

@@ -77,6 +77,16 @@ def test_a_check_compares_intervals(now, said, place, capsys):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_check_compares_shifts(place, capsys):
+    root, made, _ = place
+    made[0]["elsewhere"] = {"longer": results(1.0), "gone": results(1.0)}
+    publish.publish("small.yaml", str(root / "run"), root=root)
+    made.append(results(1.0) | {"elsewhere": {"longer": results(1.6), "new": results(1.6)}})
+    assert publish.publish("small.yaml", str(root / "run"), check=True, root=root) == 1
+    differing = capsys.readouterr().out.splitlines()[1:]
+    assert differing == ["rlp, on longer, NLL without a thought: 1.000 [0.750, 1.250], now 1.600 [1.350, 1.850]"]
+
+
 def test_what_cannot_be_published_is_one_line(place):
     root, *_ = place
     with pytest.raises(ValueError, match=r"^there is no .*results.json to compare with; leave --check out$"):
