@@ -13,10 +13,12 @@ A document is one problem. Its question mark is where the answer, a single token
     unworked.jsonl   what objectives are compared on; its held-out part is what they are scored on
     mixed.jsonl      the same problems, a fifth of them worked, all rightly
     longer.jsonl, wording.jsonl, task.jsonl    unworked: more steps, a wording, and a task that unworked.jsonl lacks
+    test.jsonl       unworked, in wordings that the others have; read by studies/word_problems.yaml, a task of lm-eval
 
 Problems come from reasoning-gym (Stojanovski et al., arXiv 2505.24760), which also says what is right; questions and
 solutions are worded here. A problem, in whatever
-wording, is of one file only; but mixed.jsonl has those of unworked.jsonl. Within base.jsonl it may come again.
+wording, is of one file only; but mixed.jsonl has those of unworked.jsonl, and test.jsonl those of wording.jsonl. Within
+base.jsonl it may come again.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ NUMBERS = (
 ).split()
 UNSEEN = 3  # the wording that is in wording.jsonl alone
 SHARES = {"base": 0.6, "unworked": 0.34, "wording": 0.06}  # of all problems of a task
-SIZES = {"base": 25_000, "unworked": 8_000, "wording": 600, "longer": 600, "task": 300}  # documents
+SIZES = {"base": 25_000, "unworked": 8_000, "wording": 600, "longer": 600, "task": 300, "test": 300}  # documents
 WORKED, GARBAGE = 0.85, 0.35  # of base.jsonl's documents, and of its thoughts
 RIGHTLY_WORKED = 0.2  # of mixed.jsonl's documents
 TRAINED_ON = ("sum", "legs", "equation", "sum", "legs", "equation", "cube")  # in turn; cubes have the longest text
@@ -309,6 +311,7 @@ def write(directory: Path, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> N
     )
     save("longer", worded(longer))
     save("task", worded(several([UNREWARDED], "unworked", sizes["task"], seed, repeats=True)))
+    save("test", worded(several(TRAINED_ON, "wording", sizes["test"], seed, repeats=False)))
 
 
 def main() -> None:

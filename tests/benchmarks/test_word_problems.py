@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from datetime import date, timedelta
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,9 @@ AXES = {
     "top": (0, 0, 1),
     "bottom": (0, 0, -1),
 }
-SIZES = {"base": 400, "unworked": 200, "wording": 24, "longer": 24, "task": 12}
+COLOURS = "blue brown cyan gold gray green indigo orange pink purple red silver violet white yellow".split()
+TASK = Path(__file__).parents[2] / "studies" / "word_problems.yaml"
+SIZES = {"base": 400, "unworked": 200, "wording": 24, "longer": 24, "task": 12, "test": 24}
 
 
 def some(task, count=150, **changes):
@@ -143,6 +146,25 @@ def test_files(tmp_path):
     consistent = [text for text in worked["mixed"] if re.search(r"(\w+)</think> (\w+)\.", text)]
     assert len(consistent) == len(worked["mixed"])
     assert Counter(d["task"] for d in of["task"]) == {UNREWARDED: SIZES["task"]}
+
+
+def test_the_task_of_lm_eval(tmp_path, monkeypatch):
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path, sizes=SIZES)
+    monkeypatch.chdir(tmp_path)
+    task = TaskManager(include_defaults=False).load([str(TASK)])["tasks"]["word_problems"]
+    documents = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    asked = [*task.test_docs()]
+    assert len(asked) == len(documents) == SIZES["test"]
+    for doc, problem in zip(asked, documents, strict=True):
+        choices, answer = task.doc_to_choice(doc), task.doc_to_target(doc)
+        assert f"{task.doc_to_text(doc)} {answer}." == problem["text"] and answer == problem["answer"]
+        named = [word for word in re.findall(r"\w+", problem["text"].partition("?")[0].lower()) if word in COLOURS]
+        assert [*choices] == NUMBERS if problem["task"] != "cube" else {*choices} == {*named} and len(choices) == 6
+        assert answer in choices
 
 
 @pytest.mark.smollm2
