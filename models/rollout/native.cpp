@@ -120,7 +120,8 @@ inline Floats plus_products(Floats sum, const bf16* x, Floats columns) {
 #endif
 }
 
-// Bytes ahead of those that are multiplied. Processors look less far by themselves, and wait for memory.
+// Processors wait for memory unless they are told what is multiplied next: what lies so many bytes ahead, where everything
+// is read from one end to the other.
 constexpr long AHEAD = 8192;
 // Elements of a row that lie together in a tile. Rows are multiplied in tiles, [length / CHUNK][TILE][CHUNK], because the
 // elements that are read one after the other then lie close to each other.
@@ -139,15 +140,15 @@ inline long in_tiles(long r, long i, long size) {
 }
 
 // sums[p][r][LANES] = x[r][:] · panel p[:][LANES] for ROWS rows of a tile. `distance`: elements from one panel to the next,
-// `stride`: from one step along the summed axis to the next.
+// `stride`: from one step along the summed axis to the next. `ahead`: bytes from what is multiplied to what is fetched.
 template <class T, int PANELS, int ROWS>
-inline void multiply(const T* x, const T* panel, long distance, long stride, long length, Floats* sums) {
+inline void multiply(const T* x, const T* panel, long distance, long stride, long length, long ahead, Floats* sums) {
   Floats held[PANELS][ROWS] = {};
   for (long from = 0; from < length; from += CHUNK<T>, x += TILE * CHUNK<T>)
     for (long i = 0; i < std::min(CHUNK<T>, length - from); i += STEP<T>, panel += stride) {
       Floats columns[PANELS];
       for (int p = 0; p < PANELS; p++) {
-        __builtin_prefetch(reinterpret_cast<const char*>(panel + p * distance) + AHEAD);
+        __builtin_prefetch(reinterpret_cast<const char*>(panel + p * distance) + ahead);
         columns[p] = load<Floats>(panel + p * distance);
       }
       for (int r = 0; r < ROWS; r++)
@@ -159,23 +160,23 @@ inline void multiply(const T* x, const T* panel, long distance, long stride, lon
 
 template <class T, int PANELS = 1, int ROWS = TILE / PANELS>
 [[gnu::noinline]] void multiply(long rows, const T* tile, const T* panel, long distance, long stride, long length,
-                                Floats* sums) {
-  if (rows == ROWS) return multiply<T, PANELS, ROWS>(tile, panel, distance, stride, length, sums);
-  if constexpr (ROWS > 1) multiply<T, PANELS, ROWS - 1>(rows, tile, panel, distance, stride, length, sums);
+                                long ahead, Floats* sums) {
+  if (rows == ROWS) return multiply<T, PANELS, ROWS>(tile, panel, distance, stride, length, ahead, sums);
+  if constexpr (ROWS > 1) multiply<T, PANELS, ROWS - 1>(rows, tile, panel, distance, stride, length, ahead, sums);
 }
 
 // The same for `count` panels, of each of which `use` is told the number and the sums. One row after the other would wait
 // for its own sums: a few of them are multiplied with several panels at a time.
 template <class T, class Use>
 inline void multiply_each(long count, long rows, const T* tile, const T* panel, long distance, long stride, long length,
-                          Use&& use) {
+                          long ahead, Use&& use) {
   constexpr long WIDE = 4;
   Floats sums[WIDE * TILE];
   for (long p = 0; p < count;) {
     const long few = rows <= TILE / WIDE && p + WIDE <= count ? WIDE : 1;
     const T* here = panel + p * distance;
-    few == 1 ? multiply<T>(rows, tile, here, distance, stride, length, sums)
-             : multiply<T, WIDE>(rows, tile, here, distance, stride, length, sums);
+    few == 1 ? multiply<T>(rows, tile, here, distance, stride, length, ahead, sums)
+             : multiply<T, WIDE>(rows, tile, here, distance, stride, length, ahead, sums);
     for (long i = 0; i < few; i++) use(p + i, sums + i * TILE);
     p += few;
   }
@@ -203,6 +204,7 @@ struct Layer {
   const float *query_key_value_bias, *out_bias, *gate_up_bias, *down_bias;
   const void *text_keys, *text_values;
   void *own_keys, *own_values;
+  const void *cos, *sin;  // [position][D], null without rotary embedding
 };
 
 // Keys first to last (exclusive) of a row of text, which an anchor sees.
@@ -239,9 +241,9 @@ void rotate(T* x, const T* cos, const T* sin, long size) {
 }
 
 // Attention of at most TILE query rows q [rows][D] over keys first to last of a packed sequence: out [rows][D], not yet
-// divided by `sum`, the sum of the exponentials of the scores less `highest`.
+// divided by `sum`, the sum of the exponentials of the scores less `highest`. next: the keys that are read after these.
 template <class T>
-void attend(long rows, const T* q, long D, const T* keys, const T* values, long first, long last,
+void attend(long rows, const T* q, long D, const T* keys, const T* values, long first, long last, const T* next,
             std::vector<float>& scores, std::vector<T>& shares, std::vector<T>& tile, float* out, float* highest,
             float* sum) {
   const long from = first / LANES * LANES, width = (last + LANES - 1) / LANES * LANES - from;
@@ -251,7 +253,10 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
   tile.resize(TILE * whole_chunks<T>(D));
   for (long r = 0; r < rows; r++)
     for (long d = 0; d < D; d += LANES) copy_all(&tile[in_tiles<T>(r, d, D)], q + r * D + d);
-  multiply_each<T>(width / LANES, rows, tile.data(), keys + from * D, LANES * D, CHUNK<T>, D,
+  // Keys and values are as many: those of the one are fetched while the others are multiplied.
+  const auto bytes = [](const T* to, const T* here) { return (to - here) * long(sizeof(T)); };
+  keys += from * D, values += from * D;
+  multiply_each<T>(width / LANES, rows, tile.data(), keys, LANES * D, CHUNK<T>, D, bytes(values, keys),
                    [&](long n, const Floats* sums) {
                      for (long r = 0; r < rows; r++) set_all(&scores[r * width + n * LANES], sums[r] * scale);
                    });
@@ -275,18 +280,18 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
     sum[r] = 0;
     for (long i = 0; i < LANES; i++) sum[r] += total[i];
   }
-  multiply_each<T>(D / LANES, rows, shares.data(), values + from * D, CHUNK<T>, D * STEP<T>, width,
+  multiply_each<T>(D / LANES, rows, shares.data(), values, CHUNK<T>, D * STEP<T>, width, bytes(next, values),
                    [&](long d, const Floats* sums) {
                      for (long r = 0; r < rows; r++) set_all(out + r * D + d * LANES, sums[r]);
                    });
 }
 
-// x [R, W] the newest tokens' embeddings, and afterwards their last layer's output; cos, sin [R, D] of each layer, null
-// for one without rotary embedding. seats: [R], where each row's keys and values are; lengths: [R], how many tokens are
-// there before, one more after. rows_of, spans_of: [A + 1], the first of each anchor's rows and spans.
+// x [R, W] the newest tokens' embeddings, and afterwards their last layer's output. positions: [A], of each anchor.
+// seats: [R], where each row's keys and values are; lengths: [R], how many tokens are there before, one more after.
+// rows_of, spans_of: [A + 1], the first of each anchor's rows and spans.
 template <class T>
-void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, const int64_t* rows_of,
-          const int64_t* seats, const int64_t* lengths, T* x, const T* const* cos, const T* const* sin, int threads) {
+void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t* spans_of, const int64_t* positions,
+          const int64_t* rows_of, const int64_t* seats, const int64_t* lengths, T* x, int threads) {
   const long W = s.width, F = s.ffn_width, H = s.heads, G = s.kv_heads, D = s.head_dim, J = H / G;
   const long R = rows_of[s.anchors], all_heads = H + 2 * G, span_count = spans_of[s.anchors];
   std::vector<long> anchor_of(R), part_of(span_count + 1);  // the first of each span's results, of H K each
@@ -335,7 +340,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(weight) + n * inner;
-          multiply<T>(few, rows + in_tiles<T>(r, 0, inner), panel, 0, CHUNK<T>, inner, sums);
+          multiply<T>(few, rows + in_tiles<T>(r, 0, inner), panel, 0, CHUNK<T>, inner, AHEAD, sums);
           for (long i = 0; i < few; i++) {
             T* here = x + (r + i) * W + n;
             T product[LANES];
@@ -363,7 +368,7 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(layer.query_key_value) + n * W;
-          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel, 0, CHUNK<T>, W, sums);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel, 0, CHUNK<T>, W, AHEAD, sums);
           const Floats bias = layer.query_key_value_bias ? load<Floats>(layer.query_key_value_bias + n) : none;
           for (long i = 0; i < few; i++) set_all(&projected[(r + i) * all_heads * D + n], sums[i] + bias);
         }
@@ -385,7 +390,10 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           const long g = h < H ? h / J : (h - H) % G;
           const float* weight = h < H ? layer.query_norm : layer.key_norm;
           if (h < H + G && weight && !s.norms_all_heads) normed(from, weight, D, s.epsilon, from);
-          if (h < H + G && cos[l]) rotate(from, cos[l] + r * D, sin[l] + r * D, D);
+          if (h < H + G && layer.cos) {
+            const long turn = (positions[anchor_of[r]] + lengths[r] + 1) * D;
+            rotate(from, static_cast<const T*>(layer.cos) + turn, static_cast<const T*>(layer.sin) + turn, D);
+          }
           if (h < H) {
             std::copy(from, from + D, &query[(by_group(r, g) + h % J) * D]);
           } else if (h < H + G) {
@@ -400,48 +408,56 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
           }
         }
 
-#pragma omp for schedule(dynamic) collapse(2)
-      for (long i = 0; i < span_count; i++)
-        for (long g = 0; g < G; g++) {
-          const Span& span = spans[i];
-          const long place = (span.row * G + g) * s.text_capacity * D, first = rows_of[span.anchor];
-          const long queries = (rows_of[span.anchor + 1] - first) * J;
-          for (long r = 0; r < queries; r += TILE) {
-            const long to = part_of[i] + g * queries + r;
-            attend<T>(std::min(TILE, queries - r), &query[(first * H + g * queries + r) * D], D,
-                      static_cast<const T*>(layer.text_keys) + place, static_cast<const T*>(layer.text_values) + place,
-                      span.first, span.last, scores, shares, tile, &part[to * D], &part_highest[to], &part_sum[to]);
-          }
+      // A thread takes every so many-th, so that it knows the next.
+      const auto text_keys = [&](long n) {
+        const Span& span = spans[n / G];
+        return static_cast<const T*>(layer.text_keys) + (span.row * G + n % G) * s.text_capacity * D;
+      };
+#pragma omp for schedule(static, 1)
+      for (long n = 0; n < span_count * G; n++) {
+        const Span& span = spans[n / G];
+        const long first = rows_of[span.anchor], queries = (rows_of[span.anchor + 1] - first) * J, g = n % G;
+        const T *keys = text_keys(n), *next = keys;
+        const T* values = static_cast<const T*>(layer.text_values) + (keys - static_cast<const T*>(layer.text_keys));
+        if (n + threads < span_count * G)
+          next = text_keys(n + threads) + spans[(n + threads) / G].first / LANES * LANES * D;
+        for (long r = 0; r < queries; r += TILE) {
+          const long to = part_of[n / G] + g * queries + r;
+          attend<T>(std::min(TILE, queries - r), &query[(first * H + g * queries + r) * D], D, keys, values, span.first,
+                    span.last, next, scores, shares, tile, &part[to * D], &part_highest[to], &part_sum[to]);
         }
+      }
 
       // A thought's own tokens, and what was found in the text, merged.
-#pragma omp for schedule(dynamic) collapse(2)
-      for (long r = 0; r < R; r++)
-        for (long g = 0; g < G; g++) {
-          const long a = anchor_of[r], place = (seats[r] * G + g) * s.own_capacity * D, from_query = by_group(r, g);
-          for (long j = 0; j < J; j += TILE) {
-            float highest[TILE], sum[TILE];
-            const long few = std::min(TILE, J - j);
-            attend<T>(few, &query[(from_query + j) * D], D,
-                      static_cast<const T*>(layer.own_keys) + place, static_cast<const T*>(layer.own_values) + place, 0,
-                      lengths[r] + 1, scores, shares, tile, out.data(), highest, sum);
-            for (long i = 0; i < few; i++) {
-              const long here = from_query - rows_of[a] * H + j + i;
-              float top = highest[i];
-              for (long p = spans_of[a]; p < spans_of[a + 1]; p++) top = std::max(top, part_highest[part_of[p] + here]);
-              float weight = std::exp(highest[i] - top), total = sum[i] * weight;
-              for (long d = 0; d < D; d++) out[i * D + d] *= weight;
-              for (long p = spans_of[a]; p < spans_of[a + 1]; p++) {
-                const long from = part_of[p] + here;
-                weight = std::exp(part_highest[from] - top);
-                total += part_sum[from] * weight;
-                for (long d = 0; d < D; d++) out[i * D + d] += weight * part[from * D + d];
-              }
-              for (long d = 0; d < D; d += LANES)
-                set_all(&attended[in_tiles<T>(r, (g * J + j + i) * D + d, H * D)], load<Floats>(&out[i * D + d]) / total);
+      const auto own_place = [&](long n) { return (seats[n / G] * G + n % G) * s.own_capacity * D; };
+#pragma omp for schedule(static, 1)
+      for (long n = 0; n < R * G; n++) {
+        const long r = n / G, g = n % G, a = anchor_of[r], from_query = by_group(r, g);
+        const T* keys = static_cast<const T*>(layer.own_keys) + own_place(n);
+        const T* values = static_cast<const T*>(layer.own_values) + own_place(n);
+        const T* next = static_cast<const T*>(layer.own_keys) + own_place(std::min(n + threads, R * G - 1));
+        for (long j = 0; j < J; j += TILE) {
+          float highest[TILE], sum[TILE];
+          const long few = std::min(TILE, J - j);
+          attend<T>(few, &query[(from_query + j) * D], D, keys, values, 0, lengths[r] + 1, next, scores, shares, tile,
+                    out.data(), highest, sum);
+          for (long i = 0; i < few; i++) {
+            const long here = from_query - rows_of[a] * H + j + i;
+            float top = highest[i];
+            for (long p = spans_of[a]; p < spans_of[a + 1]; p++) top = std::max(top, part_highest[part_of[p] + here]);
+            float weight = std::exp(highest[i] - top), total = sum[i] * weight;
+            for (long d = 0; d < D; d++) out[i * D + d] *= weight;
+            for (long p = spans_of[a]; p < spans_of[a + 1]; p++) {
+              const long from = part_of[p] + here;
+              weight = std::exp(part_highest[from] - top);
+              total += part_sum[from] * weight;
+              for (long d = 0; d < D; d++) out[i * D + d] += weight * part[from * D + d];
             }
+            for (long d = 0; d < D; d += LANES)
+              set_all(&attended[in_tiles<T>(r, (g * J + j + i) * D + d, H * D)], load<Floats>(&out[i * D + d]) / total);
           }
         }
+      }
 
       add_product(attended.data(), H * D, layer.out, layer.out_bias, layer.attention_norm);
       take_in(s.post_norm ? nullptr : layer.mlp_norm);
@@ -451,8 +467,8 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
         for (long r = 0; r < R; r += TILE) {
           const long few = std::min(TILE, R - r);
           const T* panel = static_cast<const T*>(layer.gate_up) + 2 * n * W;
-          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel, 0, CHUNK<T>, W, sums);
-          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel + LANES * W, 0, CHUNK<T>, W, more);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel, 0, CHUNK<T>, W, AHEAD, sums);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], panel + LANES * W, 0, CHUNK<T>, W, AHEAD, more);
           const float* bias = layer.gate_up_bias ? layer.gate_up_bias + 2 * n : nullptr;
           for (long i = 0; i < few; i++) {
             T gate[LANES], up[LANES];
@@ -480,7 +496,7 @@ void draw(long R, long W, long columns, const T* hidden, const T* head, const fl
           const float* uniforms, float* logits, int64_t* tokens, float* logprobs, int threads) {
   const long blocks = columns / BLOCK;
   std::vector<T> input((R + TILE - 1) / TILE * TILE * whole_chunks<T>(W));
-  std::vector<float> top(R * blocks), mass(R * blocks), wrong(R * blocks);
+  std::vector<float> top(R * blocks), highest(R), mass(R * blocks), wrong(R * blocks);
 
 #pragma omp parallel num_threads(threads)
   {
@@ -496,7 +512,7 @@ void draw(long R, long W, long columns, const T* hidden, const T* head, const fl
         Floats tops[TILE], not_finite[TILE] = {};
         std::fill(tops, tops + TILE, Floats{} + LOWEST);
         for (long n = b * BLOCK; n < (b + 1) * BLOCK; n += LANES) {
-          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], head + n * W, 0, CHUNK<T>, W, sums);
+          multiply<T>(few, &input[in_tiles<T>(r, 0, W)], head + n * W, 0, CHUNK<T>, W, AHEAD, sums);
           for (long i = 0; i < few; i++) {
             not_finite[i] += sums[i] - sums[i];
             const Floats logit = sums[i] / temperature + load<Floats>(banned + n);
@@ -505,22 +521,24 @@ void draw(long R, long W, long columns, const T* hidden, const T* head, const fl
           }
         }
         for (long i = 0; i < few; i++) {
-          float& highest = top[(r + i) * blocks + b] = LOWEST;
+          float& here = top[(r + i) * blocks + b] = LOWEST;
           for (long lane = 0; lane < LANES; lane++) {
-            highest = std::max(highest, tops[i][lane]);
+            here = std::max(here, tops[i][lane]);
             wrong[(r + i) * blocks + b] += not_finite[i][lane];
           }
         }
       }
 
+#pragma omp for schedule(static)
+    for (long r = 0; r < R; r++) highest[r] = *std::max_element(&top[r * blocks], &top[(r + 1) * blocks]);
+
 #pragma omp for schedule(static) collapse(2)
     for (long r = 0; r < R; r++)
       for (long b = 0; b < blocks; b++) {
-        const float highest = *std::max_element(&top[r * blocks], &top[(r + 1) * blocks]);
         float* here = logits + r * columns + b * BLOCK;
         Floats total = {};
         for (long n = 0; n < BLOCK; n += LANES) {
-          const Floats masses = exponential(load<Floats>(here + n) - highest);
+          const Floats masses = exponential(load<Floats>(here + n) - highest[r]);
           total += masses;
           set_all(here + n, masses);
         }
@@ -555,12 +573,11 @@ void draw(long R, long W, long columns, const T* hidden, const T* head, const fl
 }  // namespace
 
 extern "C" void forethought_step(const Shape* shape, const Layer* layers, const Span* spans, const int64_t* spans_of,
-                                 const int64_t* rows_of, const int64_t* seats, const int64_t* lengths, void* x,
-                                 const void* const* cos, const void* const* sin, int32_t threads) {
+                                 const int64_t* positions, const int64_t* rows_of, const int64_t* seats,
+                                 const int64_t* lengths, void* x, int32_t threads) {
   auto run = [&](auto kind) {
     using T = decltype(kind);
-    step<T>(*shape, layers, spans, spans_of, rows_of, seats, lengths, static_cast<T*>(x),
-            reinterpret_cast<const T* const*>(cos), reinterpret_cast<const T* const*>(sin), threads);
+    step<T>(*shape, layers, spans, spans_of, positions, rows_of, seats, lengths, static_cast<T*>(x), threads);
   };
   shape->low_precision ? run(bf16{}) : run(float{});
 }

@@ -46,7 +46,7 @@ FEW = 16
 _POINTERS = (
     "attention_norm", "mlp_norm", "query_norm", "key_norm", "query_key_value", "out", "gate_up", "down",
     "query_key_value_bias", "out_bias", "gate_up_bias", "down_bias",
-    "text_keys", "text_values", "own_keys", "own_values",
+    "text_keys", "text_values", "own_keys", "own_values", "cos", "sin",
 )  # fmt: skip
 _SIZES = (
     "layers", "width", "ffn_width", "heads", "kv_heads", "head_dim", "anchors", "text_capacity", "own_capacity",
@@ -86,7 +86,7 @@ def library() -> ctypes.CDLL:
             _run(found, "-shared", "-fopenmp", str(built), "-o", str(linked))
             loaded = ctypes.CDLL(str(linked))
     address, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.forethought_step.argtypes = [*[address] * 10, threads]
+    loaded.forethought_step.argtypes = [*[address] * 9, threads]
     loaded.forethought_pack.argtypes = [address, count, count, address, count, threads]
     loaded.forethought_draw.argtypes = [*[count] * 4, *[address] * 3, ctypes.c_float, *[address] * 4, threads]
     for constant in (loaded.forethought_lanes, loaded.forethought_block, loaded.forethought_drawn):
@@ -199,7 +199,7 @@ class NativeStep:
     def __init__(self, model: ThinkingModel, anchors: Anchors, state: TextState, seats: int, capacity: int):
         config, (B, M) = model.decoder.config, anchors.index_BM.shape
         self._model, self._anchors, self.capacity = model, anchors, capacity
-        self._dtype = dtype = state.hidden_BNW.dtype
+        dtype = state.hidden_BNW.dtype
         N = state.text.shape[1]
         text_capacity, own_capacity = filled_up(N), filled_up(capacity)
         G, D = config.kv_heads, config.head_dim
@@ -210,15 +210,17 @@ class NativeStep:
             for k, v in zip(state.keys, state.values, strict=True)
         ]
         weights = [_weights(cast(Block | PostNormBlock, block), dtype) for block in model.decoder.layers]
-        self._held = list(zip(weights, text, own, strict=True))
+        rotations = [pair or (None, None) for pair in model.decoder.rotations_at(torch.arange(N + capacity), dtype)]
+        self._held = list(zip(weights, text, own, rotations, strict=True))
         self._shape = _Shape(
             config.layers, config.width, config.ffn_width, config.heads, G, D,
             B * M, text_capacity, own_capacity, dtype == torch.bfloat16, config.post_norm,
             config.qk_norm_all_heads, config.rms_norm_eps,
         )  # fmt: skip
         self._layers = (_Layer * config.layers)(
-            *(_Layer(*map(_address, (*weights, *text, *own))) for weights, text, own in self._held)
+            *(_Layer(*map(_address, itertools.chain(*tensors))) for tensors in self._held)
         )
+        self._position_A = anchors.position_BM.flatten().contiguous()
         self._spans, self._spans_of = _spans(anchors)
         self._step = library().forethought_step
 
@@ -231,14 +233,10 @@ class NativeStep:
         decoder, anchors = self._model.decoder, self._anchors
         decoder.check_positions(anchors.text.shape[1] + longest + 1)
         x_RW = self._model.embed_thoughts(tokens_R).contiguous()
-        rotations = decoder.rotations_at(anchors.position_BM.flatten()[anchor_R] + length_R + 1, self._dtype)
-        cos, sin = (
-            (ctypes.c_void_p * len(rotations))(*(None if pair is None else _address(pair[i]) for pair in rotations))
-            for i in range(2)
-        )
         rows_of = F.pad(anchor_R.bincount(minlength=anchors.index_BM.numel()).cumsum(0), (1, 0))
-        addresses = map(_address, (self._spans, self._spans_of, rows_of, seat_R, length_R, x_RW))
-        self._step(ctypes.byref(self._shape), self._layers, *addresses, cos, sin, torch.get_num_threads())
+        of_anchors, of_rows = (self._spans, self._spans_of, self._position_A), (rows_of, seat_R, length_R, x_RW)
+        addresses = map(_address, (*of_anchors, *of_rows))
+        self._step(ctypes.byref(self._shape), self._layers, *addresses, torch.get_num_threads())
         return decoder.norm(x_RW)
 
 
