@@ -50,8 +50,8 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]
 
 
 def _cpu_backward(grad, q, k, v, out, lse, causal) -> tuple[Tensor, Tensor, Tensor]:
-    # Backward of many short sequences takes this kernel longer in bf16 than in fp32: nine times as long of 16 tokens, four
-    # times of 66, as long of 192.
+    # Backward of many short sequences takes this kernel longer in bf16 than in fp32: nine times as long at 16 tokens,
+    # four times at 66, no longer at 192.
     dtype = accumulation_dtype(q.dtype) if q.shape[1] <= SHORT else q.dtype
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(x.transpose(1, 2).to(dtype) for x in (grad, q, k, v, out)), lse, 0.0, causal
