@@ -254,7 +254,7 @@ void attend(long rows, const T* q, long D, const T* keys, const T* values, long 
   for (long r = 0; r < rows; r++)
     for (long d = 0; d < D; d += LANES) copy_all(&tile[in_tiles<T>(r, d, D)], q + r * D + d);
   // Keys and values are as many: those of the one are fetched while the others are multiplied.
-  const auto bytes = [](const T* to, const T* here) { return (to - here) * long(sizeof(T)); };
+  const auto bytes = [](const T* to, const T* here) { return long(uintptr_t(to) - uintptr_t(here)); };
   keys += from * D, values += from * D;
   multiply_each<T>(width / LANES, rows, tile.data(), keys, LANES * D, CHUNK<T>, D, bytes(values, keys),
                    [&](long n, const Floats* sums) {
