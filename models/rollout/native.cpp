@@ -409,18 +409,15 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
         }
 
       // A thread takes every so many-th, so that it knows the next.
-      const auto text_keys = [&](long n) {
-        const Span& span = spans[n / G];
-        return static_cast<const T*>(layer.text_keys) + (span.row * G + n % G) * s.text_capacity * D;
-      };
+      const T *text_keys = static_cast<const T*>(layer.text_keys), *text_values = static_cast<const T*>(layer.text_values);
+      const auto text_place = [&](long n) { return (spans[n / G].row * G + n % G) * s.text_capacity * D; };
 #pragma omp for schedule(static, 1)
       for (long n = 0; n < span_count * G; n++) {
         const Span& span = spans[n / G];
         const long first = rows_of[span.anchor], queries = (rows_of[span.anchor + 1] - first) * J, g = n % G;
-        const T *keys = text_keys(n), *next = keys;
-        const T* values = static_cast<const T*>(layer.text_values) + (keys - static_cast<const T*>(layer.text_keys));
-        if (n + threads < span_count * G)
-          next = text_keys(n + threads) + spans[(n + threads) / G].first / LANES * LANES * D;
+        const T *keys = text_keys + text_place(n), *values = text_values + text_place(n);
+        const long after = std::min(n + threads, span_count * G - 1);
+        const T* next = text_keys + text_place(after) + spans[after / G].first / LANES * LANES * D;
         for (long r = 0; r < queries; r += TILE) {
           const long to = part_of[n / G] + g * queries + r;
           attend<T>(std::min(TILE, queries - r), &query[(first * H + g * queries + r) * D], D, keys, values, span.first,
@@ -429,13 +426,13 @@ void step(const Shape& s, const Layer* layers, const Span* spans, const int64_t*
       }
 
       // A thought's own tokens, and what was found in the text, merged.
+      const T *own_keys = static_cast<const T*>(layer.own_keys), *own_values = static_cast<const T*>(layer.own_values);
       const auto own_place = [&](long n) { return (seats[n / G] * G + n % G) * s.own_capacity * D; };
 #pragma omp for schedule(static, 1)
       for (long n = 0; n < R * G; n++) {
         const long r = n / G, g = n % G, a = anchor_of[r], from_query = by_group(r, g);
-        const T* keys = static_cast<const T*>(layer.own_keys) + own_place(n);
-        const T* values = static_cast<const T*>(layer.own_values) + own_place(n);
-        const T* next = static_cast<const T*>(layer.own_keys) + own_place(std::min(n + threads, R * G - 1));
+        const T *keys = own_keys + own_place(n), *values = own_values + own_place(n);
+        const T* next = own_keys + own_place(std::min(n + threads, R * G - 1));
         for (long j = 0; j < J; j += TILE) {
           float highest[TILE], sum[TILE];
           const long few = std::min(TILE, J - j);
